@@ -1,0 +1,45 @@
+"""Every error a user can cause, each one clear line: what, where, what is accepted, what to do.
+
+    CompressError            exit code 1; never shown with a traceback
+    ├── UsageError           exit code 2; an option, pattern, method or recipe that cannot be used
+    ├── CheckpointError      the model folder, its index, its shards or its architecture
+    ├── DataError            calibration or test text
+    ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
+    └── OutputError          the output folder: exists, not writable, no space
+"""
+
+
+class CompressError(Exception):
+    """Base of all expected errors. `str(error)` is one line fit for a terminal."""
+
+    exit_code = 1
+
+
+class UsageError(CompressError):
+    """An option value that cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(CompressError):
+    """The input checkpoint is missing, malformed or of a kind that is not supported."""
+
+
+class DataError(CompressError):
+    """Calibration or test data is missing, malformed or too short."""
+
+
+class NumericalError(CompressError):
+    """A weight or an activation is not finite, or a matrix cannot be factored."""
+
+
+class OutputError(CompressError):
+    """The output cannot be written."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`; did you mean 'wanda'?` for the closest known word, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,122 @@
+"""Sparsity patterns: which weights of a matrix are kept.
+
+    "2:4"   n:m — n of every m consecutive weights of a row (along `in`) are KEPT; "1:4" therefore has 75 % zeros
+    "50%"   unstructured — that fraction of the weights is zero; "0.5" means the same
+
+Masks are bool, True = kept. Ties are broken by position: of equal scores the lower column is pruned first, on every device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from compressor.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ACCEPTED = "accepted: n:m with 0 < n < m (n of every m weights are kept) such as 2:4, or a sparsity between 0 and 1 such as 50%"
+_CHUNK = 1 << 22  # elements scored at once: bounds the int64 indices of a sort to 32 MB, whatever the matrix
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed pattern. `sparsity` is exact; `n` and `m` are 0 when the pattern is unstructured."""
+
+    sparsity: Fraction
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Parse `"2:4"`, `"50%"` or `"0.5"`.
+
+        Raises:
+            UsageError: the text is neither form, or out of range.
+        """
+        text = text.strip()
+        if group := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text):
+            n, m = int(group[1]), int(group[2])
+            if not 0 < n < m:
+                raise UsageError(f"pattern {text!r} keeps {n} of every {m} weights; {_ACCEPTED}")
+            return cls(Fraction(m - n, m), n, m)
+        number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text)
+        if not number:
+            raise UsageError(f"pattern {text!r} is not understood; {_ACCEPTED}")
+        sparsity = Fraction(number[1]) / (100 if number[2] else 1)
+        if not 0 < sparsity < 1:
+            raise UsageError(f"pattern {text!r} asks for a sparsity of {float(sparsity):g}; {_ACCEPTED}")
+        return cls(sparsity)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else f"{float(self.sparsity * 100):g}%"
+
+    @property
+    def fits_2_4(self) -> bool:
+        """True where every legal matrix has at most two non-zeros in each aligned group of four."""
+        if not self.m:
+            return False
+        if self.m % 4 == 0:
+            return self.n <= 2
+        return 4 % self.m == 0 and self.n * (4 // self.m) <= 2
+
+    def check_width(self, name: str, in_features: int) -> None:
+        """Raise UsageError where a row of `in_features` weights cannot be split into groups of m."""
+        if self.m and in_features % self.m:
+            raise UsageError(
+                f"in_features {in_features} of {name} is not a multiple of {self.m} (pattern {self}); "
+                f"choose another pattern or leave it dense with --ignore '*{name.rsplit('.', 1)[-1]}'"
+            )
+
+    def mask(self, score: Tensor) -> Tensor:
+        """Keep the highest scores of every row.
+
+        Args:
+            score: `[rows, columns]`, any float dtype, finite; higher = keep.
+
+        Returns:
+            bool `[rows, columns]`, True = kept: n of every m for n:m, `columns - floor(columns * sparsity)` of
+            every row otherwise.
+        """
+        import torch
+
+        rows, columns = score.shape
+        step = max(1, _CHUNK // columns)
+        parts = [self._mask_rows(score[start : start + step]) for start in range(0, rows, step)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _mask_rows(self, score: Tensor) -> Tensor:
+        rows, columns = score.shape
+        if self.m:
+            return _keep_groups(score.reshape(-1, self.m), self.n).reshape(rows, columns)
+        return _keep_rows(score, math.floor(columns * self.sparsity))
+
+    def is_legal(self, weight: Tensor) -> bool:
+        """True where no group of m consecutive weights has more than n non-zeros (always, if unstructured)."""
+        if not self.m:
+            return True
+        return bool(((weight != 0).reshape(-1, self.m).sum(-1) <= self.n).all())
+
+
+def _keep_groups(score: Tensor, n: int) -> Tensor:
+    """Mask of the n largest of each short row; of equal scores the lower column is pruned first."""
+    import torch
+
+    order = torch.argsort(score, dim=-1, stable=True)
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[:, : score.shape[1] - n], False)
+
+
+def _keep_rows(score: Tensor, pruned: int) -> Tensor:
+    """Mask without the `pruned` smallest of each row, by selection rather than by a sort; same rule for ties."""
+    import torch
+
+    if not pruned:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
+    below, tied = score < threshold, score == threshold
+    quota = pruned - below.sum(1, keepdim=True)
+    return ~(below | (tied & (tied.cumsum(1, dtype=torch.int32) <= quota)))
