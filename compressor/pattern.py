@@ -89,6 +89,10 @@ class Pattern:
         parts = [self._mask_rows(score[start : start + step]) for start in range(0, rows, step)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def mask_matrix(self, score: Tensor) -> Tensor:
+        """As `mask`, but a sparsity is met over the whole matrix instead of in every row."""
+        return self.mask(score) if self.m else self.mask(score.reshape(1, -1)).reshape(score.shape)
+
     def _mask_rows(self, score: Tensor) -> Tensor:
         rows, columns = score.shape
         if self.m:

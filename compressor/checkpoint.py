@@ -1,0 +1,215 @@
+"""A checkpoint folder on disk: headers and index, validated before anything is believed. No torch at import.
+
+Reading never unpickles and never leaves the folder. Tensors are read one at a time; nothing here holds a whole shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CheckpointError
+
+ITEM_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: absolute byte range `[start, stop)` of `shard`."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.stop - self.start
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError where it is missing, unreadable or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors and `__metadata__` of a safetensors file, checked against the file's size.
+
+    Raises:
+        CheckpointError: truncated file, lying lengths, overlapping or missing bytes, unknown dtype, malformed header.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path} is not a safetensors file: header length {length} in a file of {size} bytes")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header: {str(error)[:200]}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a malformed safetensors header: expected a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} has a malformed safetensors header: __metadata__ must map text to text")
+    entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
+    position = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            raise CheckpointError(f"{path}: tensor {name!r} begins at byte {entry.start}, expected {position}")
+        position = entry.stop
+    if position != size:
+        raise CheckpointError(f"{path} is {'truncated' if size < position else 'too long'}: {size} bytes, its header describes {position}")
+    return entries, metadata
+
+
+def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
+    """One header entry, checked: known dtype, whole shape, byte range as long as the shape says."""
+    try:
+        dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry") from None
+    whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop))
+    if dtype not in ITEM_BITS or not whole:
+        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not understood")
+    needed = math.prod(shape) * ITEM_BITS[dtype] // 8
+    if stop - start != needed:
+        raise CheckpointError(f"{path}: tensor {name!r} ({dtype} {list(shape)}) needs {needed} bytes, its header gives {stop - start}")
+    return Entry(path.name, dtype, shape, base + start, base + stop)
+
+
+class Reader:
+    """A checkpoint folder: `config`, `shards` (file names, in order), `tensors` (name -> Entry) and `metadata` per shard.
+
+    Raises:
+        CheckpointError: at construction, for anything that does not hold together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json: a Hugging Face checkpoint folder is expected")
+        self.config = read_json(folder / "config.json")
+        self.index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+        self.shards = self._shard_names()
+        self.tensors: dict[str, Entry] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        for shard in self.shards:
+            entries, self.metadata[shard] = read_header(folder / shard)
+            if twice := self.tensors.keys() & entries.keys():
+                raise CheckpointError(f"{folder}: tensor {min(twice)!r} is in more than one shard, {shard} among them")
+            self.tensors.update(entries)
+        self._check_index()
+
+    def _shard_names(self) -> list[str]:
+        if self.index is None:
+            if (self.folder / SINGLE).is_file():
+                return [SINGLE]
+            raise CheckpointError(_no_weights(self.folder))
+        weight_map = self.index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard):
+                raise CheckpointError(f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a plain *.safetensors file name")
+        names = list(dict.fromkeys(weight_map.values()))
+        for shard in names:
+            if not (self.folder / shard).is_file():
+                raise CheckpointError(f"{self.folder / INDEX} names {shard}, which is not there: the download is incomplete")
+        return sorted(names)
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        for name, shard in self.index["weight_map"].items():
+            if name not in self.tensors or self.tensors[name].shard != shard:
+                raise CheckpointError(f"{self.folder / INDEX} says that {name!r} is in {shard}, but it is not")
+        if extra := self.tensors.keys() - self.index["weight_map"].keys():
+            raise CheckpointError(f"{self.folder}: tensor {min(extra)!r} is in a shard but not in {INDEX}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """A function `name -> lazy slice` (safetensors' own), valid inside the `with`.
+
+        The files are closed at its end: pages of a file that stays mapped count as memory of the process.
+        """
+        from safetensors import safe_open
+
+        handles: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def lazy(name: str) -> Any:
+                shard = self.tensors[name].shard
+                if shard not in handles:
+                    handles[shard] = stack.enter_context(safe_open(self.folder / shard, framework="pt", device="cpu"))
+                return handles[shard].get_slice(name)
+
+            yield lazy
+
+    def read(self, name: str) -> Any:
+        """One tensor, as a copy of its own in memory."""
+        with self.opened() as lazy:
+            return lazy(name)[...].clone()
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        return (
+            f"{folder} has no safetensors weights, only {pickles[0]}: pickle files can run code and are not read; convert it with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) where you trust it"
+        )
+    return f"{folder} has no {SINGLE} and no {INDEX}"
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The folder of `model`: a local folder as it is, a Hub id downloaded (or found in the cache).
+
+    Raises:
+        CheckpointError: no such folder, no such repository, no connection.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return folder
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model) or model.startswith("."):
+        raise CheckpointError(f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the Hub client raises a dozen kinds; each is the same to the user
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{model} is no local folder and could not be fetched from the Hub: {reason}") from None

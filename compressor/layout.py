@@ -1,0 +1,46 @@
+"""How a compressed folder names itself in config.json; docs/format.md is its specification.
+
+Transformers ignores a quantisation method it does not know and goes on with random weights. So config.json also sets
+`transformers_weights` to a sentence: without our plug-in transformers takes it for a file name, refuses it and prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressor.errors import CheckpointError
+
+QUANT_METHOD = "compress-llm"
+VERSION = 1
+GUARD = "this checkpoint is compressed: `pip install compress-llm` and `import compressor.runtime` before loading it"
+
+
+def compressed_config(config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`config` for a checkpoint whose linears `modules` (name -> {"format": …}) are packed; unchanged if none is."""
+    if not modules:
+        return dict(config)
+    described = {"quant_method": QUANT_METHOD, "version": VERSION, "modules": dict(modules)}
+    return {**config, "quantization_config": described, "transformers_weights": GUARD}
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without what `compressed_config` added."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_weights")}
+
+
+def packed_modules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The table of packed linears of a config, empty for a dense checkpoint.
+
+    Raises:
+        CheckpointError: a newer version, or a table that is malformed.
+    """
+    described = config.get("quantization_config")
+    if not isinstance(described, Mapping) or described.get("quant_method") != QUANT_METHOD:
+        return {}
+    version, modules = described.get("version"), described.get("modules")
+    if version != VERSION:
+        raise CheckpointError(f"the checkpoint has format version {version!r}, this package reads {VERSION}: update compress-llm")
+    if not isinstance(modules, Mapping) or not all(isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in modules.values()):
+        raise CheckpointError("config.json: quantization_config.modules must map each linear to its format")
+    return {str(name): dict(entry) for name, entry in modules.items()}

@@ -1,0 +1,154 @@
+"""Block-diagonal algebra and the exact solution of one group of four: what both optimisers of ARMOR share.
+
+Ŵ = A S B with A = blockdiag(a), B = blockdiag(b), S 2:4. In every objective used here the loss is a quadratic form whose
+Hessian with respect to S is (AᵀA) ⊗ G, G = B H Bᵀ, and whose half-gradient is E = AᵀA S G - C, C = Aᵀ W H Bᵀ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+_SINGULAR = 1e-6  # a 2x2 determinant below this share of the product of its diagonal is lost in float32: it is held there
+
+
+class Factors(NamedTuple):
+    """One factorisation.
+
+    Attributes:
+        a: `[out / bA, bA, bA]`.
+        s: `[out, in]`, zero outside the mask.
+        mask: bool `[out, in]`, exactly two of every aligned group of four.
+        b: `[in / bB, bB, bB]`.
+    """
+
+    a: Tensor
+    s: Tensor
+    mask: Tensor
+    b: Tensor
+
+    def dense(self) -> Tensor:
+        """A S B, `[out, in]`."""
+        return left(self.a, right(self.s, self.b))
+
+
+def eye_blocks(size: int, block: int, like: Tensor) -> Tensor:
+    """The identity of `size` as `[size / block, block, block]`, with the dtype and device of `like`."""
+    return torch.eye(block, dtype=like.dtype, device=like.device).repeat(size // block, 1, 1)
+
+
+def left(a: Tensor, x: Tensor) -> Tensor:
+    """blockdiag(a) x, `[rows, columns]`."""
+    return torch.bmm(a, x.reshape(len(a), a.shape[1], -1)).reshape(x.shape)
+
+
+def right(x: Tensor, b: Tensor) -> Tensor:
+    """X blockdiag(b), `[rows, columns]`."""
+    blocks = x.reshape(len(x), len(b), -1).transpose(0, 1)
+    return torch.bmm(blocks, b).transpose(0, 1).reshape(x.shape)
+
+
+def select(keep: Tensor, new: Factors, old: Factors) -> Factors:
+    """`new` where the 0-d bool `keep` is true, `old` otherwise, without asking the device."""
+    return Factors(*(torch.where(keep, n, o) for n, o in zip(new, old, strict=True)))
+
+
+def balance(factors: Factors) -> Factors:
+    """The same product with unit-norm columns of A and unit-norm rows of B, the scale moved into S.
+
+    In this gauge bfloat16 storage changes the loss by 0.3 % at most, float16 by 0.01 %.
+    """
+    a_norm = factors.a.norm(dim=1, keepdim=True)
+    b_norm = factors.b.norm(dim=2, keepdim=True)
+    a_norm, b_norm = (torch.where(n > 0, n, torch.ones_like(n)) for n in (a_norm, b_norm))
+    s = factors.s * a_norm.reshape(-1, 1) * b_norm.reshape(1, -1)
+    return factors._replace(a=factors.a / a_norm, s=s, b=factors.b / b_norm)
+
+
+def proximal_solve(gram: Tensor, rhs: Tensor, current: Tensor) -> Tensor:
+    """X of (gram + λ) X = rhs + λ current, for a batch.
+
+    λ is 1e-6 of the mean diagonal; staying near `current` keeps the step monotone where the matrix is singular. A system
+    whose factorisation fails is damped by 1e-3 instead, and one that fails again keeps `current`. Two factorisations
+    cost less than asking the device whether the first one failed.
+
+    Args:
+        gram: `[batch, n, n]`, symmetric and positive semi-definite up to rounding.
+        rhs: `[batch, n, k]`.
+        current: `[batch, n, k]`.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    _, failed = torch.linalg.cholesky_ex(gram + (1e-6 * mean)[:, None, None] * eye)
+    damping = (torch.where(failed > 0, 1e-3, 1e-6) * mean)[:, None, None]
+    factor, failed = torch.linalg.cholesky_ex(gram + damping * eye)
+    solution = torch.cholesky_solve(rhs + damping * current, factor)
+    good = (failed == 0) & torch.isfinite(solution).flatten(1).all(1)
+    return torch.where(good[:, None, None], solution, current)
+
+
+def pair_inverses(gram: Tensor) -> Tensor:
+    """Inverses of the six 2x2 principal minors of each 4x4 matrix, embedded in 4x4 matrices of zeros.
+
+    Args:
+        gram: `[..., 4, 4]`.
+
+    Returns:
+        `[..., 4, 24]`: t @ result is, for a row t, the six candidate solutions one after the other.
+    """
+    first, second = torch.tensor(PAIRS, device=gram.device).T
+    g00, g11, g01 = gram[..., first, first], gram[..., second, second], gram[..., first, second]
+    product = g00 * g11
+    determinant = torch.maximum(product - g01.square(), _SINGULAR * product).clamp_min(torch.finfo(gram.dtype).tiny)
+    inverse = gram.new_zeros(*gram.shape[:-2], 6, 4, 4)
+    six = torch.arange(6, device=gram.device)
+    inverse[..., six, first, first] = g11 / determinant
+    inverse[..., six, second, second] = g00 / determinant
+    inverse[..., six, first, second] = inverse[..., six, second, first] = -g01 / determinant
+    return inverse.transpose(-3, -2).flatten(-2)
+
+
+def best_pair(target: Tensor, candidates: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best of the six pairs of each group, given all other groups.
+
+    A group contributes scale · s G sᵀ - 2 t sᵀ to the loss; over the values of one pair the minimum is
+    -t_p G_pp⁻¹ t_pᵀ / scale, reached at t_p G_pp⁻¹ / scale.
+
+    Args:
+        target: t, `[..., 4]`.
+        candidates: `t @ pair_inverses(G)`, `[..., 24]`.
+        scale: broadcastable to `[..., 1]`, > 0.
+        noise: added to the six gains, `[..., 6]`, or None.
+
+    Returns:
+        values `[..., 4]`, two of them zero, and the index of the pair `[...]`.
+    """
+    candidates = candidates.unflatten(-1, (6, 4))
+    gain = (candidates @ target.unsqueeze(-1)).squeeze(-1) / scale
+    if noise is not None:
+        gain = gain + noise
+    best = gain.argmax(-1)
+    chosen = candidates.gather(-2, best[..., None, None].expand(*best.shape, 1, 4)).squeeze(-2)
+    return chosen / scale, best
+
+
+def pair_mask(index: Tensor) -> Tensor:
+    """bool `[..., 4]` of pair indices `[...]`."""
+    table = torch.zeros(6, 4, dtype=torch.bool, device=index.device)
+    table.scatter_(1, torch.tensor(PAIRS, device=index.device), True)
+    return table[index]
+
+
+def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise: added to gains it turns argmax into a draw from their Boltzmann distribution."""
+    exponential = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
+    return -exponential.clamp_min(torch.finfo(like.dtype).tiny).log()
+
+
+def temperature(step: int, steps: int, start: float) -> float:
+    """Linear cooling from `start` to 0 over the first 80 % of the steps, then 0."""
+    return start * max(0.0, 1 - step / (0.8 * steps))

@@ -1,0 +1,171 @@
+"""ARMOR under a block-diagonal Hessian: min ‖W̃ - A S B̃‖², where W̃_j = W_j L_j and B̃_j = B_j L_j, H_j = L_j L_jᵀ.
+
+Absorbing the Hessian in B leaves a plain Frobenius fit that separates over the blocks (i, j) given A and B̃, so every step
+is a batch of small problems: A and B̃ in closed form, S on its mask by conjugate gradients with a step length per block,
+and a sweep over all groups of four in b / 4 steps. The Hessian diagonal of the paper is the case H_j = diag(h_j).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.methods.armor_algebra import (
+    Factors,
+    best_pair,
+    gumbel,
+    left,
+    pair_inverses,
+    pair_mask,
+    proximal_solve,
+    right,
+    select,
+    temperature,
+)
+
+_VALUE_STEPS = 4  # conjugate-gradient steps per solve; 2 leave the final loss 0.7-1.6 % higher
+_SOLVES = 2  # solves of S, A, B per sweep; 1 leaves the loss 6 % higher for 20 % less time
+
+
+def fit(target: Tensor, factors: Factors, *, iterations: int, anneal: float, generator: torch.Generator) -> Factors:
+    """Improve `factors` and return the best state seen, never worse than the one given.
+
+    Args:
+        target: W̃, `[out, in]`, float32 or float64.
+        factors: where to start, b being B̃.
+        iterations: sweeps, each followed by two solves of S, A and B̃.
+        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every step monotone.
+        generator: source of the noise and of the visiting order, on the device of `target`.
+    """
+    best, best_loss = factors, loss(target, factors)
+    current = best_loss
+    for step in range(iterations):
+        heat = temperature(step, iterations, anneal)
+        noise = heat * current * (4 / target.numel()) if heat > 0 else None
+        factors = sweep(target, factors, noise, generator)
+        for _ in range(_SOLVES):
+            factors = solve_b(target, solve_a(target, solve_values(target, factors)))
+        current = loss(target, factors)
+        best, best_loss = select(current < best_loss, factors, best), torch.minimum(current, best_loss)
+    return best
+
+
+def loss(target: Tensor, factors: Factors) -> Tensor:
+    """‖W̃ - A S B̃‖², 0-d."""
+    return (target - factors.dense()).square().sum()
+
+
+def _quadratic(target: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """AᵀA, B̃B̃ᵀ and the half-gradient E = AᵀA S B̃B̃ᵀ - Aᵀ W̃ B̃ᵀ `[out, in]`."""
+    a_transposed, b_transposed = factors.a.transpose(1, 2), factors.b.transpose(1, 2)
+    error = left(a_transposed, right(factors.dense() - target, b_transposed))
+    return a_transposed @ factors.a, factors.b @ b_transposed, error
+
+
+def _to_blocks(x: Tensor, factors: Factors) -> Tensor:
+    """`[out, in]` -> `[out / bA, in / bB, bA, bB]`, contiguous."""
+    size_a, size_b = factors.a.shape[1], factors.b.shape[1]
+    return x.view(-1, size_a, x.shape[1] // size_b, size_b).transpose(1, 2).contiguous()
+
+
+def _from_blocks(x: Tensor) -> Tensor:
+    """The inverse of `_to_blocks`."""
+    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
+
+
+def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator) -> Factors:
+    """Re-solve every group of S once: all rows at a time, each row at another column group, b / 4 steps in all.
+
+    The coupling of rows through AᵀA waits until the end of the sweep. Without noise a block that got worse for that
+    keeps its old state (0-13 % of the blocks), so the sweep never raises the loss.
+
+    Args:
+        target: W̃, `[out, in]`.
+        factors: the current state.
+        noise: 0-d scale of the Gumbel noise added to the gains; None for a greedy sweep.
+        generator: source of the order and of the noise.
+    """
+    a_gram, b_gram, start = _quadratic(target, factors)
+    size_a, size_b = a_gram.shape[1], b_gram.shape[1]
+    count = size_b // 4
+    error = _to_blocks(start, factors).unflatten(-1, (count, 4))
+    s = _to_blocks(factors.s, factors).unflatten(-1, (count, 4))
+    choice = torch.empty(s.shape[:-1], dtype=torch.long, device=s.device)
+    squares = b_gram.unflatten(1, (count, 4)).unflatten(3, (count, 4)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    inverses, spread = pair_inverses(squares), b_gram.unflatten(1, (count, 4))
+    scale = a_gram.diagonal(dim1=1, dim2=2)[:, None, :, None].clamp_min(torch.finfo(s.dtype).tiny)
+    rows = torch.arange(size_a, device=s.device)
+    order = torch.randperm(count, generator=generator, device=s.device)
+    for step in range(count):
+        groups = order[(rows + step) % count]
+        old = s[:, :, rows, groups]
+        goal = scale * _rowwise(old, squares[:, groups]) - error[:, :, rows, groups]
+        random = None if noise is None else noise * gumbel((*goal.shape[:-1], 6), goal, generator)
+        new, choice[:, :, rows, groups] = best_pair(goal, _rowwise(goal, inverses[:, groups]), scale, random)
+        error += scale[..., None] * _rowwise(new - old, spread[:, groups]).unflatten(-1, (count, 4))
+        s[:, :, rows, groups] = new
+    new_s, new_mask = _from_blocks(s.flatten(-2)), _from_blocks(pair_mask(choice).flatten(-2))
+    if noise is None:
+        new_s, new_mask = _keep_better(a_gram, b_gram, start, factors, new_s, new_mask)
+    return factors._replace(s=new_s, mask=new_mask)
+
+
+def _rowwise(x: Tensor, matrices: Tensor) -> Tensor:
+    """`[i, j, r, k]` times `[j, r, k, l]` -> `[i, j, r, l]`."""
+    return torch.einsum("ijrk,jrkl->ijrl", x, matrices)
+
+
+def _keep_better(
+    a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The new state in blocks whose exact change of loss, <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS>, is not positive; the old elsewhere."""
+    change = s - factors.s
+    rise = ((2 * start + left(a_gram, right(change, b_gram))) * change).view(len(a_gram), a_gram.shape[1], len(b_gram), -1)
+    worse = (rise.sum((1, 3)) > 0).repeat_interleave(a_gram.shape[1], 0).repeat_interleave(b_gram.shape[1], 1)
+    return torch.where(worse, factors.s, s), torch.where(worse, factors.mask, mask)
+
+
+def solve_values(target: Tensor, factors: Factors) -> Factors:
+    """S on its mask: Jacobi-preconditioned conjugate gradients, one independent system per block (i, j)."""
+    a_gram, b_gram, error = _quadratic(target, factors)
+    size_a, size_b, tiny = a_gram.shape[1], b_gram.shape[1], torch.finfo(target.dtype).tiny
+    diagonal = a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal(dim1=1, dim2=2).reshape(1, -1)
+    inverse = 1 / diagonal.clamp_min(tiny)
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).view(len(a_gram), size_a, len(b_gram), size_b).sum((1, 3))
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(size_a, 0).repeat_interleave(size_b, 1)
+
+    s = factors.s
+    residual = -error * factors.mask
+    direction = preconditioned = residual * inverse
+    power = inner(residual, preconditioned)
+    for step in range(_VALUE_STEPS):
+        applied = left(a_gram, right(direction, b_gram)) * factors.mask
+        length = spread(power / inner(direction, applied).clamp_min(tiny))
+        s = s + length * direction
+        if step + 1 < _VALUE_STEPS:
+            residual = residual - length * applied
+            preconditioned = residual * inverse
+            previous, power = power, inner(residual, preconditioned)
+            direction = preconditioned + spread(power / previous.clamp_min(tiny)) * direction
+    return factors._replace(s=s)
+
+
+def solve_a(target: Tensor, factors: Factors) -> Factors:
+    """The best A given S and B̃: A_i = W̃_i P_iᵀ (P_i P_iᵀ)⁻¹ with P = S B̃."""
+    blocks, size, _ = factors.a.shape
+    product = right(factors.s, factors.b).view(blocks, size, -1)
+    rhs = product @ target.view(blocks, size, -1).transpose(1, 2)
+    solution = proximal_solve(product @ product.transpose(1, 2), rhs, factors.a.transpose(1, 2))
+    return factors._replace(a=solution.transpose(1, 2).contiguous())
+
+
+def solve_b(target: Tensor, factors: Factors) -> Factors:
+    """The best B̃ given A and S: B̃_j = (Q_jᵀQ_j)⁻¹ Q_jᵀ W̃_j with Q = A S."""
+    blocks, size, _ = factors.b.shape
+    product = left(factors.a, factors.s).view(-1, blocks, size).permute(1, 2, 0)
+    rhs = product @ target.view(-1, blocks, size).transpose(0, 1)
+    return factors._replace(b=proximal_solve(product @ product.transpose(1, 2), rhs, factors.b))

@@ -1,0 +1,141 @@
+"""What a run was asked to do: a TOML file, command-line values over it, defaults under it.
+
+Recipes are TOML because YAML 1.1 reads `2:4` as the number 124. The complete recipe is written into every output, so
+that any output can be made again from itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from compressor.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that decide the output; the device is not among them.
+
+    Attributes:
+        model: folder or Hub id; `revision` of the latter.
+        method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
+        pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
+        format: `packed`, or `dense` for a plain checkpoint with zeros.
+        dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
+        ignore: globs over linear names that stay dense.
+        dtype: of the forward passes; `auto` is the checkpoint's. Stored dtypes never change.
+    """
+
+    model: str
+    revision: str = ""
+    method: str = "wanda"
+    pattern: str = "2:4"
+    format: str = "packed"
+    dataset: str = "self"
+    num_samples: int = 128
+    seq_len: int = 0
+    seed: int = 0
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    ignore: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            _check_type(entry.name, getattr(self, entry.name), str(entry.type))
+        _one_of("format", self.format, ["packed", "dense"])
+        _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
+        if self.num_samples < 1:
+            raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")
+        if self.seq_len and self.seq_len < 2:
+            raise UsageError(f"seq-len is {self.seq_len}; accepted: 2 or more")
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML document that `load` reads back."""
+        import tomli_w
+
+        return tomli_w.dumps(asdict(self))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The settings of a recipe file, unknown keys refused. Raises UsageError."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"recipe {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"recipe {path} is not readable TOML: {str(error)[:200]}") from None
+    known = [entry.name for entry in fields(Recipe)]
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
+    return settings
+
+
+def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
+    """A Recipe from file settings, command-line values that are not None, and `k=v` option assignments."""
+    settings = {**recipe, **{key: value for key, value in given.items() if value is not None}}
+    options = dict(settings.get("options", {})) if isinstance(settings.get("options", {}), dict) else settings["options"]
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"--set {assignment!r} is not of the form name=value")
+        options[name.strip()] = text.strip()
+    return Recipe(**{**settings, "options": options})
+
+
+def check_options(owner: str, module: ModuleType, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` checked against the keyword-only parameters of `module.compress`, text turned into their types.
+
+    Raises:
+        UsageError: unknown name or wrong type.
+    """
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.compress).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    checked = {}
+    for name, value in options.items():
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise UsageError(f"{owner} has no option {name!r}; its options: {names}{did_you_mean(name, list(known))}")
+        checked[name] = _typed(f"{owner} option {name}", value, known[name])
+    return checked
+
+
+def _typed(what: str, value: Any, default: Any) -> Any:
+    """`value` in the type of `default`; numbers and booleans may be given as text."""
+    kind = type(default)
+    if kind is bool:
+        truth = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(value, str) and value.lower() in truth:
+            return truth[value.lower()]
+    elif kind in (int, float) and not isinstance(value, bool) and isinstance(value, str | int | float):
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is not None and (isinstance(value, str) or number == value) and number - number == 0:  # finite
+            return number
+    if type(value) is kind:
+        return value
+    raise UsageError(f"{what} is {value!r}; a value of type {kind.__name__} is expected, such as {default!r}")
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    kinds = {"str": str, "int": int, "bool": bool, "list[str]": list, "dict[str, Any]": dict}
+    kind = kinds[annotation]
+    right = type(value) is kind and (kind is not list or all(isinstance(item, str) for item in value))
+    if not right:
+        raise UsageError(f"{name.replace('_', '-')} is {value!r}; a value of type {annotation} is expected")
+
+
+def _one_of(name: str, value: str, accepted: list[str]) -> None:
+    if value not in accepted:
+        raise UsageError(f"{name} is {value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}")

@@ -1,0 +1,103 @@
+"""The record of a run: what was done to every linear, what was left alone and why, and what it cost.
+
+`facts()` is the same for the same input, seed and versions; `everything()` adds what differs from run to run.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LinearRow:
+    """One compressed linear. `error` is ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none."""
+
+    name: str
+    shape: list[int]
+    format: str
+    sparsity: float
+    error: float | None
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass
+class BlockRow:
+    """One block. `error` is the relative squared error of its output against the dense block on the same inputs."""
+
+    index: int
+    error: float | None
+
+
+@dataclass
+class LeftDense:
+    """A weight that was not compressed, and why."""
+
+    name: str
+    shape: list[int]
+    reason: str
+
+
+@dataclass
+class Report:
+    """Everything about one run of `prune`."""
+
+    recipe: dict[str, Any]
+    architecture: str
+    parameters: int
+    input_bytes: int
+    linears: list[LinearRow] = field(default_factory=list)
+    blocks: list[BlockRow] = field(default_factory=list)
+    left_dense: list[LeftDense] = field(default_factory=list)
+    output_bytes: int = 0
+    calibration_tokens: int = 0
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """All that the input, the recipe and the versions determine."""
+        found = asdict(self)
+        del found["run"]
+        return {**found, "totals": self.totals(), "versions": versions()}
+
+    def everything(self) -> dict[str, Any]:
+        """`facts()` and, under `run`, the seconds, the peak memory and the device of this run."""
+        return {**self.facts(), "run": self.run}
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the compressed linears."""
+        weights = sum(row.shape[0] * row.shape[1] for row in self.linears)
+        dense = sum(row.dense_bytes for row in self.linears)
+        stored = sum(row.bytes for row in self.linears)
+        zeros = sum(row.sparsity * row.shape[0] * row.shape[1] for row in self.linears)
+        return {
+            "linears": len(self.linears),
+            "weights": weights,
+            "sparsity": zeros / weights if weights else 0.0,
+            "dense_bytes": dense,
+            "bytes": stored,
+            "ratio": stored / dense if dense else 1.0,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions that the result depends on."""
+    from importlib.metadata import version
+
+    names = ["compress-llm", "torch", "transformers", "safetensors"]
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far: resident host memory, and CUDA memory where a device was used."""
+    import resource
+    import sys
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
