@@ -40,6 +40,11 @@ def eye_blocks(size: int, block: int, like: Tensor) -> Tensor:
     return torch.eye(block, dtype=like.dtype, device=like.device).repeat(size // block, 1, 1)
 
 
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """`[n, n]` -> its diagonal blocks `[n / size, size, size]`."""
+    return matrix.view(len(matrix) // size, size, -1, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
 def left(a: Tensor, x: Tensor) -> Tensor:
     """blockdiag(a) x, `[rows, columns]`."""
     return torch.bmm(a, x.reshape(len(a), a.shape[1], -1)).reshape(x.shape)

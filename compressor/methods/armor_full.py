@@ -18,6 +18,7 @@ from torch import Tensor
 from compressor.methods.armor_algebra import (
     Factors,
     best_pair,
+    diagonal_blocks,
     gumbel,
     left,
     pair_inverses,
@@ -215,7 +216,7 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
     normal = product.T @ product
     blocks, size, _ = factors.b.shape
     tiny = torch.finfo(gram.dtype).tiny
-    invert_left, invert_right = _damped_cholesky(_diagonal_blocks(normal, size)), _damped_cholesky(_diagonal_blocks(gram, size))
+    invert_left, invert_right = _damped_cholesky(diagonal_blocks(normal, size)), _damped_cholesky(diagonal_blocks(gram, size))
 
     def apply(x: Tensor) -> Tensor:
         """The diagonal blocks of QᵀQ blockdiag(x) H."""
@@ -238,11 +239,6 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
         previous, power = power, (residual * preconditioned).sum()
         direction = preconditioned + power / previous.clamp_min(tiny) * direction
     return factors._replace(b=torch.where(torch.isfinite(b).all(), b, factors.b))
-
-
-def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """`[n, n]` -> its diagonal blocks `[n / size, size, size]`."""
-    return matrix.view(len(matrix) // size, size, -1, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _damped_cholesky(matrices: Tensor) -> Tensor:

@@ -115,9 +115,7 @@ def _rowwise(x: Tensor, matrices: Tensor) -> Tensor:
     return torch.einsum("ijrk,jrkl->ijrl", x, matrices)
 
 
-def _keep_better(
-    a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def _keep_better(a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The new state in blocks whose exact change of loss, <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS>, is not positive; the old elsewhere."""
     change = s - factors.s
     rise = ((2 * start + left(a_gram, right(change, b_gram))) * change).view(len(a_gram), a_gram.shape[1], len(b_gram), -1)

@@ -53,3 +53,70 @@ class Sparse24Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+
+
+class ArmorLinear(nn.Module):
+    """A linear stored as a packed 2:4 core between block-diagonal wrappers: y = A (S (B x)) + bias.
+
+    Its state is always `weight_values`, `weight_metadata`, `weight_a` and `weight_b` (and `bias`). After `unpack_()` the
+    core is held as a plain dense `weight_core`, which is packed again whenever the state is read: saving gives back the
+    same bytes. The wrappers stay apart; multiplied into one dense weight they would have to be factored again to be saved.
+    """
+
+    weight_values: Any  # parameter; None once unpacked
+    weight_metadata: Any  # buffer; None once unpacked
+    weight_core: Any  # None until unpacked
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        block_a: int,
+        block_b: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if out_features % block_a or in_features % block_b:
+            raise ValueError(f"blocks of {block_a} and {block_b} do not divide {out_features} outputs and {in_features} inputs")
+        self.in_features, self.out_features = in_features, out_features
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight_values = parameter(out_features, in_features // 2)
+        self.register_buffer("weight_metadata", torch.empty(out_features, -(-in_features // 16), dtype=torch.int16, device=device))
+        self.weight_a = parameter(out_features // block_a, block_a, block_a)
+        self.weight_b = parameter(in_features // block_b, block_b, block_b)
+        self.bias = parameter(out_features) if bias else None
+        self.register_parameter("weight_core", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        if self.weight_core is None:
+            return reference.armor(x, self.weight_values, self.weight_metadata, self.weight_a, self.weight_b, self.bias)
+        y = reference.block_diagonal(linear(reference.block_diagonal(x, self.weight_b), self.weight_core), self.weight_a)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def unpack_(self) -> None:
+        """Replace the packed core by the dense one it stands for. Raises ValueError on metadata that is not 2:4."""
+        if self.weight_core is None:
+            check24(self.weight_values, self.weight_metadata)
+            self.weight_core = nn.Parameter(unpack24(self.weight_values, self.weight_metadata), requires_grad=False)
+            self.weight_values, self.weight_metadata = None, None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        core = destination.pop(prefix + "weight_core", None)
+        if core is not None:
+            destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = pack24(core.detach())
+
+    def extra_repr(self) -> str:
+        """Features, bias and block sizes, as `print(model)` shows them."""
+        blocks = f"blocks of {self.weight_a.shape[1]} and {self.weight_b.shape[1]}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4 between {blocks}"
+        )

@@ -21,3 +21,33 @@ def sparse24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = 
         `[..., out]` in the dtype of x.
     """
     return linear(x, unpack24(values, metadata), bias)
+
+
+def armor(x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = A (S (B x)) + bias for a packed 2:4 core S between block-diagonal A and B.
+
+    Args:
+        x: `[..., in]`.
+        values: `[out, in / 2]`, the dtype of x.
+        metadata: int16 `[out, ceil(in / 16)]`.
+        a: `[out / bA, bA, bA]`, the dtype of x.
+        b: `[in / bB, bB, bB]`, the dtype of x.
+        bias: `[out]` or None.
+
+    Returns:
+        `[..., out]` in the dtype of x.
+    """
+    y = block_diagonal(sparse24(block_diagonal(x, b), values, metadata), a)
+    return y if bias is None else y + bias
+
+
+def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
+    """y = blockdiag(blocks) x.
+
+    Args:
+        x: `[..., features]`.
+        blocks: `[features / size, size, size]`, the dtype of x.
+    """
+    count, size, _ = blocks.shape
+    rows = x.reshape(-1, count, size).transpose(0, 1)
+    return (rows @ blocks.transpose(1, 2)).transpose(0, 1).reshape(x.shape)

@@ -1,0 +1,62 @@
+"""The `compress` command. One file per command: parse, call, print. torch is imported inside the commands only.
+
+stdout carries the result, stderr progress and messages. Exit codes: 0, 1 (the input cannot be used), 2 (usage), 130 (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from compressor.cli.eval import evaluate
+from compressor.cli.inspect import inspect
+from compressor.cli.prune import prune
+from compressor.cli.unpack import unpack
+from compressor.errors import CompressError
+
+app = typer.Typer(
+    name="compress",
+    help="Make a Hugging Face language model smaller, after training, in one shot.",
+    epilog="Example: [bold]compress prune org/model -o out --method sparsegpt --pattern 2:4[/bold]",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("prune", no_args_is_help=True)(prune)
+app.command("eval", no_args_is_help=True)(evaluate)
+app.command("inspect", no_args_is_help=True)(inspect)
+app.command("unpack", no_args_is_help=True)(unpack)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("compress-llm"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Make a Hugging Face language model smaller, after training, in one shot."""
+
+
+def main() -> None:
+    """Entry point: one clear line for every expected error, and the exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not for our users
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    try:
+        app()
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

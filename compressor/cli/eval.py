@@ -1,0 +1,73 @@
+"""`compress eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressor.cli.show import counting, err, quiet_libraries
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id, compressed or plain.", show_default=False)],
+    baseline: Annotated[str | None, typer.Option(help="A second model to stand beside it, such as the original.", show_default=False)] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Perplexity on a .txt, .jsonl or .parquet file, Hub id, or self; repeatable.", show_default=False)] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.", show_default=False)] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files.", show_default=False)] = None,
+    seq_len: Annotated[int, typer.Option(help="Window of the perplexity; 0: min(2048, the model's limit).")] = 0,
+    num_samples: Annotated[int, typer.Option(help="Sequences sampled for --dataset self.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of --dataset self.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="At most so many rows, and examples per task.", show_default=False)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt of each task.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Of the tasks.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON here as well; must not exist.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in lm-eval's schema instead of the table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
+) -> None:
+    """Score a model: perplexity and lm-eval tasks, beside a baseline."""
+    from compressor.errors import OutputError, UsageError
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not dataset and not names:
+        raise UsageError("give something to score: --dataset FILE (perplexity), --tasks NAMES (lm-eval), or both")
+    if output is not None and output.exists():
+        raise OutputError(f"output {output} exists already; choose another with -o or remove it")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype is {dtype!r}; accepted: auto, float32, bfloat16, float16")
+    if not quiet:
+        err.print("loading libraries …", style="dim")
+    from compressor.evaluate import evaluate as run
+    from compressor.evaluate import table
+    from compressor.pipeline import choose_device
+
+    quiet_libraries(verbose)
+    where = str(choose_device(device))
+    scored: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(([baseline] if baseline else []) + [model]):
+        with counting(f"scoring {Path(name).name}", quiet) as progress:
+            scored[name] = run(
+                name, datasets=dataset or [], tasks=names, text_from=baseline, include_path=include_path, seq_len=seq_len, num_samples=num_samples,
+                seed=seed, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, device=where, dtype=dtype,
+                trust_remote_code=trust_remote_code, progress=progress,
+            )  # fmt: skip
+    result = {**scored[model], **({"baseline": scored[baseline]} if baseline else {})}
+    text = json.dumps(result, indent=1, default=str)
+    if output is not None:
+        output.write_text(text + "\n")
+    print(text if as_json else table(scored))
+
+
+evaluate.__doc__ = f"""{evaluate.__doc__}
+
+[bold]Examples[/bold]
+
+compress eval out --baseline org/model --dataset wikitext2-test.txt
+
+compress eval out --tasks arc_easy,piqa --json -o scores.json"""

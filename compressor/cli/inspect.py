@@ -1,0 +1,87 @@
+"""`compress inspect`: everything the headers say, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressor.cli.show import out, size, table
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Any checkpoint folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show architecture, shards, and format, sparsity and bytes of every linear.
+
+    [bold]Example[/bold]
+
+    compress inspect out
+    """
+    from compressor.checkpoint import Reader
+
+    found = describe(Reader(folder))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show(found)
+
+
+def describe(reader: Any) -> dict[str, Any]:
+    """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a report is."""
+    from compressor.checkpoint import ITEM_BITS, read_json
+    from compressor.errors import CheckpointError
+    from compressor.layout import packed_modules
+
+    modules = packed_modules(reader.config)
+    report = reader.folder / "report.json"
+    try:
+        rows = read_json(report).get("linears", []) if report.is_file() else []
+        sparsity = {row["name"]: float(row["sparsity"]) for row in rows}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise CheckpointError(f"{report} is no report of this package") from None
+    linears = []
+    for name, entry in modules.items():
+        parts = [reader.tensors[tensor] for tensor in reader.tensors if tensor.startswith(f"{name}.weight_")]
+        if f"{name}.weight_values" not in reader.tensors:
+            raise CheckpointError(f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors are not there")
+        values = reader.tensors[f"{name}.weight_values"]
+        shape = [values.shape[0], values.shape[1] * 2]
+        linears.append(_row(name, shape, entry["format"], sparsity.get(name), sum(part.nbytes for part in parts), ITEM_BITS[values.dtype]))
+    for tensor, entry in reader.tensors.items():
+        name = tensor.removesuffix(".weight")
+        if tensor.endswith(".weight") and len(entry.shape) == 2 and name not in modules:
+            linears.append(_row(name, list(entry.shape), "dense", sparsity.get(name), entry.nbytes, ITEM_BITS[entry.dtype]))
+    shards = [{"name": shard, "bytes": (reader.folder / shard).stat().st_size} for shard in reader.shards]
+    dense = reader.nbytes + sum(row["dense_bytes"] - row["bytes"] for row in linears)
+    return {
+        "folder": str(reader.folder),
+        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type")])[0],
+        "shards": shards,
+        "tensors": len(reader.tensors),
+        "bytes": reader.nbytes,
+        "dense_bytes": dense,
+        "ratio": reader.nbytes / dense if dense else 1.0,
+        "linears": linears,
+    }
+
+
+def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored: int, bits: int) -> dict[str, Any]:
+    dense = math.prod(shape) * bits // 8
+    return {"name": name, "shape": shape, "format": form, "sparsity": sparsity, "bytes": stored, "dense_bytes": dense, "ratio": stored / dense if dense else 1.0}
+
+
+def _show(found: dict[str, Any]) -> None:
+    out.print(f"{found['architecture']}, {found['tensors']} tensors in {len(found['shards'])} shards")
+    for shard in found["shards"]:
+        out.print(f"  {shard['name']}  {size(shard['bytes'])}")
+    rows = table("", "matrix >shape format >zeros >bytes >of-dense")
+    for row in found["linears"]:
+        sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.1%}"
+        rows.add_row(row["name"], "×".join(map(str, row["shape"])), row["format"], sparsity, size(row["bytes"]), f"{row['ratio']:.4f}")
+    out.print(rows)
+    out.print(f"{size(found['bytes'])}, {found['ratio']:.4f} of its dense size {size(found['dense_bytes'])}")

@@ -1,0 +1,29 @@
+"""`compress unpack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.show import err
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
+) -> None:
+    """Turn a packed checkpoint back into a plain dense one that every tool reads.
+
+    [bold]Example[/bold]
+
+    compress unpack out -o out-dense
+    """
+    from compressor.unpack import unpack as run
+
+    count = run(folder, output)
+    if not quiet:
+        err.print(f"{count} packed linears are dense again, zeros in place")
+    print(output)

@@ -1,0 +1,136 @@
+"""The transformers plug-in: importing this module makes `from_pretrained` understand compressed folders.
+
+    import compressor.runtime
+    model = AutoModelForCausalLM.from_pretrained("out")
+
+It registers a quantiser that swaps each linear named in config.json for a module holding its packed form. Without a GPU
+the weights are unpacked once after loading and the model runs dense; its state stays the packed one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressor_kernels.linear import Sparse24Linear
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compressor.errors import CheckpointError
+from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
+
+
+class CompressedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed folder: `modules` maps each packed linear to its format."""
+
+    def __init__(self, modules: Mapping[str, Any] | None = None, version: int = VERSION, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own names are an enum, others are text
+        self.version, self.modules = version, dict(modules or {})
+        packed_modules({"quantization_config": self.to_dict()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        return {"quant_method": QUANT_METHOD, "version": self.version, "modules": self.modules}
+
+
+class CompressedQuantizer(HfQuantizer):
+    """Swaps modules before loading, unpacks them on the CPU after loading."""
+
+    requires_calibration = True
+    quantization_config: CompressedConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before the weight files are looked for, in transformers 5.23; the plug-in is here, so the guard may go."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            config.transformers_weights = None
+        return config
+
+    update_tp_plan = update_attn_implementation  # its place in transformers 5.17
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, entry in self.quantization_config.modules.items():
+            try:
+                parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+            except AttributeError:
+                raise CheckpointError(f"config.json names the packed linear {name!r}, which this model does not have") from None
+            setattr(parent, name.rpartition(".")[2], packed_module(name, module, entry))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name in self.quantization_config.modules:
+            module = model.get_submodule(name)
+            if module.weight_values.device.type == "cpu" and not hasattr(module, "_hf_hook"):
+                _unpack(name, module)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained` just before it saves the config, which drops `transformers_weights`: put the guard back."""
+        config = model.config
+
+        def save_once(directory: str | Path, **options: Any) -> None:
+            del config.__dict__["save_pretrained"]
+            config.save_pretrained(directory, **options)
+            path = Path(directory) / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_weights": GUARD}, indent=2) + "\n")
+
+        config.__dict__["save_pretrained"] = save_once
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights are frozen."""
+        return False
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        for name in self.quantization_config.modules:
+            module = model.get_submodule(name)
+            _unpack(name, module)
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight, linear.bias = module.weight, module.bias
+            if dtype is not None:
+                linear.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
+        return model
+
+
+def packed_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+    """An empty module for the stored form `entry` in place of `module`. Raises CheckpointError."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise CheckpointError(f"config.json names {name!r} as a packed linear, but it is a {type(module).__name__}")
+    in_features, out_features = (module.in_features, module.out_features) if hasattr(module, "in_features") else weight.shape
+    if entry["format"] != "sparse24":
+        raise CheckpointError(f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24: update it")
+    return Sparse24Linear(int(in_features), int(out_features), bias=bias is not None, dtype=weight.dtype, device="meta")  # type: ignore[arg-type]
+
+
+def _unpack(name: str, module: nn.Module) -> None:
+    try:
+        module.unpack_()  # type: ignore[operator]
+    except ValueError as error:
+        raise CheckpointError(f"{name} is damaged: {error}") from None
+
+
+def load(path: str | Path, **options: Any) -> Any:
+    """A compressed (or plain) checkpoint as a transformers causal language model, ready to generate.
+
+    Args:
+        path: folder or Hub id.
+        options: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to the stored one.
+    """
+    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **options}).eval()
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(CompressedConfig)
+    register_quantizer(QUANT_METHOD)(CompressedQuantizer)

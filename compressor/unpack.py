@@ -1,0 +1,52 @@
+"""A packed folder back to a plain dense checkpoint that every tool reads, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint import Reader
+from compressor.errors import CheckpointError
+from compressor.formats import form_class
+from compressor.layout import packed_modules, plain_config
+from compressor.writer import Writer, check_output
+
+
+def stored_suffixes(reader: Reader, name: str) -> list[str]:
+    """Suffixes of the tensors stored for the packed linear `name` in place of its weight, such as `weight_values`."""
+    prefix = f"{name}.weight_"
+    return [tensor.removeprefix(f"{name}.") for tensor in reader.tensors if tensor.startswith(prefix)]
+
+
+def unpack(folder: Path, output: Path) -> int:
+    """Write `output` with the dense weights (zeros in place) of the packed checkpoint `folder`; returns how many there were.
+
+    Raises:
+        CheckpointError: nothing is packed in it, or a packed linear is incomplete or damaged.
+    """
+    reader = Reader(folder)
+    modules = packed_modules(reader.config)
+    if not modules:
+        raise CheckpointError(f"{folder} holds no packed linears: it is a plain checkpoint already")
+    check_output(output, reader)
+    suffixes = {name: stored_suffixes(reader, name) for name in modules}
+    if missing := [name for name in modules if not suffixes[name]]:
+        raise CheckpointError(f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are not there")
+    replaced = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
+    with Writer(reader, output, replaced) as writer:
+        for name, entry in modules.items():
+            _unpack_one(reader, writer, name, entry, suffixes[name])
+        writer.finish(plain_config(reader.config), {})
+    return len(modules)
+
+
+def _unpack_one(reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]) -> None:
+    form = form_class(entry["format"])
+    try:
+        weight = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}).dense()
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{name} is damaged: {error}") from None
+    first, *rest = suffixes
+    writer.replace(f"{name}.{first}", {"weight": weight})
+    for suffix in rest:
+        writer.replace(f"{name}.{suffix}", {})
