@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,9 +66,10 @@ def test_normaliser_gives_unit_rows_and_its_loss_is_the_paper_s() -> None:
     assert torch.allclose((weight / rows / columns).norm(dim=1), torch.ones(12).double(), atol=1e-4)
     compressed = nowag.compress(weight, stats, Pattern.parse("2:4")).weight
     h = stats.norm.double().square()
-    expected = sum(
-        ((weight[i, j] - compressed[i, j]).item() / (rows[i, 0] * columns[j]).item()) ** 2 * h[j].item() for i in range(12) for j in range(20)
-    )
+    difference = (weight - compressed).double()
+    expected = 0.0
+    for i, j in itertools.product(range(12), range(20)):
+        expected += (difference[i, j] / (rows[i, 0] * columns[j])).item() ** 2 * h[j].item()
     assert nowag.normalised_loss(weight.double(), compressed.double(), h).item() == pytest.approx(expected, rel=1e-9)
 
 

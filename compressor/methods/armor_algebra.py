@@ -61,6 +61,12 @@ def select(keep: Tensor, new: Factors, old: Factors) -> Factors:
     return Factors(*(torch.where(keep, n, o) for n, o in zip(new, old, strict=True)))
 
 
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is not positive: conjugate gradients that have arrived stay there."""
+    tiny = torch.finfo(denominator.dtype).tiny
+    return torch.where(denominator > tiny, numerator / denominator.clamp_min(tiny), 0)
+
+
 def balance(factors: Factors) -> Factors:
     """The same product with unit-norm columns of A and unit-norm rows of B, the scale moved into S.
 

@@ -24,6 +24,7 @@ from compressor.methods.armor_algebra import (
     pair_inverses,
     pair_mask,
     proximal_solve,
+    ratio,
     right,
     select,
     temperature,
@@ -70,7 +71,9 @@ def fit(
             factors = solve_a(weight_gram, gram, factors)
             factors = solve_b(weight_gram, gram, factors, b_steps)
         current = loss(weight, gram, factors)
-        best, best_loss = select(current < best_loss, factors, best), torch.minimum(current, best_loss)
+        better, broken = current < best_loss, ~torch.isfinite(current)
+        best, best_loss = select(better, factors, best), torch.where(better, current, best_loss)
+        factors, current = select(broken, best, factors), torch.where(broken, best_loss, current)
     return best
 
 
@@ -191,11 +194,11 @@ def solve_values(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int
     power = inner(residual, preconditioned)
     for _ in range(steps):
         applied = left(a_gram, direction @ b_gram) * factors.mask
-        length = power / inner(direction, applied).clamp_min(tiny)
+        length = ratio(power, inner(direction, applied))
         s, residual = s + length * direction, residual - length * applied
         preconditioned = residual * inverse
         previous, power = power, inner(residual, preconditioned)
-        direction = preconditioned + power / previous.clamp_min(tiny) * direction
+        direction = preconditioned + ratio(power, previous) * direction
     return factors._replace(s=s)
 
 
@@ -215,7 +218,6 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
     product = left(factors.a, factors.s)
     normal = product.T @ product
     blocks, size, _ = factors.b.shape
-    tiny = torch.finfo(gram.dtype).tiny
     invert_left, invert_right = _damped_cholesky(diagonal_blocks(normal, size)), _damped_cholesky(diagonal_blocks(gram, size))
 
     def apply(x: Tensor) -> Tensor:
@@ -233,11 +235,11 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
     power = (residual * preconditioned).sum()
     for _ in range(steps):
         applied = apply(direction)
-        length = power / (direction * applied).sum().clamp_min(tiny)
+        length = ratio(power, (direction * applied).sum())
         b, residual = b + length * direction, residual - length * applied
         preconditioned = precondition(residual)
         previous, power = power, (residual * preconditioned).sum()
-        direction = preconditioned + power / previous.clamp_min(tiny) * direction
+        direction = preconditioned + ratio(power, previous) * direction
     return factors._replace(b=torch.where(torch.isfinite(b).all(), b, factors.b))
 
 

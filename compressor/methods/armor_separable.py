@@ -18,6 +18,7 @@ from compressor.methods.armor_algebra import (
     pair_inverses,
     pair_mask,
     proximal_solve,
+    ratio,
     right,
     select,
     temperature,
@@ -46,7 +47,9 @@ def fit(target: Tensor, factors: Factors, *, iterations: int, anneal: float, gen
         for _ in range(_SOLVES):
             factors = solve_b(target, solve_a(target, solve_values(target, factors)))
         current = loss(target, factors)
-        best, best_loss = select(current < best_loss, factors, best), torch.minimum(current, best_loss)
+        better, broken = current < best_loss, ~torch.isfinite(current)
+        best, best_loss = select(better, factors, best), torch.where(better, current, best_loss)
+        factors, current = select(broken, best, factors), torch.where(broken, best_loss, current)
     return best
 
 
@@ -142,13 +145,13 @@ def solve_values(target: Tensor, factors: Factors) -> Factors:
     power = inner(residual, preconditioned)
     for step in range(_VALUE_STEPS):
         applied = left(a_gram, right(direction, b_gram)) * factors.mask
-        length = spread(power / inner(direction, applied).clamp_min(tiny))
+        length = spread(ratio(power, inner(direction, applied)))
         s = s + length * direction
         if step + 1 < _VALUE_STEPS:
             residual = residual - length * applied
             preconditioned = residual * inverse
             previous, power = power, inner(residual, preconditioned)
-            direction = preconditioned + spread(power / previous.clamp_min(tiny)) * direction
+            direction = preconditioned + spread(ratio(power, previous)) * direction
     return factors._replace(s=s)
 
 

@@ -1,0 +1,77 @@
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.errors import UsageError
+from compressor.pattern import Pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "sparsity", "n", "m", "shown"),
+    [("2:4", Fraction(1, 2), 2, 4, "2:4"), ("1:4", Fraction(3, 4), 1, 4, "1:4"), (" 4:8 ", Fraction(1, 2), 4, 8, "4:8"),
+     ("50%", Fraction(1, 2), 0, 0, "50%"), ("0.7", Fraction(7, 10), 0, 0, "70%"), (".25", Fraction(1, 4), 0, 0, "25%")],
+)  # fmt: skip
+def test_parses(text, sparsity, n, m, shown):
+    pattern = Pattern.parse(text)
+    assert (pattern.sparsity, pattern.n, pattern.m, str(pattern)) == (sparsity, n, m, shown)
+
+
+@pytest.mark.parametrize("text", ["abc", "4:2", "0:4", "4:4", "1.5", "-0.2", "150%", "0%", "100%", "", "2:4:8", "nan", "1e-3", "2 : 4"])
+def test_refuses_in_one_line(text):
+    with pytest.raises(UsageError) as caught:
+        Pattern.parse(text)
+    assert "\n" not in str(caught.value)
+    assert "accepted" in str(caught.value)
+
+
+def test_width_names_the_linear():
+    with pytest.raises(UsageError, match=r"in_features 11008 of model\.layers\.0\.mlp\.down_proj is not a multiple of 7"):
+        Pattern.parse("3:7").check_width("model.layers.0.mlp.down_proj", 11008)
+
+
+def literal_mask(score, pattern):
+    """Sort (score, column) pairs group by group and drop the smallest: the definition, in plain Python."""
+    mask = []
+    for row in score.tolist():
+        kept = [True] * len(row)
+        size = pattern.m or len(row)
+        drop = size - pattern.n if pattern.m else math.floor(len(row) * pattern.sparsity)
+        for start in range(0, len(row), size):
+            for _, column in sorted((row[column], column) for column in range(start, start + size))[:drop]:
+                kept[column] = False
+        mask.append(kept)
+    return torch.tensor(mask)
+
+
+@given(
+    st.sampled_from(["2:4", "1:4", "3:4", "4:8", "1:2", "50%", "29%", "1%", "99%"]),
+    st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31), st.booleans(),
+)  # fmt: skip
+def test_mask_is_its_definition_with_ties(text, rows, groups, seed, ties):
+    pattern = Pattern.parse(text)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, 8 * groups)
+    score = torch.randint(0, 3, shape, generator=generator).float() if ties else torch.rand(shape, generator=generator)
+    assert torch.equal(pattern.mask(score), literal_mask(score, pattern))
+
+
+def test_whole_matrix_quota():
+    pattern = Pattern.parse("60%")
+    mask = pattern.mask_matrix(torch.rand(7, 33))
+    assert int((~mask).sum()) == math.floor(7 * 33 * pattern.sparsity)
+
+
+def test_chunks_do_not_change_the_mask(monkeypatch):
+    score = torch.rand(50, 16)
+    whole = Pattern.parse("2:4").mask(score)
+    monkeypatch.setattr("compressor.pattern._CHUNK", 48)
+    assert torch.equal(Pattern.parse("2:4").mask(score), whole)
+
+
+@pytest.mark.parametrize(("text", "fits"), [("2:4", True), ("1:4", True), ("1:2", True), ("2:8", True), ("3:4", False), ("4:8", False), ("1:3", False), ("50%", False)])
+def test_fits_2_4(text, fits):
+    assert Pattern.parse(text).fits_2_4 is fits

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+
+from compressor.errors import NumericalError
+from compressor.stats import InputStats, collecting, output_error
+
+
+def test_moments_of_shifted_inputs_match_float64():
+    x = torch.randn(6, 50, 8, generator=torch.Generator().manual_seed(0)) * 0.1 + 100
+    stats = InputStats(8, gram=True)
+    for batch in x.split([1, 2, 3]):
+        stats.update(batch)
+    flat = x.reshape(-1, 8).double()
+    assert stats.tokens == 300
+    torch.testing.assert_close(stats.mean, flat.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.m2 / 300, flat.var(0, correction=0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(stats.norm.double(), flat.norm(dim=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.gram.double(), flat.T @ flat, rtol=1e-5, atol=0)
+
+
+def test_half_precision_inputs_do_not_overflow():
+    stats = InputStats(1)
+    stats.update(torch.full((4, 1), 300.0, dtype=torch.float16))
+    assert stats.norm.item() == 600.0
+
+
+class Block(nn.Module):
+    """q and k read the same tensor, o another; `twice` calls a linear a second time."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.o(self.q(x) + self.k(x))
+
+
+def test_linears_with_one_input_share_one_statistic():
+    block = Block()
+    batches = [torch.randn(2, 3, 4) for _ in range(3)]
+    with collecting({"q": block.q, "k": block.k, "o": block.o}) as stats:
+        for batch in batches:
+            block(batch)
+    assert stats["q"] is stats["k"]
+    assert stats["o"] is not stats["q"]
+    torch.testing.assert_close(stats["k"].norm, torch.cat(batches).reshape(-1, 4).norm(dim=0))
+    assert stats["q"].tokens == stats["o"].tokens == 18
+    block(batches[0])
+    assert stats["q"].tokens == 18  # the hooks are gone
+
+
+def test_nothing_seen_and_not_finite_are_refused_by_name():
+    stats = InputStats(2)
+    with pytest.raises(NumericalError, match="mlp.up saw no tokens"):
+        stats.check("mlp.up")
+    stats.update(torch.tensor([[1.0, float("inf")]]))
+    with pytest.raises(NumericalError, match="mlp.up are not finite"):
+        stats.check("mlp.up")
+
+
+def test_output_error_is_relative_and_squared():
+    stats = InputStats(8)
+    stats.update(torch.randn(100, 8))
+    weight = torch.randn(4, 8)
+    assert output_error(weight, weight, stats) == 0
+    assert output_error(weight, torch.zeros_like(weight), stats) == pytest.approx(1)
+    assert output_error(weight, weight * 0.9, stats) == pytest.approx(0.01, rel=1e-4)
