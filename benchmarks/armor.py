@@ -2,7 +2,9 @@
 
     python benchmarks/armor.py reference                 # proxy loss and CPU time against the paper's loop: half an hour
     python benchmarks/armor.py speed --size 4096         # seconds for one large linear
-    python benchmarks/armor.py perplexity MODEL CALIBRATION TEST --options overhead=0.125 proxy=full
+    python benchmarks/armor.py perplexity MODEL CALIBRATION.jsonl TEST.jsonl --method armor --options overhead=0.0625
+
+CALIBRATION and TEST hold one {"input_ids": [...]} a line. Statistics of a block come from the compressed blocks before it.
 
 Each case writes one JSON line with hardware and versions to standard output.
 """
@@ -12,17 +14,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
+from importlib import import_module
+from types import FunctionType, ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.formats.armor import Armor
+from compressor.formats.sparse24 import Sparse24
 from compressor.methods import armor, armor_separable, nowag
 from compressor.methods.armor_algebra import Factors, eye_blocks
 from compressor.pattern import Pattern
-from compressor.stats import InputStats
+from compressor.stats import InputStats, collecting
 
 PAIRS = list(itertools.combinations(range(4), 2))
 CASES = [("gauss", 256, 512, 16), ("heavy", 256, 512, 16), ("gauss", 384, 384, 32), ("heavy", 384, 384, 32)]
@@ -64,7 +71,9 @@ def heavy(rows: int, columns: int, g: torch.Generator, tokens: int = 4096) -> tu
     t = torch.randn(rows, columns, generator=g) / (torch.randn(4, rows, columns, generator=g).square().mean(0)).sqrt()
     t = t * torch.exp(0.35 * torch.randn(rows, 1, generator=g)) * torch.exp(0.35 * torch.randn(1, columns, generator=g))
     rank = max(8, min(rows, columns) // 16)
-    low = (torch.randn(rows, rank, generator=g) * torch.linspace(1, 0.1, rank)) @ torch.randn(rank, columns, generator=g) / rank**0.5
+    low = (
+        (torch.randn(rows, rank, generator=g) * torch.linspace(1, 0.1, rank)) @ torch.randn(rank, columns, generator=g) / rank**0.5
+    )
     x = torch.randn(tokens, 32, generator=g) @ torch.randn(32, columns, generator=g) / 32**0.5
     x = (x + torch.randn(tokens, columns, generator=g)) * torch.exp(0.6 * torch.randn(columns, generator=g))
     x[:, torch.randperm(columns, generator=g)[: max(2, columns // 128)]] *= 30
@@ -180,7 +189,12 @@ def run_reference(args: argparse.Namespace) -> None:
                 row |= {"reached_at": count, "reached_cpu_s": round(spent, 3), "reached_speedup": round(seconds / spent)}
                 break
         final, spent = ours(target, h, mask, block, args.iterations)
-        row |= {"ours": final, "ours_cpu_s": round(spent, 2), "loss_ratio": round(final / loss, 3), "speedup": round(seconds / spent)}
+        row |= {
+            "ours": final,
+            "ours_cpu_s": round(spent, 2),
+            "loss_ratio": round(final / loss, 3),
+            "speedup": round(seconds / spent),
+        }
         emit(**row)
 
 
@@ -196,7 +210,7 @@ def run_speed(args: argparse.Namespace) -> None:
     for _ in range(args.size // 256):
         x = torch.randn(512, 64, generator=g, device=device) @ mix + torch.randn(512, args.size, generator=g, device=device)
         stats.update(x)
-    options = parse_options(args.options)
+    options = parse_options(args.options, armor.compress)
     started, cpu = time.perf_counter(), time.process_time()
     form = armor.compress(weight.to(getattr(torch, args.dtype)), stats, P24, block_size=args.block, **options)
     shapes = {name: list(tensor.shape) for name, tensor in form.pack().items()}
@@ -204,9 +218,65 @@ def run_speed(args: argparse.Namespace) -> None:
     emit(case=f"{args.size}x{args.size}", block=args.block, dtype=args.dtype, options=options, **seconds, **shapes)
 
 
-def parse_options(pairs: list[str]) -> dict[str, object]:
+# --- whole models
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    calibration = token_rows(args.calibration)
+    method = method_of(args.method)
+    started, size, dense_size, wrappers, weights = time.process_time(), 0, 0, 0, 0
+    for block in model.model.layers:
+        for linear, stats in block_statistics(model, block, calibration):
+            weight = linear.weight.detach()
+            form = method.compress(weight, stats, P24, **parse_options(args.options, method.compress))
+            linear.weight.data.copy_(form.dense())
+            if not isinstance(form, Armor):
+                form = Sparse24.from_dense(form.dense())
+            else:
+                wrappers += form.a.numel() + form.b.numel()
+            weights += weight.numel()
+            size += sum(tensor.nbytes for tensor in form.pack().values())
+            dense_size += weight.nbytes
+    cpu = round(time.process_time() - started, 1)
+    row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "method": args.method, "options": " ".join(args.options)}
+    row |= {"perplexity": round(perplexity(model, token_rows(args.test)), 4), "overhead": round(wrappers / weights, 4)}
+    emit(**row, bytes_of_dense=round(size / dense_size, 4), cpu_s=cpu)
+
+
+def method_of(name: str) -> ModuleType:
+    return import_module(f"compressor.methods.{name}")
+
+
+def token_rows(path: str) -> Tensor:
+    with open(path) as lines:
+        return torch.tensor([json.loads(line)["input_ids"] for line in lines])
+
+
+@torch.no_grad()
+def block_statistics(model: nn.Module, block: nn.Module, rows: Tensor) -> list[tuple[nn.Linear, InputStats]]:
+    """The linears of one block with the statistics of their inputs, collected by passing all rows through the model."""
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    with collecting(linears, gram=True) as stats:
+        for batch in rows.split(16):
+            model(batch)
+    return [(module, stats[name]) for name, module in linears.items()]
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, rows: Tensor) -> float:
+    total = 0.0
+    for batch in rows.split(16):
+        logits = model(batch).logits[:, :-1].float()
+        total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / rows[:, 1:].numel())
+
+
+def parse_options(pairs: list[str], function: FunctionType) -> dict[str, object]:
     """`iterations=40 proxy=full` as the types of the signature's defaults."""
-    defaults: dict[str, object] = armor.compress.__kwdefaults__
+    defaults = function.__kwdefaults__ or {}
     kinds: dict[str, Callable[[str], object]] = {name: type(value) for name, value in defaults.items()}
     return {name: kinds[name](value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
@@ -227,6 +297,13 @@ def main() -> None:
     speed.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     speed.add_argument("--options", nargs="*", default=[])
     speed.set_defaults(run=run_speed)
+    models = commands.add_parser("perplexity")
+    models.add_argument("model")
+    models.add_argument("calibration")
+    models.add_argument("test")
+    models.add_argument("--method", default="armor")
+    models.add_argument("--options", nargs="*", default=[])
+    models.set_defaults(run=run_perplexity)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

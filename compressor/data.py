@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,7 @@ def _tokenize(
     return stream
 
 
+@lru_cache(maxsize=1)
 def sample_from_model(folder: Path, *, num_samples: int, seq_len: int, seed: int, device: str, trust_remote_code: bool = False) -> Tensor:
     """`[num_samples, seq_len]` token ids that the model itself writes: plain sampling at temperature 1.
 
@@ -206,16 +208,21 @@ def sample_from_model(folder: Path, *, num_samples: int, seq_len: int, seed: int
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()  # type: ignore[arg-type]
     start = model.config.get_text_config().bos_token_id
     start = start if isinstance(start, int) else 0
-    length = min(seq_len, context_length(model.config) or seq_len)
     # no stop token: a text that ends is followed by the next, as in training
-    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, pad_token_id=start, eos_token_id=None)
-    rows = []
+    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=seq_len - 1, pad_token_id=start, eos_token_id=None)
+    together = _rows_at_once(model.config, seq_len)
     devices = [torch.device(device)] if device.startswith("cuda") else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for size in [32] * (num_samples // 32) + [num_samples % 32] * bool(num_samples % 32):
-            rows.append(model.generate(torch.full((size, 1), start, device=device), generation_config=how).cpu())
-    return torch.cat(rows)
+        starts = torch.full((num_samples, 1), start, device=device).split(together)
+        return torch.cat([model.generate(rows, generation_config=how).cpu() for rows in starts])
+
+
+def _rows_at_once(config: Any, seq_len: int) -> int:
+    """Rows whose keys and values fit into a gigabyte, counting four bytes a number and no sharing between heads."""
+    text = config.get_text_config(decoder=True)
+    row = 8 * seq_len * text.num_hidden_layers * text.hidden_size
+    return max(1, min(128, 10**9 // row))
 
 
 def _require_memory(folder: Path, device: str) -> None:

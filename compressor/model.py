@@ -171,7 +171,7 @@ class Skeleton:
 
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Buffers stay: they are small, and those that are not on disk could not be loaded again."""
-    for name, parameter in list(module.named_parameters()):
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if chosen(name) and parameter.device.type != "meta":
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -29,10 +29,10 @@ from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
 class CompressedConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed folder: `modules` maps each packed linear to its format."""
 
-    def __init__(self, modules: Mapping[str, Any] | None = None, version: int = VERSION, **_: Any) -> None:
+    def __init__(self, modules: Any = None, version: Any = VERSION, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own names are an enum, others are text
-        self.version, self.modules = version, dict(modules or {})
-        packed_modules({"quantization_config": self.to_dict()})
+        self.version = version
+        self.modules = packed_modules({"quantization_config": {"quant_method": QUANT_METHOD, "version": version, "modules": modules}})
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -96,7 +96,7 @@ class CompressedQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             _unpack(name, module)
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
+            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
             if dtype is not None:
                 linear.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)

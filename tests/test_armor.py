@@ -22,6 +22,7 @@ from compressor.methods.armor_algebra import (
     best_pair,
     diagonal_blocks,
     eye_blocks,
+    gumbel,
     left,
     pair_inverses,
     pair_mask,
@@ -99,7 +100,7 @@ def test_best_pair_is_the_best_of_six_least_squares(seed: int) -> None:
         s[p] = torch.linalg.solve(scale * gram[p][:, p], target[p])
         solutions.append(s)
         losses.append((scale * s @ gram @ s - 2 * target @ s).item())
-    values, index = best_pair(target, target @ pair_inverses(gram), torch.tensor([scale]).double(), None)
+    values, index = best_pair(target, pair_inverses(gram), torch.tensor(scale).double(), None)
     best = min(range(6), key=losses.__getitem__)
     assert index.item() == best
     assert torch.allclose(values, solutions[best])
@@ -110,17 +111,14 @@ def test_best_pair_noise_draws_from_the_boltzmann_distribution() -> None:
     g = torch.Generator().manual_seed(0)
     target = torch.tensor([1.0, 0.8, 0.5, 0.1])
     gains = torch.tensor([target[list(p)].square().sum() for p in PAIRS])
-    from compressor.methods.armor_algebra import gumbel
-
-    many = target.expand(20000, 4)
-    noise = 0.5 * gumbel((20000, 6), many, g)
-    _, index = best_pair(many, many @ pair_inverses(torch.eye(4)), torch.ones(1), noise)
+    noise = 0.5 * gumbel((6, 20000), target, g)
+    _, index = best_pair(target[:, None].expand(4, 20000), pair_inverses(torch.eye(4))[..., None], torch.ones(1), noise)
     assert torch.allclose(index.bincount(minlength=6) / 20000, (gains / 0.5).softmax(0), atol=0.015)
 
 
 def test_singular_groups_give_finite_values() -> None:
     for gram in (torch.zeros(4, 4), torch.ones(4, 4), torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0]))):
-        values, _ = best_pair(torch.ones(4), torch.ones(4) @ pair_inverses(gram), torch.ones(1), None)
+        values, _ = best_pair(torch.ones(4), pair_inverses(gram), torch.tensor(1.0), None)
         assert torch.isfinite(values).all()
 
 

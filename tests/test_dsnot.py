@@ -103,7 +103,7 @@ def test_equals_a_literal_transcription(pattern, method, options):
     assert not torch.equal(refined, pruned)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 12),
@@ -111,7 +111,7 @@ def test_equals_a_literal_transcription(pattern, method, options):
     pattern=st.sampled_from(["2:4", "4:8", "1:8", "50%", "90%", "5%"]),
     tokens=st.sampled_from([1, 2, 300]),
     dead=st.integers(0, 8),
-    cycles=st.sampled_from([1, 10, 50, 200]),
+    cycles=st.sampled_from([1, 10, 50]),
     power=st.sampled_from([0.0, 1.0]),
     method=st.sampled_from(["wanda", "magnitude"]),
     same_sign=st.booleans(),

@@ -53,9 +53,9 @@ def literal_sweep(weight, current, gram, n, m):
     return current
 
 
-@pytest.mark.parametrize(("pattern", "columns"), [("2:4", 32), ("1:4", 24), ("4:8", 16), ("2:4", 260)])
+@pytest.mark.parametrize(("pattern", "columns"), [("2:4", 32), ("1:4", 24), ("4:8", 16), ("2:4", 136)])
 def test_a_sweep_equals_trying_every_mask_of_every_group(pattern, columns):
-    weight, pruned, stats, parsed = case(0, 4, columns, 400, pattern)
+    weight, pruned, stats, parsed = case(0, 2, columns, 400, pattern)
     quadratic = Quadratic(stats, 0.01)
     swept = sweep(quadratic, Selectors(quadratic, parsed), weight, pruned)
     expected = literal_sweep(weight, pruned, damped(stats), parsed.n, parsed.m)
@@ -63,11 +63,11 @@ def test_a_sweep_equals_trying_every_mask_of_every_group(pattern, columns):
     torch.testing.assert_close(swept.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 9),
-    groups=st.integers(1, 40),
+    groups=st.integers(1, 34),
     tokens=st.integers(1, 200),
     pattern=st.sampled_from(["2:4", "1:4", "4:8", "1:2", "3:4"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -107,5 +107,5 @@ def test_beats_the_best_values_of_the_starting_mask():
 @pytest.mark.parametrize("pattern", ["50%", "8:16"])
 def test_refuses_what_cannot_be_searched(pattern):
     weight, pruned, stats, _ = case(3, 4, 32, 50, "2:4")
-    with pytest.raises(UsageError, match="--refine lsq"):
+    with pytest.raises(UsageError, match=r"--refine swap tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)"):
         refine(weight, pruned, stats, Pattern.parse(pattern))

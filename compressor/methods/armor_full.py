@@ -121,7 +121,7 @@ def sweep(weight_gram: Tensor, gram: Tensor, factors: Factors, noise: Tensor | N
         values, choice = _sweep_panel(
             a_gram,
             b_gram[index][:, index],
-            inverses[panel],
+            inverses[:, :, panel],
             error[:, index].view(blocks, size, -1),
             s[:, index].view(blocks, size, -1),
             noise,
@@ -152,7 +152,7 @@ def _sweep_panel(
     Args:
         a_gram: AᵀA, `[blocks, bA, bA]`.
         b_gram: G between the columns of the panel.
-        inverses: `pair_inverses` of its groups, `[groups, 4, 24]`.
+        inverses: `pair_inverses` of its groups, `[3, 6, groups]`.
         error: half-gradient, `[blocks, bA, columns]`; a copy that is kept up to date here.
         s: current values, `[blocks, bA, columns]`; a copy that is overwritten.
         noise: as in `sweep`.
@@ -160,17 +160,18 @@ def _sweep_panel(
     """
     blocks, size, columns = s.shape
     turns = min(size, _ROW_TURNS)
-    scale = a_gram.diagonal(dim1=1, dim2=2).unsqueeze(-1).clamp_min(torch.finfo(s.dtype).tiny)
+    scale = a_gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(s.dtype).tiny)
     choice = torch.empty(blocks, size, columns // 4, dtype=torch.long, device=s.device)
-    random = None if noise is None else noise * gumbel((columns // 4, blocks, size, 6), s, generator)
+    random = None if noise is None else noise * gumbel((columns // 4, 6, blocks, size), s, generator)
     for group in range(columns // 4):
         here = slice(4 * group, 4 * group + 4)
         square, local, old = b_gram[here, here], error[..., here].clone(), s[..., here].clone()
         for turn in range(turns):
             rows = slice(turn, None, turns)
-            target = scale[:, rows] * (s[:, rows, here] @ square) - local[:, rows]
-            extra = None if random is None else random[group, :, rows]
-            values, choice[:, rows, group] = best_pair(target, target @ inverses[group], scale[:, rows], extra)
+            target = scale[:, rows, None] * (s[:, rows, here] @ square) - local[:, rows]
+            extra = None if random is None else random[group, :, :, rows]
+            values, choice[:, rows, group] = best_pair(target.movedim(-1, 0), inverses[:, :, group, None, None], scale[:, rows], extra)
+            values = values.movedim(0, -1)
             local += a_gram[:, :, rows] @ ((values - s[:, rows, here]) @ square)
             s[:, rows, here] = values
         change = s[..., here] - old

@@ -65,15 +65,15 @@ def _quadratic(target: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor
     return a_transposed @ factors.a, factors.b @ b_transposed, error
 
 
-def _to_blocks(x: Tensor, factors: Factors) -> Tensor:
-    """`[out, in]` -> `[out / bA, in / bB, bA, bB]`, contiguous."""
-    size_a, size_b = factors.a.shape[1], factors.b.shape[1]
-    return x.view(-1, size_a, x.shape[1] // size_b, size_b).transpose(1, 2).contiguous()
+def _to_rows(x: Tensor, factors: Factors) -> Tensor:
+    """`[out, in]` -> `[bA, in / bB, out / bA, bB]`: a row of every block first."""
+    blocks, size, _ = factors.a.shape
+    return x.view(blocks, size, len(factors.b), -1).permute(1, 2, 0, 3).contiguous()
 
 
-def _from_blocks(x: Tensor) -> Tensor:
-    """The inverse of `_to_blocks`."""
-    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
+def _from_rows(x: Tensor) -> Tensor:
+    """The inverse of `_to_rows`."""
+    return x.permute(2, 0, 1, 3).reshape(x.shape[2] * x.shape[0], -1)
 
 
 def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator) -> Factors:
@@ -89,33 +89,30 @@ def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: tor
         generator: source of the order and of the noise.
     """
     a_gram, b_gram, start = _quadratic(target, factors)
-    size_a, size_b = a_gram.shape[1], b_gram.shape[1]
-    count = size_b // 4
-    error = _to_blocks(start, factors).unflatten(-1, (count, 4))
-    s = _to_blocks(factors.s, factors).unflatten(-1, (count, 4))
+    size, count = a_gram.shape[1], b_gram.shape[1] // 4
+    error, s = _to_rows(start, factors), _to_rows(factors.s, factors).unflatten(-1, (count, 4))
+    flat, groups_of_error = error.flatten(0, 1), error.unflatten(-1, (count, 4))
     choice = torch.empty(s.shape[:-1], dtype=torch.long, device=s.device)
-    squares = b_gram.unflatten(1, (count, 4)).unflatten(3, (count, 4)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    inverses, spread = pair_inverses(squares), b_gram.unflatten(1, (count, 4))
-    scale = a_gram.diagonal(dim1=1, dim2=2)[:, None, :, None].clamp_min(torch.finfo(s.dtype).tiny)
-    rows = torch.arange(size_a, device=s.device)
+    spread = b_gram.unflatten(1, (count, 4))  # [in / bB, groups, 4, bB]
+    squares = spread.unflatten(-1, (count, 4)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    inverses = pair_inverses(squares)
+    scale = a_gram.diagonal(dim1=1, dim2=2).T[:, None].clamp_min(torch.finfo(s.dtype).tiny)  # [bA, 1, out / bA]
+    rows = torch.arange(size, device=s.device)
     order = torch.randperm(count, generator=generator, device=s.device)
     for step in range(count):
         groups = order[(rows + step) % count]
-        old = s[:, :, rows, groups]
-        goal = scale * _rowwise(old, squares[:, groups]) - error[:, :, rows, groups]
-        random = None if noise is None else noise * gumbel((*goal.shape[:-1], 6), goal, generator)
-        new, choice[:, :, rows, groups] = best_pair(goal, _rowwise(goal, inverses[:, groups]), scale, random)
-        error += scale[..., None] * _rowwise(new - old, spread[:, groups]).unflatten(-1, (count, 4))
-        s[:, :, rows, groups] = new
-    new_s, new_mask = _from_blocks(s.flatten(-2)), _from_blocks(pair_mask(choice).flatten(-2))
+        old = s[rows, :, :, groups]  # [bA, in / bB, out / bA, 4]
+        target = scale[..., None] * (old @ squares[:, groups].transpose(0, 1)) - groups_of_error[rows, :, :, groups]
+        noise_now = None if noise is None else noise * gumbel((6, *target.shape[:-1]), target, generator)
+        inverse = inverses[..., groups].transpose(-1, -2).unsqueeze(-1)  # [3, 6, bA, in / bB, 1]
+        new, choice[rows, :, :, groups] = best_pair(target.movedim(-1, 0).contiguous(), inverse, scale, noise_now)
+        new = new.movedim(0, -1)
+        flat.baddbmm_((scale[..., None] * (new - old)).flatten(0, 1), spread[:, groups].transpose(0, 1).flatten(0, 1))
+        s[rows, :, :, groups] = new
+    new_s, new_mask = _from_rows(s.flatten(-2)), _from_rows(pair_mask(choice).flatten(-2))
     if noise is None:
         new_s, new_mask = _keep_better(a_gram, b_gram, start, factors, new_s, new_mask)
     return factors._replace(s=new_s, mask=new_mask)
-
-
-def _rowwise(x: Tensor, matrices: Tensor) -> Tensor:
-    """`[i, j, r, k]` times `[j, r, k, l]` -> `[i, j, r, l]`."""
-    return torch.einsum("ijrk,jrkl->ijrl", x, matrices)
 
 
 def _keep_better(a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from compressor.errors import UsageError, did_you_mean
 
-NAMES = ("dsnot", "lsq", "swap")
+NAMES = ["dsnot", "lsq", "swap", "admm"]
 
 
 def refinement(name: str) -> ModuleType:
@@ -26,5 +26,5 @@ def refinement(name: str) -> ModuleType:
         UsageError: there is no refinement of that name.
     """
     if name not in NAMES:
-        raise UsageError(f"unknown refinement {name!r}; known: {', '.join(NAMES)}{did_you_mean(name, list(NAMES))}")
+        raise UsageError(f"unknown refinement {name!r}; known: {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     return importlib.import_module(f"compressor.refine.{name}")

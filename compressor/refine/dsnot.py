@@ -42,7 +42,7 @@ def refine(
     cycles: int = 50,
     threshold: float = 5e-5,
     variance_power: float = 1.0,
-    same_sign: bool = False,
+    same_sign: bool = True,
 ) -> Tensor:
     """Exchange weights of `pruned` for weights of `weight` until the expected outputs agree.
 

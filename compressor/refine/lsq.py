@@ -22,6 +22,8 @@ from compressor.stats import InputStats
 
 NEEDS_GRAM = True
 
+_CONVERGED = 1e-14  # of the squared residual at the start: what float32 can resolve
+
 
 @torch.no_grad()
 def refine(
@@ -67,18 +69,18 @@ def solve(quadratic: Quadratic, weight: Tensor, start: Tensor, mask: Tensor, ite
     scaled = residual / quadratic.diagonal
     direction = scaled
     fall = torch.linalg.vecdot(residual, scaled)[:, None]
+    floor = fall * _CONVERGED
     for _ in range(iterations):
         image = quadratic.times(direction) * mask
-        curvature = torch.linalg.vecdot(direction, image)[:, None]
-        step = _ratio(fall, curvature)
-        solution = solution.addcmul_(direction, step)
-        residual = residual.addcmul_(image, step, value=-1)
+        step = _ratio(fall, torch.linalg.vecdot(direction, image)[:, None], fall > floor)
+        solution.addcmul_(direction, step)
+        residual.addcmul_(image, step, value=-1)
         scaled = residual / quadratic.diagonal
         previous, fall = fall, torch.linalg.vecdot(residual, scaled)[:, None]
-        direction = torch.addcmul(scaled, direction, _ratio(fall, previous))
+        direction = torch.addcmul(scaled, direction, _ratio(fall, previous, fall > floor))
     return solution
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, 0 where the denominator is not positive: such a row has converged."""
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
+def _ratio(numerator: Tensor, denominator: Tensor, moving: Tensor) -> Tensor:
+    """`numerator / denominator` where a row is moving, else 0: below the floor it would be a ratio of rounding errors."""
+    return torch.where(moving & (denominator > 0), numerator / denominator, torch.zeros_like(numerator))

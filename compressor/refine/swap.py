@@ -77,7 +77,9 @@ def check_pattern(pattern: Pattern) -> None:
     masks = math.comb(pattern.m, pattern.n) if pattern.m else 0
     if not 0 < masks <= _MOST_MASKS:
         found = f"{pattern} has {masks} masks a group" if masks else f"{pattern} has no groups"
-        raise UsageError(f"--refine swap tries every mask of a group: n:m with at most {_MOST_MASKS} masks; {found}; use --refine lsq")
+        raise UsageError(
+            f"--refine swap tries every mask of a group, at most {_MOST_MASKS}; {found}; use --refine admm or --refine lsq"
+        )
 
 
 def sweep(quadratic: Quadratic, selectors: Selectors, weight: Tensor, current: Tensor) -> Tensor:

@@ -12,12 +12,38 @@ from compressor_kernels import reference
 from compressor_kernels.packing import check24, pack24, unpack24
 
 
+def _core(module: Any) -> Tensor:
+    """The dense 2:4 core of a module, held or unpacked for the moment."""
+    if module.weight_core is not None:
+        return module.weight_core
+    return unpack24(module.weight_values, module.weight_metadata)
+
+
+def _unpack(module: Any) -> None:
+    """Hold the dense core instead of the packed tensors; ValueError on metadata that is not 2:4."""
+    if module.weight_core is None:
+        check24(module.weight_values, module.weight_metadata)
+        module.weight_core = nn.Parameter(_core(module), requires_grad=False)
+        module.weight_values, module.weight_metadata = None, None
+
+
+def _pack_state(destination: dict[str, Any], prefix: str) -> None:
+    """In a state that was just read, put the packed tensors in place of a dense core."""
+    core = destination.pop(prefix + "weight_core", None)
+    if core is not None:
+        destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = pack24(core.detach())
+
+
 class Sparse24Linear(nn.Module):
     """A linear whose weight is stored packed 2:4.
 
-    Its state is always `weight_values` and `weight_metadata` (and `bias`). After `unpack_()` the module computes with a
-    plain dense `weight` instead, which is packed again whenever the state is read: saving gives back the same bytes.
+    Its state is always `weight_values` and `weight_metadata` (and `bias`). After `unpack_()` the module computes with the
+    dense weight instead, which is packed again whenever the state is read: saving gives back the same bytes.
     """
+
+    weight_values: Any  # parameter; None once unpacked
+    weight_metadata: Any  # buffer; None once unpacked
+    weight_core: Any  # None until unpacked
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None
@@ -29,29 +55,30 @@ class Sparse24Linear(nn.Module):
         self.weight_values = nn.Parameter(values, requires_grad=False)
         self.register_buffer("weight_metadata", metadata)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        self.register_parameter("weight", None)
+        self.register_parameter("weight_core", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[out, in]`, for code that looks at a linear's weight; unpacked anew while packed."""
+        return _core(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        if self.weight is not None:
-            return linear(x, self.weight, self.bias)
+        if self.weight_core is not None:
+            return linear(x, self.weight_core, self.bias)
         return reference.sparse24(x, self.weight_values, self.weight_metadata, self.bias)
 
     @torch.no_grad()
     def unpack_(self) -> None:
         """Replace the packed tensors by the dense weight they stand for. Raises ValueError on metadata that is not 2:4."""
-        if self.weight is None:
-            check24(self.weight_values, self.weight_metadata)
-            self.weight = nn.Parameter(unpack24(self.weight_values, self.weight_metadata), requires_grad=False)
-            self.weight_values, self.weight_metadata = None, None
+        _unpack(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        dense = destination.pop(prefix + "weight", None)
-        if dense is not None:
-            destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = pack24(dense.detach())
+        _pack_state(destination, prefix)
 
     def extra_repr(self) -> str:
+        """Features and bias, as `print(model)` shows them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
 
 
@@ -93,6 +120,13 @@ class ArmorLinear(nn.Module):
         self.bias = parameter(out_features) if bias else None
         self.register_parameter("weight_core", None)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[out, in]` the factors stand for, for code that looks at a linear's weight."""
+        columns = torch.eye(self.in_features, dtype=self.weight_a.dtype, device=self.weight_a.device)
+        wrapped = linear(reference.block_diagonal(columns, self.weight_b), _core(self))
+        return reference.block_diagonal(wrapped, self.weight_a).T
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         if self.weight_core is None:
@@ -103,16 +137,11 @@ class ArmorLinear(nn.Module):
     @torch.no_grad()
     def unpack_(self) -> None:
         """Replace the packed core by the dense one it stands for. Raises ValueError on metadata that is not 2:4."""
-        if self.weight_core is None:
-            check24(self.weight_values, self.weight_metadata)
-            self.weight_core = nn.Parameter(unpack24(self.weight_values, self.weight_metadata), requires_grad=False)
-            self.weight_values, self.weight_metadata = None, None
+        _unpack(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        core = destination.pop(prefix + "weight_core", None)
-        if core is not None:
-            destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = pack24(core.detach())
+        _pack_state(destination, prefix)
 
     def extra_repr(self) -> str:
         """Features, bias and block sizes, as `print(model)` shows them."""

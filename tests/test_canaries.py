@@ -1,0 +1,36 @@
+"""Quality on really trained models: perplexities equal those of an independent implementation of the formulas."""
+
+import pytest
+
+from compressor.evaluate import METRIC, evaluate
+from compressor.pipeline import prune
+from compressor.recipe import Recipe
+
+# babyllama105, 128 calibration rows, float32: perplexity on self-sampled text and on TinyStories
+DENSE = (1.994, 2.591)
+CASES = {
+    ("magnitude", "2:4"): (30.83, 33.59, 0.005),
+    ("wanda", "2:4"): (23.71, 24.63, 0.005),
+    ("sparsegpt", "2:4"): (3.391, 4.788, 0.02),
+    ("magnitude", "50%"): (6.984, 8.424, 0.005),
+    ("wanda", "50%"): (7.158, 9.333, 0.005),
+    ("sparsegpt", "50%"): (2.610, 3.584, 0.02),
+    ("wanda", "4:8"): (15.29, 16.92, 0.005),
+}
+
+
+def scores(model, canaries):
+    tests = [str(canaries / "data" / "canary" / f"babyllama105-{name}-test.jsonl") for name in ("self", "tinystories")]
+    return [result[METRIC] for result in evaluate(str(model), datasets=tests, dtype="float32")["results"].values()]
+
+
+def test_dense(canaries):
+    assert scores(canaries / "models" / "babyllama105", canaries) == pytest.approx(DENSE, rel=0.001)
+
+
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_quality_equals_the_reference(method, pattern, canaries, tmp_path):
+    calibration = str(canaries / "data" / "canary" / "babyllama105-calib.jsonl")
+    prune(Recipe(str(canaries / "models" / "babyllama105"), method=method, pattern=pattern, dataset=calibration), tmp_path / "out")
+    *expected, tolerance = CASES[method, pattern]
+    assert scores(tmp_path / "out", canaries) == pytest.approx(expected, rel=tolerance)
