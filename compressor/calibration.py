@@ -58,7 +58,13 @@ def capture(skeleton: Skeleton, ids: Tensor, device: torch.device) -> States:
     skeleton.free_block(0)
     states.hidden.clear()
     for batch in batches:
-        _record(skeleton, decoder, batch, states, (lambda hidden, *_, **__: (hidden,)) if returns_tuple else (lambda hidden, *_, **__: hidden))
+        _record(
+            skeleton,
+            decoder,
+            batch,
+            states,
+            (lambda hidden, *_, **__: (hidden,)) if returns_tuple else (lambda hidden, *_, **__: hidden),
+        )
     skeleton.free_embeddings()
     return states
 
@@ -86,5 +92,7 @@ def _record(skeleton: Skeleton, decoder: nn.Module, ids: Tensor, states: States,
         for block in skeleton.blocks:
             block.__dict__.pop("forward", None)
     if not answer:
-        raise CheckpointError(f"the decoder of {skeleton.config.model_type!r} does not call the blocks {skeleton.path} that were found")
+        raise CheckpointError(
+            f"the decoder of {skeleton.config.model_type!r} does not call the blocks {skeleton.path} that were found"
+        )
     return answer[0]

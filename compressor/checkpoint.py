@@ -84,7 +84,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise CheckpointError(f"{path}: tensor {name!r} begins at byte {entry.start}, expected {position}")
         position = entry.stop
     if position != size:
-        raise CheckpointError(f"{path} is {'truncated' if size < position else 'too long'}: {size} bytes, its header describes {position}")
+        raise CheckpointError(
+            f"{path} is {'truncated' if size < position else 'too long'}: {size} bytes, its header describes {position}"
+        )
     return entries, metadata
 
 
@@ -99,7 +101,9 @@ def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not understood")
     needed = math.prod(shape) * ITEM_BITS[dtype] // 8
     if stop - start != needed:
-        raise CheckpointError(f"{path}: tensor {name!r} ({dtype} {list(shape)}) needs {needed} bytes, its header gives {stop - start}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} ({dtype} {list(shape)}) needs {needed} bytes, its header gives {stop - start}"
+        )
     return Entry(path.name, dtype, shape, base + start, base + stop)
 
 
@@ -138,7 +142,9 @@ class Reader:
             raise CheckpointError(f"{self.folder / INDEX} has no weight_map")
         for shard in weight_map.values():
             if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard):
-                raise CheckpointError(f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a plain *.safetensors file name")
+                raise CheckpointError(
+                    f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a plain *.safetensors file name"
+                )
         names = list(dict.fromkeys(weight_map.values()))
         for shard in names:
             if not (self.folder / shard).is_file():

@@ -35,7 +35,11 @@ def check_dataset(dataset: str) -> None:
             raise DataError(f"dataset {dataset} is a {path.suffix or 'nameless'} file; {_ACCEPTED}")
         if not path.stat().st_size:
             raise DataError(f"dataset {dataset} is empty")
-    elif path.exists() or not re.fullmatch(r"[\w.\-]+/[\w.\-]+(:[\w.\-]*){0,2}", dataset) or path.suffix in (".txt", ".jsonl", ".parquet"):
+    elif (
+        path.exists()
+        or not re.fullmatch(r"[\w.\-]+/[\w.\-]+(:[\w.\-]*){0,2}", dataset)
+        or path.suffix in (".txt", ".jsonl", ".parquet")
+    ):
         raise DataError(f"dataset {dataset} does not exist{did_you_mean(dataset, ['self'])}; {_ACCEPTED}")
 
 
@@ -102,7 +106,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise DataError(f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}; give rows of `input_ids`") from None
+        raise DataError(
+            f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}; give rows of `input_ids`"
+        ) from None
 
 
 def calibration_rows(
@@ -132,12 +138,13 @@ def calibration_rows(
         ids = torch.tensor(stream[: len(stream) // seq_len * seq_len]).reshape(-1, seq_len)
     if len(ids) < num_samples:
         raise DataError(
-            f"{dataset} gives {len(ids)} samples of {seq_len} tokens, {num_samples} were asked for: lower --num-samples or --seq-len, or give more text"
+            f"{dataset} gives {len(ids)} samples of {seq_len} tokens, {num_samples} were asked for: "
+            "lower --num-samples or --seq-len, or give more text"
         )
     return ids[:num_samples]
 
 
-def test_rows(dataset: str, folder: Path, vocab_size: int, *, seq_len: int, trust_remote_code: bool = False) -> list[Tensor]:
+def evaluation_rows(dataset: str, folder: Path, vocab_size: int, *, seq_len: int, trust_remote_code: bool = False) -> list[Tensor]:
     """Token rows to score: `input_ids` as they are; text joined, tokenised once and cut into windows of `seq_len`.
 
     As in the papers the records of a text set are joined by blank lines and the last, shorter window is dropped.
@@ -178,9 +185,7 @@ def _text(dataset: str, record: dict[str, Any]) -> str:
     return text
 
 
-def _tokenize(
-    dataset: str, documents: Iterable[dict[str, Any]], tokenizer: Any, vocab_size: int, wanted: int | None
-) -> list[int]:
+def _tokenize(dataset: str, documents: Iterable[dict[str, Any]], tokenizer: Any, vocab_size: int, wanted: int | None) -> list[int]:
     """Joined token ids of `documents`, at least `wanted` where there are as many."""
     stream: list[int] = []
     for record in documents:
@@ -190,12 +195,16 @@ def _tokenize(
     if not stream:
         raise DataError(f"{dataset} is empty: its text has no tokens")
     if max(stream) >= vocab_size:
-        raise DataError(f"the tokenizer gives id {max(stream)}, the model's vocabulary ends at {vocab_size - 1}: they do not belong together")
+        raise DataError(
+            f"the tokenizer gives id {max(stream)}, the model's vocabulary ends at {vocab_size - 1}: they do not belong together"
+        )
     return stream
 
 
 @lru_cache(maxsize=1)
-def sample_from_model(folder: Path, *, num_samples: int, seq_len: int, seed: int, device: str, trust_remote_code: bool = False) -> Tensor:
+def sample_from_model(
+    folder: Path, *, num_samples: int, seq_len: int, seed: int, device: str, trust_remote_code: bool = False
+) -> Tensor:
     """`[num_samples, seq_len]` token ids that the model itself writes: plain sampling at temperature 1.
 
     Raises:
@@ -205,7 +214,7 @@ def sample_from_model(folder: Path, *, num_samples: int, seq_len: int, seed: int
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     _require_memory(folder, device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()  # type: ignore[arg-type]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()  # type: ignore[arg-type]
     start = model.config.get_text_config().bos_token_id
     start = start if isinstance(start, int) else 0
     # no stop token: a text that ends is followed by the next, as in training
@@ -233,7 +242,8 @@ def _require_memory(folder: Path, device: str) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     if needed * 1.2 > free:
         raise DataError(
-            f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB free on {device}; "
+            f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of weights, "
+            f"{free / 1e9:.1f} GB free on {device}; "
             "give a text with --dataset"
         )
 

@@ -1,11 +1,11 @@
 """Every error a user can cause, each one clear line: what, where, what is accepted, what to do.
 
-    CompressError            exit code 1; never shown with a traceback
-    ├── UsageError           exit code 2; an option, pattern, method or recipe that cannot be used
-    ├── CheckpointError      the model folder, its index, its shards or its architecture
-    ├── DataError            calibration or test text
-    ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
-    └── OutputError          the output folder: exists, not writable, no space
+CompressError            exit code 1; never shown with a traceback
+├── UsageError           exit code 2; an option, pattern, method or recipe that cannot be used
+├── CheckpointError      the model folder, its index, its shards or its architecture
+├── DataError            calibration or test text
+├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
+└── OutputError          the output folder: exists, not writable, no space
 """
 
 

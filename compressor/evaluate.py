@@ -25,7 +25,9 @@ METRIC = "token_perplexity,none"
 _BATCH_TOKENS = 4096  # tokens in one forward pass: bounds the logits
 
 
-def load_model(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Path]:
+def load_model(
+    model: str, *, device: str, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Path]:
     """A plain or compressed checkpoint, ready to be scored, and its folder. Raises CheckpointError."""
     import compressor.runtime  # makes from_pretrained understand compressed folders
 
@@ -102,7 +104,7 @@ def evaluate(
             writer = resolve(text_from or model)
             rows = list(data.sample_from_model(writer, num_samples=num_samples, seq_len=window, seed=seed, device=device))
         else:
-            rows = data.test_rows(dataset, folder, loaded.config.get_text_config().vocab_size, seq_len=window)
+            rows = data.evaluation_rows(dataset, folder, loaded.config.get_text_config().vocab_size, seq_len=window)
         rows = rows[: limit or len(rows)]
         if bound and max(map(len, rows)) > bound:
             raise DataError(f"{dataset} has rows of {max(map(len, rows))} tokens, this model was made for {bound}")
@@ -114,20 +116,37 @@ def evaluate(
         found["higher_is_better"][name] = {"token_perplexity": False}
         found["n-samples"][name] = {"original": len(rows), "effective": len(rows)}
     stored = Reader(folder)
-    settings = {"model": "compress-llm", "model_args": {"pretrained": model}, "limit": limit, "num_fewshot": num_fewshot, "seed": seed}
-    found["config"] = {**settings, "dtype": str(loaded.dtype).removeprefix("torch."), "device": device, "model_bytes": stored.nbytes}
+    settings = {
+        "model": "compress-llm",
+        "model_args": {"pretrained": model},
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "seed": seed,
+    }
+    found["config"] = {
+        **settings,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": device,
+        "model_bytes": stored.nbytes,
+    }
     found["model_name"], found["versions_of"] = model, versions()
     found["total_evaluation_time_seconds"] = round(time.perf_counter() - started, 3)
     return found
 
 
 def _run_tasks(
-    model: Any, folder: Path, tasks: Sequence[str], include_path: Path | None, limit: int | None, num_fewshot: int | None, batch_size: int
+    model: Any,
+    folder: Path,
+    tasks: Sequence[str],
+    include_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
 ) -> dict[str, Any]:
     """lm-eval's results for `tasks`. Raises UsageError for unknown tasks, DataError where their data cannot be had."""
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.models import huggingface
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UsageError("--tasks needs lm-eval: pip install 'compress-llm[eval]'") from None
@@ -135,11 +154,22 @@ def _run_tasks(
         raise UsageError(f"--include-path {include_path} is not a folder")
     manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=include_path is None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise UsageError(f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, --include-path adds a folder of task files")
-    adapter = HFLM(pretrained=model, tokenizer=data.load_tokenizer(folder), batch_size=batch_size, max_length=data.context_length(model.config))
+        raise UsageError(
+            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, --include-path adds a folder of task files"
+        )
+    adapt: Any = huggingface.HFLM  # its decorators hide the parameters from type checkers, here and below
+    run: Any = lm_eval.simple_evaluate
+    length = data.context_length(model.config)
+    adapter = adapt(pretrained=model, tokenizer=data.load_tokenizer(folder), batch_size=batch_size, max_length=length)
     try:
-        found = lm_eval.simple_evaluate(
-            model=adapter, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False, bootstrap_iters=1000
+        found = run(
+            model=adapter,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            bootstrap_iters=1000,
         )
     except (OSError, ConnectionError) as error:
         raise DataError(f"the data of {', '.join(tasks)} could not be read: {' '.join(str(error).split())[:300]}") from None
@@ -167,11 +197,19 @@ def table(scored: dict[str, dict[str, Any]]) -> str:
     for task, metric in metrics:
         arrow = "↑" if next(iter(scored.values()))["higher_is_better"].get(task, {}).get(metric.split(",")[0], True) else "↓"
         cells = [result["results"].get(task, {}).get(metric) for result in scored.values()]
-        rows.append([f"{task} {metric.split(',')[0].replace('_', ' ')} {arrow}", *["-" if cell is None else f"{cell:.4g}" for cell in cells]])
+        rows.append(
+            [
+                f"{task} {metric.split(',')[0].replace('_', ' ')} {arrow}",
+                *["-" if cell is None else f"{cell:.4g}" for cell in cells],
+            ]
+        )
     widths = [max(len(row[column]) for row in rows if row) for column in range(len(rows[0]))]
 
     def line(row: list[str]) -> str:
-        cells = [cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return "| " + " | ".join(cells) + " |"
 
     rows[1] = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]

@@ -41,6 +41,8 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     version, modules = described.get("version"), described.get("modules")
     if version != VERSION:
         raise CheckpointError(f"the checkpoint has format version {version!r}, this package reads {VERSION}: update compress-llm")
-    if not isinstance(modules, Mapping) or not all(isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in modules.values()):
+    if not isinstance(modules, Mapping) or not all(
+        isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in modules.values()
+    ):
         raise CheckpointError("config.json: quantization_config.modules must map each linear to its format")
     return {str(name): dict(entry) for name, entry in modules.items()}

@@ -33,13 +33,13 @@ class Linear:
 
     name: str
     tensor: str
-    module: nn.Module
+    module: Any  # nn.Linear or Conv1D
     transposed: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.module.weight.shape  # type: ignore[union-attr]
+        rows, columns = self.module.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     def read(self, reader: Reader) -> Tensor:
@@ -52,7 +52,7 @@ class Linear:
     def set(self, weight: Tensor) -> None:
         """Compute with `weight` `[out, in]` from now on."""
         parameter = self.module.weight
-        parameter.copy_(weight.T if self.transposed else weight)  # type: ignore[operator, union-attr]
+        parameter.copy_(weight.T if self.transposed else weight)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -95,10 +95,16 @@ class Skeleton:
         for name in self.reader.tensors:
             target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             found.setdefault(name if target not in state and name in state else target, []).append(name)
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or {}) if self.config.get_text_config().tie_word_embeddings else set()
+        tied = (
+            set(getattr(self.model, "_tied_weights_keys", None) or {})
+            if self.config.get_text_config().tie_word_embeddings
+            else set()
+        )
         missing = sorted(name for name, _ in self.model.named_parameters() if name not in found and name not in tied)
         if missing:
-            raise CheckpointError(f"{self.reader.folder} lacks {len(missing)} tensors of a {self.config.model_type} model, {missing[0]} among them")
+            raise CheckpointError(
+                f"{self.reader.folder} lacks {len(missing)} tensors of a {self.config.model_type} model, {missing[0]} among them"
+            )
         return found
 
     def _load(self, parameters: Iterable[str]) -> None:
@@ -107,16 +113,19 @@ class Skeleton:
         from transformers.modeling_utils import LoadStateDictConfig
 
         names = [name for parameter in parameters for name in self.on_disk[parameter]]
+        mapping: Any = get_model_conversion_mapping(self.model)
         with self.reader.opened() as lazy, _quiet():
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
                 {name: lazy(name) for name in names},
-                LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=get_model_conversion_mapping(self.model)),
+                LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=mapping),
                 disk_offload_index=None,
             )
         for what, found in (("does not fit", info.mismatched_keys), ("cannot be converted", info.conversion_errors)):
             if found:
-                raise CheckpointError(f"{self.reader.folder}: {str(next(iter(found)))[:200]} {what} the {self.config.model_type} model of config.json")
+                raise CheckpointError(
+                    f"{self.reader.folder}: {str(next(iter(found)))[:200]} {what} the {self.config.model_type} model of config.json"
+                )
         self.model.tie_weights()  # parameters were replaced, so ties made earlier are gone
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
@@ -136,7 +145,9 @@ class Skeleton:
         inner = self.model.base_model
         prefix = f"{self.model.base_model_prefix}." if inner is not self.model else ""
         known = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
-        wanted = [name for name in self.on_disk if name in known and name.startswith(prefix) and not name.startswith(f"{self.path}.")]
+        wanted = [
+            name for name in self.on_disk if name in known and name.startswith(prefix) and not name.startswith(f"{self.path}.")
+        ]
         self._load(wanted)
         for name, module in inner.named_modules():
             full = prefix + name
@@ -205,9 +216,13 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
         import transformers
 
         if "trust_remote_code" in str(error):
-            raise CheckpointError(f"{reader.folder} needs Python code that it brings along; add --trust-remote-code if you trust it") from None
+            raise CheckpointError(
+                f"{reader.folder} needs Python code that it brings along; add --trust-remote-code if you trust it"
+            ) from None
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{reader.folder}: architecture {kind!r} cannot be used with transformers {transformers.__version__}: {reason}") from None
+        raise CheckpointError(
+            f"{reader.folder}: architecture {kind!r} cannot be used with transformers {transformers.__version__}: {reason}"
+        ) from None
 
 
 def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -219,7 +234,9 @@ def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"architecture {config.model_type!r} is no causal language model that can be built: {reason}") from None
+        raise CheckpointError(
+            f"architecture {config.model_type!r} is no causal language model that can be built: {reason}"
+        ) from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -240,5 +257,7 @@ def _stored_dtype(reader: Reader) -> torch.dtype:
         volume[entry.dtype] = volume.get(entry.dtype, 0) + entry.nbytes
     most = max(volume, key=lambda dtype: volume[dtype], default="")
     if most not in WEIGHT_DTYPES:
-        raise CheckpointError(f"{reader.folder} stores its weights as {most or 'nothing'}; float32, float16 and bfloat16 are supported")
+        raise CheckpointError(
+            f"{reader.folder} stores its weights as {most or 'nothing'}; float32, float16 and bfloat16 are supported"
+        )
     return WEIGHT_DTYPES[most]

@@ -41,7 +41,9 @@ _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error 
 class Progress(Protocol):
     """Told after each step: its name, how many are done of how many, and the block's result once there is one."""
 
-    def __call__(self, step: str, done: int, total: int, block: BlockRow | None = None) -> None: ...
+    def __call__(self, step: str, done: int, total: int, block: BlockRow | None = None) -> None:
+        """Called after each step."""
+        ...
 
 
 def silent(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
@@ -116,7 +118,8 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
             glob = matching(name)
             if len(shape) > 2 and not glob:
                 raise CheckpointError(
-                    f"{name} has shape {list(shape)}: stacked expert weights are not supported; leave them dense with --ignore '*{name.split('.')[-1]}'"
+                    f"{name} has shape {list(shape)}: stacked expert weights are not supported; "
+                    f"leave them dense with --ignore '*{name.split('.')[-1]}'"
                 )
             left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else "not a linear layer"))
     if unused:
@@ -142,7 +145,9 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     started = time.perf_counter()
     where = choose_device(device)
     plan = make_plan(recipe, output)
-    report = Report(asdict(recipe), plan.skeleton.config.model_type, _parameters(plan.reader), plan.reader.nbytes, left_dense=plan.left_dense)
+    report = Report(
+        asdict(recipe), plan.skeleton.config.model_type, _parameters(plan.reader), plan.reader.nbytes, left_dense=plan.left_dense
+    )
     report.recipe["seq_len"] = plan.seq_len
     states = _calibrate(plan, recipe, where, progress) if plan.method.NEEDS_INPUTS else None
     report.calibration_tokens = recipe.num_samples * plan.seq_len if states else 0
@@ -159,7 +164,12 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
         report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
         files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
         writer.finish(compressed_config(plan.reader.config, stored), files, code=recipe.trust_remote_code)
-    report.run = {"device": str(where), "seconds": round(time.perf_counter() - started, 3), "block_seconds": seconds, "peak_memory": peak_memory()}
+    report.run = {
+        "device": str(where),
+        "seconds": round(time.perf_counter() - started, 3),
+        "block_seconds": seconds,
+        "peak_memory": peak_memory(),
+    }
     output.with_name(f"{output.name}.report.json").write_text(_json(report.everything()))
     return report
 
@@ -208,7 +218,9 @@ def _prune_block(
     linears = plan.blocks[index]
     arguments = states.arguments[index] if states else ((), {})
     exact: list[Tensor] = []
-    hooked = collecting({linear.name: linear.module for linear in linears}, gram=plan.method.NEEDS_GRAM) if states else nullcontext({})
+    hooked = (
+        collecting({linear.name: linear.module for linear in linears}, gram=plan.method.NEEDS_GRAM) if states else nullcontext({})
+    )
     with hooked as stats:
         for number, hidden in enumerate(states.hidden if states else []):
             output = calibration.run(block, hidden, arguments)

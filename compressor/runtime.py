@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressor_kernels.linear import Sparse24Linear
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.errors import CheckpointError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
+from compressor_kernels.linear import Sparse24Linear
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -32,7 +32,9 @@ class CompressedConfig(QuantizationConfigMixin):
     def __init__(self, modules: Any = None, version: Any = VERSION, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own names are an enum, others are text
         self.version = version
-        self.modules = packed_modules({"quantization_config": {"quant_method": QUANT_METHOD, "version": version, "modules": modules}})
+        self.modules = packed_modules(
+            {"quantization_config": {"quant_method": QUANT_METHOD, "version": version, "modules": modules}}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -82,12 +84,12 @@ class CompressedQuantizer(HfQuantizer):
         config.__dict__["save_pretrained"] = save_once
         return None, {}
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """`save_pretrained` works."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         """Packed weights are frozen."""
         return False
 

@@ -67,7 +67,9 @@ class InputStats:
     def check(self, name: str) -> None:
         """Raise NumericalError where the linear saw no tokens or anything but finite ones."""
         if not self.tokens:
-            raise NumericalError(f"{name} saw no tokens during calibration: give more samples or leave it dense with --ignore {name!r}")
+            raise NumericalError(
+                f"{name} saw no tokens during calibration: give more samples or leave it dense with --ignore {name!r}"
+            )
         if not bool(torch.isfinite(self.m2).all()):
             raise NumericalError(f"the inputs of {name} are not finite (NaN or Inf activations): try --dtype bfloat16 or float32")
 

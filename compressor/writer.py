@@ -169,11 +169,21 @@ def _copy_range(path: Path, start: int, stop: int, target: BinaryIO) -> None:
 def _raw(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _dtype(tensor: Tensor) -> str:
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int16": "I16", "uint8": "U8", "int8": "I8", "int32": "I32"}
+    names = {
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "float64": "F64",
+        "int16": "I16",
+        "uint8": "U8",
+        "int8": "I8",
+        "int32": "I32",
+    }
     return names[str(tensor.dtype).removeprefix("torch.")]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -19,7 +20,12 @@ DEMO = ROOT / "demo" / "books-1m"
 SHARED = Path(os.environ.get("COMPRESS_SHARED", ROOT.parent / "shared"))
 
 _LLAMA = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
 )
 FAMILIES = {
     "llama": _LLAMA,
@@ -29,7 +35,13 @@ FAMILIES = {
     "gemma2": {**_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "phi3": {**_LLAMA, "pad_token_id": 0},
     "opt": dict(
-        hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64, max_position_embeddings=256, pad_token_id=1
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=256,
+        pad_token_id=1,
     ),
     "gpt_neox": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256),
     "gpt2": dict(n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1),
@@ -85,12 +97,23 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def cli():
-    """Run the command line in a process of its own."""
+def cli(monkeypatch, capfd):
+    """Run the command line in this process, as `main` would in its own; returns code, stdout and stderr."""
+    from compressor.cli import main
 
-    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([sys.executable, "-m", "compressor", *map(str, arguments)], capture_output=True, text=True, timeout=240)
-        assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
-        return done
+    def run(*arguments: object, code: int = 0) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        ended = 0
+        try:
+            main()
+        except SystemExit as end:
+            ended = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        printed = capfd.readouterr()
+        assert ended == code, f"exit {ended}, expected {code}\n{printed.out}\n{printed.err}"
+        return SimpleNamespace(stdout=printed.out, stderr=printed.err)
 
     return run

@@ -75,7 +75,12 @@ def test_index_must_stay_in_the_folder_and_tell_the_truth(folder):
     short = {key: value for key, value in original["weight_map"].items() if key != name}
     (folder / INDEX).write_text(json.dumps({**original, "weight_map": short}))
     refused(folder, "in a shard but not in")
-    for text, match in [("[]", "JSON object"), ("{", "not readable JSON"), ("{}", "no weight_map"), ("[" * 100_000, "not readable JSON")]:
+    for text, match in [
+        ("[]", "JSON object"),
+        ("{", "not readable JSON"),
+        ("{}", "no weight_map"),
+        ("[" * 100_000, "not readable JSON"),
+    ]:
         (folder / INDEX).write_text(text)
         refused(folder, match)
 
@@ -93,7 +98,8 @@ def test_lying_headers(folder):
         return header[next(name for name in header if name != "__metadata__")]
 
     for data, match in [(good[:-10], "truncated"), (good + b"x", "too long"), (good[:4], "header length"), (b"", "header length"),
-                        (struct.pack("<Q", 1 << 60) + good[8:], "header length"), (struct.pack("<Q", 20) + b"{" * 200, "malformed")]:  # fmt: skip
+                        (struct.pack("<Q", 1 << 60) + good[8:], "header length"),
+                        (struct.pack("<Q", 20) + b"{" * 200, "malformed")]:  # fmt: skip
         path.write_bytes(data)
         refused(folder, match)
     damage(lambda header: first(header).update(dtype="F1024"), "not understood")
@@ -135,13 +141,19 @@ def test_writer_keeps_names_order_bytes_and_replaces(folder, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"]["total_size"] == written.nbytes
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*reader.shards, INDEX, "config.json", "generation_config.json", "note.txt"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [*reader.shards, INDEX, "config.json", "generation_config.json", "note.txt"]
+    )
 
 
 def test_wide_items_come_first_so_that_all_are_aligned(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "config.json").write_text("{}")
-    save_file({"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5)}, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5)},
+        tmp_path / "in" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     reader = Reader(tmp_path / "in")
     odd = torch.tensor([1, 2, 3], dtype=torch.int16)
     with Writer(reader, tmp_path / "out", {"a.weight"}) as writer:

@@ -74,7 +74,9 @@ def test_dry_run_writes_nothing(cli, tiny, tmp_path):
 
 
 def test_unstructured_says_that_the_size_stays(cli, tiny, rows, tmp_path):
-    done = cli("prune", tiny("llama"), "-o", tmp_path / "out", "--pattern", "60%", "--dataset", rows, "--num-samples", 4, "--seq-len", 32)
+    done = cli(
+        "prune", tiny("llama"), "-o", tmp_path / "out", "--pattern", "60%", "--dataset", rows, "--num-samples", 4, "--seq-len", 32
+    )
     assert "no packed form" in done.stdout
     assert not {"quantization_config", "transformers_weights"} & set(json.loads((tmp_path / "out" / "config.json").read_text()))
 
@@ -143,7 +145,20 @@ def test_bad_models(refuse, copy, tmp_path):
 def test_bad_data(refuse, tiny, rows, tmp_path):
     def prune(name, text, *more):
         (tmp_path / name).write_text(text)
-        return refuse("prune", tiny("llama"), "-o", tmp_path / "out", "-q", "--dataset", tmp_path / name, "--num-samples", 2, "--seq-len", 32, *more)
+        return refuse(
+            "prune",
+            tiny("llama"),
+            "-o",
+            tmp_path / "out",
+            "-q",
+            "--dataset",
+            tmp_path / name,
+            "--num-samples",
+            2,
+            "--seq-len",
+            32,
+            *more,
+        )
 
     assert "is empty" in prune("a.txt", "")
     assert "is a .csv file" in prune("a.csv", "x")
@@ -163,7 +178,11 @@ def test_eval_says_what_is_missing(refuse, tiny, rows):
 
 
 def test_recipes_are_checked(refuse, tiny, tmp_path):
-    for text, match in [("method = 3", "method is 3; a value of type str"), ("metod = 'wanda'", "did you mean 'method'"), ("x = [", "not readable TOML")]:
+    for text, match in [
+        ("method = 3", "method is 3; a value of type str"),
+        ("metod = 'wanda'", "did you mean 'method'"),
+        ("x = [", "not readable TOML"),
+    ]:
         (tmp_path / "recipe.toml").write_text(text)
         assert match in refuse("prune", tiny("llama"), "-o", tmp_path / "out", "--recipe", tmp_path / "recipe.toml", "-q", code=2)
 

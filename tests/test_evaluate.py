@@ -40,11 +40,14 @@ def test_self_is_reproducible_and_easier_for_its_author(demo_model):
 
 def test_tasks_run_offline_through_lm_eval(demo_model, tmp_path):
     pytest.importorskip("lm_eval")
-    questions = [{"question": f"The {animal} is", "choices": [" an animal", " zzz qqq"], "label": 0} for animal in ("dog", "cat", "cow")]
+    questions = [
+        {"question": f"The {animal} is", "choices": [" an animal", " zzz qqq"], "label": 0} for animal in ("dog", "cat", "cow")
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (tmp_path / "local.yaml").write_text(
         f"task: local_choice\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
-        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: label\n"
+        "output_type: multiple_choice\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: label\n"
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
     found = evaluate(str(demo_model), tasks=["local_choice"], include_path=tmp_path)

@@ -29,7 +29,8 @@ ALLOWED = {
     "compressor/calibration.py": BASE | {"compressor.model"},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
-    "compressor/evaluate.py": BASE | {"compressor", "compressor.data", "compressor.checkpoint", "compressor.report", "compressor.runtime"},
+    "compressor/evaluate.py": BASE
+    | {"compressor", "compressor.data", "compressor.checkpoint", "compressor.report", "compressor.runtime"},
 }
 
 
@@ -50,7 +51,9 @@ def test_rooms_import_one_way(room):
     files = sorted((ROOT / room).rglob("*.py")) if room.endswith("/") else [ROOT / room]
     for path in files:
         own = {".".join(path.relative_to(ROOT).with_suffix("").parts[:2])} if room.endswith("/") else set()
-        foreign = {name for name in imported(path) if ours(name) and not any(name.startswith(prefix) for prefix in own)} - ALLOWED[room]
+        foreign = {name for name in imported(path) if ours(name) and not any(name.startswith(prefix) for prefix in own)} - ALLOWED[
+            room
+        ]
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
@@ -60,7 +63,9 @@ def test_kernels_know_tensors_only():
         assert not roots & {"compressor", "transformers", "safetensors"}, path
 
 
-@pytest.mark.parametrize("command", ["['--help']", "['prune', '--help']", "['eval', '--help']", "['inspect', 'demo/books-1m', '--json']"])
+@pytest.mark.parametrize(
+    "command", ["['--help']", "['prune', '--help']", "['eval', '--help']", "['inspect', 'demo/books-1m', '--json']"]
+)
 def test_starts_without_the_heavy_libraries(command):
     code = (
         f"import sys; sys.argv[1:] = {command}\n"

@@ -21,7 +21,14 @@ def test_wheel_holds_exactly_our_two_packages(tmp_path):
     assert any(name.endswith("LICENSE") for name in names)
 
 
-def test_nothing_here_is_named_kernels():
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    code = "import transformers, sys; assert not any('/kernels/compressor_kernels' in str(getattr(sys.modules.get('kernels'), '__file__', '')) for _ in '1')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+def test_the_folder_kernels_does_not_hide_their_package(tmp_path):
+    """With our checkout first on the path, `import kernels` still finds the one that is installed."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("THEIRS = True")
+    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]"
+    code = f"{path}; import kernels; assert kernels.THEIRS; import compressor_kernels.packing"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_transformers_imports_beside_us():
+    subprocess.run([sys.executable, "-c", "from transformers import LlamaForCausalLM"], check=True, cwd=ROOT, capture_output=True)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from compressor_kernels.linear import Sparse24Linear
-from compressor_kernels.packing import check24, pack24, unpack24
-from compressor_kernels.reference import sparse24
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.formats.sparse24 import Sparse24
+from compressor_kernels.linear import Sparse24Linear
+from compressor_kernels.packing import check24, pack24, unpack24
+from compressor_kernels.reference import sparse24
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,7 +33,10 @@ def literal_pack(weight):
             row_values += [group[first], group[second]]
             nibbles.append(first + 4 * second)
         nibbles += [4] * (-len(nibbles) % 4)
-        words = [sum(nibble << 4 * place for place, nibble in enumerate(nibbles[start : start + 4])) for start in range(0, len(nibbles), 4)]
+        words = [
+            sum(nibble << 4 * place for place, nibble in enumerate(nibbles[start : start + 4]))
+            for start in range(0, len(nibbles), 4)
+        ]
         values.append(row_values)
         metadata.append([word - 65536 if word >= 32768 else word for word in words])
     return torch.tensor(values).to(weight.dtype), torch.tensor(metadata).to(torch.int16)
@@ -98,5 +101,5 @@ def test_linear_packed_and_unpacked_agree(dtype):
     module.unpack_()
     assert torch.equal(module(x), expected)
     after = module.state_dict()
-    assert list(after) and set(after) == set(before)
+    assert set(after) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in before)

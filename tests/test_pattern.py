@@ -20,7 +20,9 @@ def test_parses(text, sparsity, n, m, shown):
     assert (pattern.sparsity, pattern.n, pattern.m, str(pattern)) == (sparsity, n, m, shown)
 
 
-@pytest.mark.parametrize("text", ["abc", "4:2", "0:4", "4:4", "1.5", "-0.2", "150%", "0%", "100%", "", "2:4:8", "nan", "1e-3", "2 : 4"])
+@pytest.mark.parametrize(
+    "text", ["abc", "4:2", "0:4", "4:4", "1.5", "-0.2", "150%", "0%", "100%", "", "2:4:8", "nan", "1e-3", "2 : 4"]
+)
 def test_refuses_in_one_line(text):
     with pytest.raises(UsageError) as caught:
         Pattern.parse(text)
@@ -72,6 +74,9 @@ def test_chunks_do_not_change_the_mask(monkeypatch):
     assert torch.equal(Pattern.parse("2:4").mask(score), whole)
 
 
-@pytest.mark.parametrize(("text", "fits"), [("2:4", True), ("1:4", True), ("1:2", True), ("2:8", True), ("3:4", False), ("4:8", False), ("1:3", False), ("50%", False)])
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [("2:4", True), ("1:4", True), ("1:2", True), ("2:8", True), ("3:4", False), ("4:8", False), ("1:3", False), ("50%", False)],
+)
 def test_fits_2_4(text, fits):
     assert Pattern.parse(text).fits_2_4 is fits

@@ -107,8 +107,14 @@ def test_without_the_plug_in_it_fails_and_names_the_package(packed):
     [
         (lambda config: config["quantization_config"].update(version=99), "format version 99"),
         (lambda config: config["quantization_config"].update(modules=[1]), "must map"),
-        (lambda config: config["quantization_config"]["modules"].update({"model.layers.77.x": {"format": "sparse24"}}), "does not have"),
-        (lambda config: config["quantization_config"]["modules"].update({"model.norm": {"format": "sparse24"}}), "as a packed linear"),
+        (
+            lambda config: config["quantization_config"]["modules"].update({"model.layers.77.x": {"format": "sparse24"}}),
+            "does not have",
+        ),
+        (
+            lambda config: config["quantization_config"]["modules"].update({"model.norm": {"format": "sparse24"}}),
+            "as a packed linear",
+        ),
         (lambda config: config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"].update(format="zip"), "'zip'"),
     ],
 )

@@ -52,10 +52,10 @@ def test_linears_with_one_input_share_one_statistic():
 
 def test_nothing_seen_and_not_finite_are_refused_by_name():
     stats = InputStats(2)
-    with pytest.raises(NumericalError, match="mlp.up saw no tokens"):
+    with pytest.raises(NumericalError, match=r"mlp\.up saw no tokens"):
         stats.check("mlp.up")
     stats.update(torch.tensor([[1.0, float("inf")]]))
-    with pytest.raises(NumericalError, match="mlp.up are not finite"):
+    with pytest.raises(NumericalError, match=r"mlp\.up are not finite"):
         stats.check("mlp.up")
 
 

@@ -13,8 +13,13 @@ from compressor.cli.show import counting, err, quiet_libraries
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id, compressed or plain.", show_default=False)],
-    baseline: Annotated[str | None, typer.Option(help="A second model to stand beside it, such as the original.", show_default=False)] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Perplexity on a .txt, .jsonl or .parquet file, Hub id, or self; repeatable.", show_default=False)] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A second model to stand beside it, such as the original.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Perplexity on a .txt, .jsonl or .parquet file, Hub id, or self; repeatable.", show_default=False),
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.", show_default=False)] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files.", show_default=False)] = None,
     seq_len: Annotated[int, typer.Option(help="Window of the perplexity; 0: min(2048, the model's limit).")] = 0,
@@ -25,8 +30,12 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Of the tasks.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON here as well; must not exist.", show_default=False)] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the JSON here as well; must not exist.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in lm-eval's schema instead of the table.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
@@ -49,14 +58,15 @@ def evaluate(
 
     quiet_libraries(verbose)
     where = str(choose_device(device))
+    settings: dict[str, Any] = {
+        "datasets": dataset or [], "tasks": names, "text_from": baseline, "include_path": include_path, "seq_len": seq_len,
+        "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size,
+        "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     scored: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(([baseline] if baseline else []) + [model]):
         with counting(f"scoring {Path(name).name}", quiet) as progress:
-            scored[name] = run(
-                name, datasets=dataset or [], tasks=names, text_from=baseline, include_path=include_path, seq_len=seq_len, num_samples=num_samples,
-                seed=seed, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, device=where, dtype=dtype,
-                trust_remote_code=trust_remote_code, progress=progress,
-            )  # fmt: skip
+            scored[name] = run(name, **settings, progress=progress)
     result = {**scored[model], **({"baseline": scored[baseline]} if baseline else {})}
     text = json.dumps(result, indent=1, default=str)
     if output is not None:

@@ -51,7 +51,9 @@ def describe(reader: Any) -> dict[str, Any]:
             raise CheckpointError(f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors are not there")
         values = reader.tensors[f"{name}.weight_values"]
         shape = [values.shape[0], values.shape[1] * 2]
-        linears.append(_row(name, shape, entry["format"], sparsity.get(name), sum(part.nbytes for part in parts), ITEM_BITS[values.dtype]))
+        linears.append(
+            _row(name, shape, entry["format"], sparsity.get(name), sum(part.nbytes for part in parts), ITEM_BITS[values.dtype])
+        )
     for tensor, entry in reader.tensors.items():
         name = tensor.removesuffix(".weight")
         if tensor.endswith(".weight") and len(entry.shape) == 2 and name not in modules:
@@ -72,7 +74,15 @@ def describe(reader: Any) -> dict[str, Any]:
 
 def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored: int, bits: int) -> dict[str, Any]:
     dense = math.prod(shape) * bits // 8
-    return {"name": name, "shape": shape, "format": form, "sparsity": sparsity, "bytes": stored, "dense_bytes": dense, "ratio": stored / dense if dense else 1.0}
+    return {
+        "name": name,
+        "shape": shape,
+        "format": form,
+        "sparsity": sparsity,
+        "bytes": stored,
+        "dense_bytes": dense,
+        "ratio": stored / dense if dense else 1.0,
+    }
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -82,6 +92,8 @@ def _show(found: dict[str, Any]) -> None:
     rows = table("", "matrix >shape format >zeros >bytes >of-dense")
     for row in found["linears"]:
         sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.1%}"
-        rows.add_row(row["name"], "×".join(map(str, row["shape"])), row["format"], sparsity, size(row["bytes"]), f"{row['ratio']:.4f}")
+        rows.add_row(
+            row["name"], "×".join(map(str, row["shape"])), row["format"], sparsity, size(row["bytes"]), f"{row['ratio']:.4f}"
+        )
     out.print(rows)
     out.print(f"{size(found['bytes'])}, {found['ratio']:.4f} of its dense size {size(found['dense_bytes'])}")

@@ -26,21 +26,35 @@ compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 
 def prune(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)
+    ] = None,
     method: Annotated[str | None, typer.Option(help="magnitude, wanda or sparsegpt.", show_default="wanda")] = None,
-    pattern: Annotated[str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win.", show_default=False)] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method; repeatable.", show_default=False)] = None,
-    ignore: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method; repeatable.", show_default=False)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
@@ -51,8 +65,9 @@ def prune(
     from compressor.recipe import load, merge
 
     given = {
-        "model": model, "method": method, "pattern": pattern, "format": format, "dataset": dataset, "num_samples": num_samples,
-        "seq_len": seq_len, "seed": seed, "dtype": dtype, "revision": revision, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "model": model, "revision": revision, "method": method, "pattern": pattern, "format": format, "dataset": dataset,
+        "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype, "ignore": ignore,
+        "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(load(recipe) if recipe else {}, given, assign or [])
     if output is None and not dry_run:
@@ -82,7 +97,8 @@ prune.__doc__ = f"{prune.__doc__}\n\n{_EXAMPLES}"
 def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     linears = [linear for block in plan.blocks for linear in block]
     facts: dict[str, Any] = {
-        "model": recipe.model, "method": recipe.method, "pattern": str(plan.pattern), "seq_len": plan.seq_len, "blocks": len(plan.blocks),
+        "model": recipe.model, "method": recipe.method, "pattern": str(plan.pattern), "seq_len": plan.seq_len,
+        "blocks": len(plan.blocks),
         "linears": [{"name": linear.name, "shape": list(linear.shape)} for linear in linears],
         "left_dense": [{"name": left.name, "shape": left.shape, "reason": left.reason} for left in plan.left_dense],
     }  # fmt: skip
@@ -93,8 +109,8 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
         out.print(f"{recipe.method} {plan.pattern}  {linear.name}  {list(linear.shape)}")
     for left in plan.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
-    packed = recipe.format == "packed" and plan.pattern.fits_2_4
-    out.print(f"{len(linears)} linears in {len(plan.blocks)} blocks would be pruned and stored {'packed 2:4' if packed else 'dense with zeros'}; nothing was written")
+    stored = "packed 2:4" if recipe.format == "packed" and plan.pattern.fits_2_4 else "dense with zeros"
+    out.print(f"{len(linears)} linears in {len(plan.blocks)} blocks would be pruned and stored {stored}; nothing was written")
 
 
 def _show_report(report: Report) -> None:
@@ -104,10 +120,13 @@ def _show_report(report: Report) -> None:
         found.add_row(row.name, "×".join(map(str, row.shape)), row.format, f"{row.sparsity:.1%}", error, size(row.bytes))
     out.print(found)
     totals = report.totals()
-    others = [left for left in report.left_dense if left.reason != "outside the decoder blocks"]
-    out.print(f"left dense: {len(report.left_dense)} weights ({len(others)} of them inside the blocks), listed with reasons in report.json")
-    out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f}), checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
+    inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
+    out.print(f"left dense: {len(report.left_dense)} weights, {inside} of them inside the blocks; report.json says why")
+    out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
+    out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
     out.print(f"{report.run['seconds']:.0f} s on {report.run['device']}, peak memory {peak}")
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
-        out.print(f"note: pattern {report.recipe['pattern']} has no packed form, so zeros are stored in place and the size stays the same")
+        out.print(
+            f"note: pattern {report.recipe['pattern']} has no packed form: zeros are stored in place, the size stays the same"
+        )

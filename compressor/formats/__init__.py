@@ -6,7 +6,7 @@ replaces `weight` in the tensor's name, and the class method `unpack(tensors)` t
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from compressor.errors import CheckpointError
 class Form(Protocol):
     """What every stored form can do."""
 
-    FORMAT: str
+    FORMAT: ClassVar[str]
 
     def dense(self) -> Tensor:
         """The weight this form stands for, `[out, in]`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from compressor_kernels.packing import check24, pack24, unpack24
 from torch import Tensor
+
+from compressor_kernels.packing import check24, pack24, unpack24
 
 
 @dataclass(frozen=True)

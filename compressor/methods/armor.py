@@ -48,7 +48,7 @@ def compress(
     stats: InputStats,
     pattern: Pattern,
     *,
-    iterations: int = 40,
+    iterations: int = 100,
     block_size: int = 128,
     overhead: float = 0.125,
     proxy: str = "diagonal",

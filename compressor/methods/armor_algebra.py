@@ -134,16 +134,16 @@ def best_pair(target: Tensor, inverses: Tensor, scale: Tensor, noise: Tensor | N
         values `[4, ...]`, two of them zero, and the index of the pair `[...]`.
     """
     first, second = torch.tensor(PAIRS, device=target.device).T
-    t0, t1 = target[first], target[second]
+    t0, t1 = target.index_select(0, first), target.index_select(0, second)
     x0, x1 = inverses[0] * t0 + inverses[1] * t1, inverses[1] * t0 + inverses[2] * t1
     gain = (t0 * x0 + t1 * x1) / scale
     if noise is not None:
         gain = gain + noise
     best = _argmax(gain)
-    there = best.unsqueeze(0)
+    there, flat = best.unsqueeze(0), best.flatten()
     values = torch.zeros_like(target)
-    values.scatter_(0, first[there], x0.gather(0, there) / scale)
-    values.scatter_(0, second[there], x1.gather(0, there) / scale)
+    values.scatter_(0, first.index_select(0, flat).view(there.shape), x0.gather(0, there) / scale)
+    values.scatter_(0, second.index_select(0, flat).view(there.shape), x1.gather(0, there) / scale)
     return values, best
 
 

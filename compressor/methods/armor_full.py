@@ -170,7 +170,9 @@ def _sweep_panel(
             rows = slice(turn, None, turns)
             target = scale[:, rows, None] * (s[:, rows, here] @ square) - local[:, rows]
             extra = None if random is None else random[group, :, :, rows]
-            values, choice[:, rows, group] = best_pair(target.movedim(-1, 0), inverses[:, :, group, None, None], scale[:, rows], extra)
+            values, choice[:, rows, group] = best_pair(
+                target.movedim(-1, 0), inverses[:, :, group, None, None], scale[:, rows], extra
+            )
             values = values.movedim(0, -1)
             local += a_gram[:, :, rows] @ ((values - s[:, rows, here]) @ square)
             s[:, rows, here] = values

@@ -66,9 +66,10 @@ def _quadratic(target: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor
 
 
 def _to_rows(x: Tensor, factors: Factors) -> Tensor:
-    """`[out, in]` -> `[bA, in / bB, out / bA, bB]`: a row of every block first."""
+    """`[out, in]` -> `[bA, in / bB, out / bA, bB]`: a copy, with a row of every block first."""
     blocks, size, _ = factors.a.shape
-    return x.view(blocks, size, len(factors.b), -1).permute(1, 2, 0, 3).contiguous()
+    rows = x.view(blocks, size, len(factors.b), -1).permute(1, 2, 0, 3)
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _from_rows(x: Tensor) -> Tensor:
@@ -92,24 +93,27 @@ def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: tor
     size, count = a_gram.shape[1], b_gram.shape[1] // 4
     error, s = _to_rows(start, factors), _to_rows(factors.s, factors).unflatten(-1, (count, 4))
     flat, groups_of_error = error.flatten(0, 1), error.unflatten(-1, (count, 4))
-    choice = torch.empty(s.shape[:-1], dtype=torch.long, device=s.device)
     spread = b_gram.unflatten(1, (count, 4))  # [in / bB, groups, 4, bB]
     squares = spread.unflatten(-1, (count, 4)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     inverses = pair_inverses(squares)
     scale = a_gram.diagonal(dim1=1, dim2=2).T[:, None].clamp_min(torch.finfo(s.dtype).tiny)  # [bA, 1, out / bA]
     rows = torch.arange(size, device=s.device)
     order = torch.randperm(count, generator=generator, device=s.device)
-    for step in range(count):
-        groups = order[(rows + step) % count]
-        old = s[rows, :, :, groups]  # [bA, in / bB, out / bA, 4]
+    turns = order[(rows[:, None] + torch.arange(count, device=s.device)) % count]  # [bA, steps]: which group each row is at
+    before = s.gather(3, turns[:, None, None, :, None].expand_as(s)).movedim(3, 0)  # [steps, bA, in / bB, out / bA, 4]
+    after, choice = [], []
+    for step, old in enumerate(before):
+        groups = turns[:, step]
         target = scale[..., None] * (old @ squares[:, groups].transpose(0, 1)) - groups_of_error[rows, :, :, groups]
         noise_now = None if noise is None else noise * gumbel((6, *target.shape[:-1]), target, generator)
         inverse = inverses[..., groups].transpose(-1, -2).unsqueeze(-1)  # [3, 6, bA, in / bB, 1]
-        new, choice[rows, :, :, groups] = best_pair(target.movedim(-1, 0).contiguous(), inverse, scale, noise_now)
-        new = new.movedim(0, -1)
-        flat.baddbmm_((scale[..., None] * (new - old)).flatten(0, 1), spread[:, groups].transpose(0, 1).flatten(0, 1))
-        s[rows, :, :, groups] = new
-    new_s, new_mask = _from_rows(s.flatten(-2)), _from_rows(pair_mask(choice).flatten(-2))
+        new, best = best_pair(target.movedim(-1, 0).contiguous(), inverse, scale, noise_now)
+        after.append(new.movedim(0, -1))
+        choice.append(best)
+        flat.baddbmm_((scale[..., None] * (after[-1] - old)).flatten(0, 1), spread[:, groups].transpose(0, 1).flatten(0, 1))
+    back = turns.argsort(1)[:, None, None, :, None].expand_as(s)
+    new_s = _from_rows(torch.stack(after, 3).gather(3, back).flatten(-2))
+    new_mask = _from_rows(pair_mask(torch.stack(choice, 3)).gather(3, back).flatten(-2))
     if noise is None:
         new_s, new_mask = _keep_better(a_gram, b_gram, start, factors, new_s, new_mask)
     return factors._replace(s=new_s, mask=new_mask)
@@ -126,30 +130,28 @@ def _keep_better(a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors
 def solve_values(target: Tensor, factors: Factors) -> Factors:
     """S on its mask: Jacobi-preconditioned conjugate gradients, one independent system per block (i, j)."""
     a_gram, b_gram, error = _quadratic(target, factors)
-    size_a, size_b, tiny = a_gram.shape[1], b_gram.shape[1], torch.finfo(target.dtype).tiny
+    shape = (len(a_gram), a_gram.shape[1], len(b_gram), b_gram.shape[1])  # a free view: block sums and factors broadcast in it
     diagonal = a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal(dim1=1, dim2=2).reshape(1, -1)
-    inverse = 1 / diagonal.clamp_min(tiny)
+    keep = factors.mask.to(target.dtype)
+    inverse = (keep / diagonal.clamp_min(torch.finfo(target.dtype).tiny)).view(shape)
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
-        return (x * y).view(len(a_gram), size_a, len(b_gram), size_b).sum((1, 3))
+        return (x * y).sum((1, 3), keepdim=True)
 
-    def spread(x: Tensor) -> Tensor:
-        return x.repeat_interleave(size_a, 0).repeat_interleave(size_b, 1)
-
-    s = factors.s
-    residual = -error * factors.mask
+    s = factors.s.view(shape)
+    residual = -error.view(shape)
     direction = preconditioned = residual * inverse
     power = inner(residual, preconditioned)
     for step in range(_VALUE_STEPS):
-        applied = left(a_gram, right(direction, b_gram)) * factors.mask
-        length = spread(ratio(power, inner(direction, applied)))
-        s = s + length * direction
+        applied = left(a_gram, right(direction.view_as(target), b_gram)).view(shape)
+        length = ratio(power, inner(direction, applied))
+        s = torch.addcmul(s, length, direction)
         if step + 1 < _VALUE_STEPS:
-            residual = residual - length * applied
+            residual = torch.addcmul(residual, length, applied, value=-1)
             preconditioned = residual * inverse
             previous, power = power, inner(residual, preconditioned)
-            direction = preconditioned + spread(ratio(power, previous)) * direction
-    return factors._replace(s=s)
+            direction = torch.addcmul(preconditioned, ratio(power, previous), direction)
+    return factors._replace(s=s.view_as(target))
 
 
 def solve_a(target: Tensor, factors: Factors) -> Factors:

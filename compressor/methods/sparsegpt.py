@@ -35,7 +35,10 @@ def compress(weight: Tensor, stats: InputStats, pattern: Pattern, *, damp: float
         NumericalError: H cannot be factored even at a thousand times the damping.
     """
     if damp <= 0 or block_size < 1 or (pattern.m and block_size % pattern.m):
-        raise UsageError(f"sparsegpt needs damp > 0 and a block_size that is a multiple of m: damp={damp:g}, block_size={block_size}, pattern {pattern}")
+        raise UsageError(
+            f"sparsegpt needs damp > 0 and a block_size that is a multiple of m: "
+            f"damp={damp:g}, block_size={block_size}, pattern {pattern}"
+        )
     W = weight.float().clone()
     U = _inverse_factor(W, stats, damp)
     for start in range(0, W.shape[1], block_size):
@@ -61,7 +64,10 @@ def _inverse_factor(W: Tensor, stats: InputStats, damp: float) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
-    raise NumericalError(f"the Gram matrix cannot be factored even with damp={damp * 10 ** (_TRIES - 1):g}: give more calibration samples or raise damp")
+    raise NumericalError(
+        f"the Gram matrix cannot be factored even with damp={damp * 10 ** (_TRIES - 1):g}: "
+        "give more calibration samples or raise damp"
+    )
 
 
 def _prune_columns(W: Tensor, U: Tensor, pattern: Pattern) -> Tensor:
@@ -80,4 +86,3 @@ def _prune_columns(W: Tensor, U: Tensor, pattern: Pattern) -> Tensor:
         W[:, column:] -= errors[:, column, None] * U[column, None, column:]
         W[:, column].masked_fill_(~mask[:, column], 0)
     return errors
-

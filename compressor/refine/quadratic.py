@@ -62,8 +62,11 @@ def better_rows(quadratic: Quadratic, weight: Tensor, start: Tensor, refined: Te
     """`refined` in the dtype of `start`, but the rows of `start` where that did not lower the output error.
 
     This is where "never worse than its start" is made true: after the cast to the storage dtype, and of the error that
-    is not damped. A row that became NaN or Inf is not better either.
+    is not damped. What rounding may have hidden counts against the refined row: the float32 error of e G eᵀ is at most
+    about ε (Σ_j |e_j| √G_jj)², which only matters where huge weights cancel, as without damping on too few tokens. A row
+    that became NaN or Inf is not better either.
     """
     refined = refined.to(start.dtype)
-    improved = quadratic.output_errors(weight, refined) < quadratic.output_errors(weight, start)
+    doubt = torch.finfo(torch.float32).eps * ((weight.float() - refined.float()).abs() @ quadratic.gram.diagonal().sqrt()).square()
+    improved = quadratic.output_errors(weight, refined) + doubt < quadratic.output_errors(weight, start)
     return torch.where(improved[:, None], refined, start)

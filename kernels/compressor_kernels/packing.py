@@ -95,7 +95,8 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     rows, half = values.shape
     if half % 2 or metadata.shape != (rows, -(-half // 8)) or metadata.dtype != torch.int16:
         raise ValueError(
-            f"values {tuple(values.shape)} need metadata int16 {(rows, -(-half // 8))}, not {metadata.dtype} {tuple(metadata.shape)}"
+            f"values {tuple(values.shape)} need metadata int16 {(rows, -(-half // 8))}, "
+            f"not {metadata.dtype} {tuple(metadata.shape)}"
         )
     weight = torch.empty(rows, half * 2, dtype=values.dtype, device=values.device)
     step = max(1, _CHUNK // max(1, 2 * half))

@@ -1,0 +1,130 @@
+"""Peak memory of `compress prune` beside the size of the checkpoint: flat in the number of blocks.
+
+    python benchmarks/memory.py                    # 22 blocks, the shape of TinyLlama, 2.2 GB
+    python benchmarks/memory.py --blocks 4 8 16 32 --method sparsegpt --csv memory.csv
+
+Makes a random checkpoint of each depth (shard by shard, so that making it needs little memory too), prunes it in a process
+of its own and samples that process's anonymous memory; pages of the mapped input files are the kernel's to take back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTER, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 32000
+SHARDS = 12
+
+
+def make_checkpoint(folder: Path, blocks: int) -> None:
+    """A random bf16 Llama in twelve shards, or as many as it has blocks."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTER, "vocab_size": VOCAB,
+        "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 2048,
+        "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    kv = HIDDEN // HEADS * KV_HEADS
+    inside = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTER, HIDDEN), "mlp.up_proj": (INTER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTER), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+    }  # fmt: skip
+    shapes = {f"model.layers.{index}.{name}.weight": shape for index in range(blocks) for name, shape in inside.items()}
+    shapes |= {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    generator = torch.Generator().manual_seed(0)
+    count = min(SHARDS, blocks)
+    names, weight_map = list(shapes), {}
+    for shard in range(count):
+        file = f"model-{shard + 1:05}-of-{count:05}.safetensors"
+        part = names[len(names) * shard // count : len(names) * (shard + 1) // count]
+        tensors = {}
+        for name in part:
+            weight = torch.ones(shapes[name]) if "norm" in name else torch.randn(shapes[name], generator=generator) * 0.02
+            tensors[name] = weight.bfloat16()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def watch(command: list[str]) -> tuple[float, float]:
+    """Run `command`; returns its peak anonymous memory in GB and its seconds."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        peak = max([peak, *[int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]])
+        time.sleep(0.01)
+    if process.wait():
+        sys.exit(f"{' '.join(command)} failed")
+    return peak * 1024 / 1e9, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[22])
+    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for blocks in arguments.blocks:
+        with tempfile.TemporaryDirectory() as scratch:
+            model, ids = Path(scratch) / "model", Path(scratch) / "ids.jsonl"
+            make_checkpoint(model, blocks)
+            lines = torch.randint(
+                3, VOCAB, (arguments.samples, arguments.seq_len), generator=torch.Generator().manual_seed(1)
+            ).tolist()
+            ids.write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
+            command = [
+                sys.executable,
+                "-m",
+                "compressor",
+                "prune",
+                str(model),
+                "-o",
+                str(Path(scratch) / "out"),
+                "--method",
+                arguments.method,
+            ]
+            command += ["--dataset", str(ids), "--num-samples", str(arguments.samples), "--seq-len", str(arguments.seq_len), "-q"]
+            size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
+            peak, seconds = watch([*command, "--device", "cpu"])
+        rows.append(
+            {
+                "method": arguments.method,
+                "blocks": blocks,
+                "tokens": arguments.samples * arguments.seq_len,
+                "checkpoint_gb": round(size, 3),
+                "peak_anonymous_gb": round(peak, 3),
+                "seconds": round(seconds, 1),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            }  # fmt: skip
+        )
+        print(rows[-1], flush=True)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

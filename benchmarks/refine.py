@@ -1,0 +1,248 @@
+"""Perplexity of every refinement after every method, on real trained models: the table of docs/refine.md.
+
+    python benchmarks/refine.py                                  # all cases; needs the canary models
+    python benchmarks/refine.py --model books-1m --pattern 2:4 --case sparsegpt+admm
+    python benchmarks/refine.py --speed 4096 11008               # seconds and memory for one linear of 4096 x 11008
+
+Protocol: 128 calibration rows of full context, everything in float32, only the linears inside the decoder blocks, their
+statistics from the compressed blocks before them. A case is METHOD[+REFINEMENT]…; `matched:` in front of it aims at the outputs
+of the dense model (compressor/refine/target.py), `+tune` at its end trains the block (compressor/refine/tune.py). Each case
+writes one JSON line to standard output, the table comes last.
+The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED names their parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor import calibration, data
+from compressor.checkpoint import Reader
+from compressor.evaluate import perplexity
+from compressor.methods import method_module
+from compressor.model import Skeleton
+from compressor.pattern import Pattern
+from compressor.refine import refinement
+from compressor.refine.target import matched
+from compressor.refine.tune import tune
+from compressor.stats import InputStats, collecting, output_error
+
+SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
+TESTS = {"babyllama105": "tinystories-test", "stories260K": "tinystories-test", "books-1m": "books-test"}
+METHODS = ["magnitude", "wanda", "sparsegpt"]
+REFINEMENTS = ["", "+dsnot", "+lsq", "+swap", "+admm"]
+CASES = ["dense", *(m + r for r in REFINEMENTS for m in METHODS), "matched:sparsegpt+lsq", "matched:sparsegpt+admm"]
+CASES += ["wanda+tune", "sparsegpt+tune", "wanda+admm+tune", "sparsegpt+admm+tune", "matched:sparsegpt+admm+tune"]
+
+TUNE: dict[str, float] = {}
+
+
+@dataclass
+class Canary:
+    """A trained model, its calibration states entering block 0 and its test rows."""
+
+    name: str
+    model: nn.Module
+    path: str  # of the decoder blocks
+    states: calibration.States
+    test: list[Tensor]
+
+
+def load(name: str, models: Path, rows: Path) -> Canary:
+    from transformers import AutoModelForCausalLM
+
+    folder = models / name
+    skeleton = Skeleton(Reader(folder), dtype=torch.float32)
+    vocabulary, length = skeleton.config.vocab_size, data.context_length(skeleton.config)
+    assert length
+    ids = data.calibration_rows(str(rows / f"{name}-calib.jsonl"), folder, vocabulary, num_samples=128, seq_len=length, seed=0)
+    test = data.test_rows(str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Canary(name, model, skeleton.path, calibration.capture(skeleton, ids, torch.device("cpu")), test)
+
+
+# --- one case
+
+
+def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
+    """Compress a copy of the model and score it."""
+    model, started, shares = copy.deepcopy(canary.model), time.perf_counter(), []
+    if case != "dense":
+        to_dense, tuned = case.startswith("matched:"), case.endswith("+tune")
+        steps = case.removeprefix("matched:").removesuffix("+tune").split("+")
+        hidden = exact = list(canary.states.hidden)
+        for index, block in enumerate(model.get_submodule(canary.path)):
+            arguments, dense = canary.states.arguments[index], copy.deepcopy(block)
+            if to_dense:
+                shares += prune_matched(block, dense, hidden, exact, arguments, steps, pattern)
+            else:
+                shares += prune_plain(block, hidden, arguments, steps, pattern)
+            if to_dense or tuned:
+                exact = [calibration.run(dense, batch, arguments) for batch in exact]
+            if tuned:
+                weights = {name: linear.weight for name, linear in linears_of(block).items()}
+                tune(block, weights, hidden, exact, arguments, **TUNE)
+            hidden = [calibration.run(block, batch, arguments) for batch in hidden]
+    seconds = time.perf_counter() - started
+    score = perplexity(model, canary.test)
+    mean = sum(shares) / len(shares) if shares else 0.0
+    return {
+        "model": canary.name,
+        "pattern": str(pattern),
+        "case": case,
+        "ppl": score,
+        "output_error": mean,
+        "seconds": round(seconds, 1),
+    }
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def prune_plain(block, hidden, arguments, steps: list[str], pattern: Pattern) -> list[float]:
+    """Every linear of a block from one pass of statistics; gives their relative output errors."""
+    linears = linears_of(block)
+    with collecting(linears, gram=True) as stats:
+        for batch in hidden:
+            calibration.run(block, batch, arguments)
+    return [prune(linear, linear.weight.data, stats[name], steps, pattern) for name, linear in linears.items()]
+
+
+def prune_matched(block, dense, hidden, exact, arguments, steps: list[str], pattern: Pattern) -> list[float]:
+    """The linears of a block, those that share an input together, each group on inputs that know of the groups before it."""
+    linears, shares = linears_of(block), []
+    with collecting(linears) as found:
+        calibration.run(block, hidden[0], arguments)
+    groups: dict[int, list[str]] = {}
+    for name in found:  # in the order of the forward pass
+        groups.setdefault(id(found[name]), []).append(name)
+    for names in groups.values():
+        stats, cross = pair_statistics(block, dense, names[0], hidden, exact, arguments)
+        for name in names:
+            weight = matched(linears[name].weight.data, stats, cross)
+            shares.append(prune(linears[name], weight, stats, steps, pattern))
+    return shares
+
+
+def pair_statistics(block, dense, name: str, hidden, exact, arguments) -> tuple[InputStats, Tensor]:
+    """Statistics of the input X of a linear, and Xᵀ(X' - X) with the dense model's X'."""
+    stats = InputStats(linears_of(block)[name].in_features, gram=True)
+    cross = torch.zeros_like(stats.mean, dtype=torch.float32).diag()
+    for here, there in zip(hidden, exact, strict=True):
+        with input_of(linears_of(block)[name]) as seen, input_of(linears_of(dense)[name]) as wanted:
+            calibration.run(block, here, arguments)
+            calibration.run(dense, there, arguments)
+        x = seen[0].flatten(0, -2)
+        stats.update(x)
+        cross.addmm_(x.T, wanted[0].flatten(0, -2) - x)
+    return stats, cross
+
+
+@contextmanager
+def input_of(linear: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def prune(linear: nn.Linear, weight: Tensor, stats: InputStats, steps: list[str], pattern: Pattern) -> float:
+    method, *refinements = steps
+    pruned = method_module(method).compress(weight, stats, pattern).dense()
+    for name in refinements:
+        pruned = refinement(name).refine(weight, pruned, stats, pattern)
+    assert pattern.is_legal(pruned)
+    share = output_error(weight, pruned, stats)
+    linear.weight.data = pruned
+    return share
+
+
+# --- speed
+
+
+def speed(rows: int, columns: int, device: str) -> None:
+    """Seconds of each refinement of one linear with random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    stats = InputStats(columns, gram=True, device=device)
+    for _ in range(8):
+        x = torch.randn(columns // 4 + 1, columns, generator=generator).to(device)
+        stats.update(x + 0.5 * x.roll(1, 1) + 0.1)
+    weight = torch.randn(rows, columns, generator=generator).to(device)
+    pattern = Pattern.parse("2:4")
+    pruned = method_module("wanda").compress(weight, stats, pattern).dense()
+    for name in ("dsnot", "lsq", "swap", "admm"):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        refined = refinement(name).refine(weight, pruned, stats, pattern)
+        error = output_error(weight, refined, stats)  # waits for the device
+        emit(refinement=name, rows=rows, columns=columns, seconds=round(time.perf_counter() - started, 2), output_error=error)
+
+
+def emit(**row: object) -> None:
+    if torch.cuda.is_available():
+        row["peak_gb"], machine = round(torch.cuda.max_memory_allocated() / 1e9, 2), torch.cuda.get_device_name()
+    else:
+        machine = platform.machine()
+    print(json.dumps(row | {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine}), flush=True)
+
+
+def table(results: list[dict[str, object]]) -> str:
+    """One row a case, one column a model and pattern."""
+    columns = list(dict.fromkeys((row["model"], row["pattern"]) for row in results))
+    found = {(row["case"], row["model"], row["pattern"]): row["ppl"] for row in results}
+    lines = ["| case | " + " | ".join(f"{model} {pattern}" for model, pattern in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for case in dict.fromkeys(row["case"] for row in results):
+        cells = [found.get((case, *column)) for column in columns]
+        lines.append(f"| {case} | " + " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["babyllama105", "books-1m"], choices=list(TESTS))
+    parser.add_argument("--pattern", nargs="+", default=["2:4", "50%"])
+    parser.add_argument("--case", nargs="+", default=CASES)
+    parser.add_argument("--epochs", type=int, help="of +tune")
+    parser.add_argument("--rate", type=float, help="of +tune")
+    parser.add_argument("--models", type=Path, default=SHARED / "models")
+    parser.add_argument("--data", type=Path, default=SHARED / "data" / "canary")
+    parser.add_argument("--speed", nargs=2, type=int, metavar=("ROWS", "COLUMNS"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --speed")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    TUNE.update({name: value for name in ("epochs", "rate") if (value := getattr(arguments, name)) is not None})
+    if arguments.speed:
+        return speed(*arguments.speed, arguments.device)
+    results = []
+    for name in arguments.model:
+        canary = load(name, arguments.models, arguments.data)
+        for text in arguments.pattern:
+            pattern = Pattern.parse(text)
+            for case in arguments.case:
+                if "+swap" in case and not pattern.m:
+                    continue
+                results.append(run(canary, case, pattern))
+                emit(**results[-1])
+    print(table(results))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
