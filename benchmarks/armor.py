@@ -192,7 +192,7 @@ def run_reference(args: argparse.Namespace) -> None:
         name = f"{kind}-{rows}x{columns}-{block}"
         loss, iterations, seconds = earlier[name] if name in earlier else paper_loop(target, h, mask, block, args.limit)
         row = {"case": name, "nowag": plain.item(), "paper": loss, "paper_iterations": iterations, "paper_cpu_s": round(seconds, 1)}
-        for count in (10, 12, 15, 20, 25, 30, 45):
+        for count in (10, 12, 15, 20, 25, 30, 35, 40, 45):
             reached, spent = ours(target, h, mask, block, count)
             if reached <= loss:
                 row |= {"reached_at": count, "reached_cpu_s": round(spent, 3), "reached_speedup": round(seconds / spent)}

@@ -29,7 +29,8 @@ SHARDS = 12
 def make_checkpoint(folder: Path, blocks: int) -> None:
     """A random bf16 Llama in twelve shards, or as many as it has blocks."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTER, "vocab_size": VOCAB,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTER,
+        "vocab_size": VOCAB,
         "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 2048,
         "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
@@ -106,18 +107,9 @@ def main() -> None:
             command += ["--dataset", str(ids), "--num-samples", str(arguments.samples), "--seq-len", str(arguments.seq_len), "-q"]
             size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
             peak, seconds = watch([*command, "--device", "cpu"])
-        rows.append(
-            {
-                "method": arguments.method,
-                "blocks": blocks,
-                "tokens": arguments.samples * arguments.seq_len,
-                "checkpoint_gb": round(size, 3),
-                "peak_anonymous_gb": round(peak, 3),
-                "seconds": round(seconds, 1),
-                "torch": torch.__version__,
-                "machine": platform.machine(),
-            }  # fmt: skip
-        )
+        row = {"method": arguments.method, "blocks": blocks, "tokens": arguments.samples * arguments.seq_len}
+        row |= {"checkpoint_gb": round(size, 3), "peak_anonymous_gb": round(peak, 3), "seconds": round(seconds, 1)}
+        rows.append({**row, "torch": torch.__version__, "machine": platform.machine()})
         print(rows[-1], flush=True)
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:

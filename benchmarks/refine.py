@@ -35,7 +35,7 @@ from compressor.model import Skeleton
 from compressor.pattern import Pattern
 from compressor.refine import refinement
 from compressor.refine.target import matched
-from compressor.refine.tune import tune
+from compressor.refine.tune import Arguments, tune
 from compressor.stats import InputStats, collecting, output_error
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
@@ -45,6 +45,7 @@ REFINEMENTS = ["", "+dsnot", "+lsq", "+swap", "+admm"]
 CASES = ["dense", *(m + r for r in REFINEMENTS for m in METHODS), "matched:sparsegpt+lsq", "matched:sparsegpt+admm"]
 CASES += ["wanda+tune", "sparsegpt+tune", "wanda+admm+tune", "sparsegpt+admm+tune", "matched:sparsegpt+admm+tune"]
 
+CASES += ["wanda+dsnot-published", "wanda+dsnot-attention"]
 TUNE: dict[str, float] = {}
 
 
@@ -67,7 +68,7 @@ def load(name: str, models: Path, rows: Path) -> Canary:
     vocabulary, length = skeleton.config.vocab_size, data.context_length(skeleton.config)
     assert length
     ids = data.calibration_rows(str(rows / f"{name}-calib.jsonl"), folder, vocabulary, num_samples=128, seq_len=length, seed=0)
-    test = data.test_rows(str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length)
+    test = data.evaluation_rows(str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return Canary(name, model, skeleton.path, calibration.capture(skeleton, ids, torch.device("cpu")), test)
 
@@ -77,7 +78,7 @@ def load(name: str, models: Path, rows: Path) -> Canary:
 
 def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
     """Compress a copy of the model and score it."""
-    model, started, shares = copy.deepcopy(canary.model), time.perf_counter(), []
+    model, started, shares = copy.deepcopy(canary.model), time.process_time(), []
     if case != "dense":
         to_dense, tuned = case.startswith("matched:"), case.endswith("+tune")
         steps = case.removeprefix("matched:").removesuffix("+tune").split("+")
@@ -94,7 +95,7 @@ def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
                 weights = {name: linear.weight for name, linear in linears_of(block).items()}
                 tune(block, weights, hidden, exact, arguments, **TUNE)
             hidden = [calibration.run(block, batch, arguments) for batch in hidden]
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     score = perplexity(model, canary.test)
     mean = sum(shares) / len(shares) if shares else 0.0
     return {
@@ -111,16 +112,24 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def prune_plain(block, hidden, arguments, steps: list[str], pattern: Pattern) -> list[float]:
+def prune_plain(block: nn.Module, hidden: list[Tensor], arguments: Arguments, steps: list[str], pattern: Pattern) -> list[float]:
     """Every linear of a block from one pass of statistics; gives their relative output errors."""
     linears = linears_of(block)
     with collecting(linears, gram=True) as stats:
         for batch in hidden:
             calibration.run(block, batch, arguments)
-    return [prune(linear, linear.weight.data, stats[name], steps, pattern) for name, linear in linears.items()]
+    return [prune(name, linear, linear.weight.data, stats[name], steps, pattern) for name, linear in linears.items()]
 
 
-def prune_matched(block, dense, hidden, exact, arguments, steps: list[str], pattern: Pattern) -> list[float]:
+def prune_matched(
+    block: nn.Module,
+    dense: nn.Module,
+    hidden: list[Tensor],
+    exact: list[Tensor],
+    arguments: Arguments,
+    steps: list[str],
+    pattern: Pattern,
+) -> list[float]:
     """The linears of a block, those that share an input together, each group on inputs that know of the groups before it."""
     linears, shares = linears_of(block), []
     with collecting(linears) as found:
@@ -132,11 +141,13 @@ def prune_matched(block, dense, hidden, exact, arguments, steps: list[str], patt
         stats, cross = pair_statistics(block, dense, names[0], hidden, exact, arguments)
         for name in names:
             weight = matched(linears[name].weight.data, stats, cross)
-            shares.append(prune(linears[name], weight, stats, steps, pattern))
+            shares.append(prune(name, linears[name], weight, stats, steps, pattern))
     return shares
 
 
-def pair_statistics(block, dense, name: str, hidden, exact, arguments) -> tuple[InputStats, Tensor]:
+def pair_statistics(
+    block: nn.Module, dense: nn.Module, name: str, hidden: list[Tensor], exact: list[Tensor], arguments: Arguments
+) -> tuple[InputStats, Tensor]:
     """Statistics of the input X of a linear, and Xᵀ(X' - X) with the dense model's X'."""
     stats = InputStats(linears_of(block)[name].in_features, gram=True)
     cross = torch.zeros_like(stats.mean, dtype=torch.float32).diag()
@@ -160,11 +171,15 @@ def input_of(linear: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def prune(linear: nn.Linear, weight: Tensor, stats: InputStats, steps: list[str], pattern: Pattern) -> float:
+def prune(name: str, linear: nn.Linear, weight: Tensor, stats: InputStats, steps: list[str], pattern: Pattern) -> float:
     method, *refinements = steps
     pruned = method_module(method).compress(weight, stats, pattern).dense()
-    for name in refinements:
-        pruned = refinement(name).refine(weight, pruned, stats, pattern)
+    for step in refinements:
+        step, _, variant = step.partition("-")
+        if variant == "attention" and "attn" not in name:
+            continue
+        options = {"same_sign": False} if variant == "published" else {}
+        pruned = refinement(step).refine(weight, pruned, stats, pattern, **options)
     assert pattern.is_legal(pruned)
     share = output_error(weight, pruned, stats)
     linear.weight.data = pruned
@@ -184,14 +199,16 @@ def speed(rows: int, columns: int, device: str) -> None:
     weight = torch.randn(rows, columns, generator=generator).to(device)
     pattern = Pattern.parse("2:4")
     pruned = method_module("wanda").compress(weight, stats, pattern).dense()
+    cuda = device.startswith("cuda")
+    clock = time.perf_counter if cuda else time.process_time  # on the CPU other processes do not count
     for name in ("dsnot", "lsq", "swap", "admm"):
-        if device.startswith("cuda"):
+        if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
+        started = clock()
         refined = refinement(name).refine(weight, pruned, stats, pattern)
         error = output_error(weight, refined, stats)  # waits for the device
-        emit(refinement=name, rows=rows, columns=columns, seconds=round(time.perf_counter() - started, 2), output_error=error)
+        emit(refinement=name, rows=rows, columns=columns, seconds=round(clock() - started, 2), output_error=error)
 
 
 def emit(**row: object) -> None:

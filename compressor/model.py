@@ -6,8 +6,10 @@ the tensors. That machinery is not a documented interface: pyproject.toml declar
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +45,8 @@ class Linear:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def read(self, reader: Reader) -> Tensor:
-        """The weight `[out, in]` in its dtype on disk. Raises NumericalError where it is not finite."""
+        """The weight `[out, in]` in its dtype on disk."""
         weight = reader.read(self.tensor)
-        require_finite(self.tensor, weight)
         return weight.T.contiguous() if self.transposed else weight
 
     @torch.no_grad()
@@ -57,9 +58,10 @@ class Linear:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise NumericalError naming `name` where the tensor holds NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
-        raise NumericalError(f"{name} holds {kind}: the checkpoint is damaged; nothing was written")
+    low, high = tensor.aminmax()  # both are NaN if any value is; reads the tensor once and makes no mask
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        kind = "NaN" if bool(torch.isnan(low)) else "Inf"
+        raise NumericalError(f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was written")
 
 
 class Skeleton:
@@ -137,8 +139,9 @@ class Skeleton:
         return self.blocks[index].to(device)
 
     def free_block(self, index: int) -> None:
-        """Return the memory of a block."""
+        """Return the memory of a block, to the system too."""
         _parameters_to_meta(self.blocks[index], lambda name: True)
+        _trim_heap()
 
     def load_embeddings(self, device: torch.device) -> nn.Module:
         """The decoder without its blocks (embeddings, rotary tables, final norm), on `device`; not the language head."""
@@ -186,6 +189,13 @@ def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> Non
         if chosen(name) and parameter.device.type != "meta":
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system. glibc keeps it in fragments: 55 MB more with each block of a 1.1B model."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

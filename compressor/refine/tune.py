@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
+
 _BETAS = (0.9, 0.95)
 
 
@@ -27,7 +29,7 @@ def tune(
     weights: Mapping[str, nn.Parameter],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor],
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {}),
+    arguments: Arguments = ((), {}),
     *,
     epochs: int = 4,
     rate: float = 0.05,
@@ -72,7 +74,16 @@ def tune(
     return before, before
 
 
-def _train(block, weights, hidden, targets, arguments, epochs: int, rate: float, seed: int) -> None:
+def _train(
+    block: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    hidden: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    arguments: Arguments,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> None:
     masks = {name: weight != 0 for name, weight in weights.items()}
     groups = []
     for name, weight in weights.items():
@@ -105,14 +116,14 @@ def _scale(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _error(block, hidden, targets, arguments) -> float:
+def _error(block: nn.Module, hidden: Sequence[Tensor], targets: Sequence[Tensor], arguments: Arguments) -> float:
     """‖f(h) - t‖² / ‖t - h‖² over all batches."""
     pairs = zip(hidden, targets, strict=True)
     missed = [(_call(block, batch, arguments).float() - target.float()).square().mean() for batch, target in pairs]
     return (torch.stack(missed).mean() / _scale(hidden, targets)).item()
 
 
-def _call(block, hidden: Tensor, arguments) -> Tensor:
+def _call(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     positional, keywords = arguments
     output = block(hidden, *positional, **keywords)
     return output[0] if isinstance(output, tuple) else output
