@@ -31,6 +31,7 @@ from compressor.methods import method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern
 from compressor.recipe import Recipe, check_options
+from compressor.refine import refinement
 from compressor.report import BlockRow, LeftDense, LinearRow, Report, peak_memory
 from compressor.stats import InputStats, collecting, output_error
 from compressor.writer import Writer, check_output
@@ -63,18 +64,35 @@ class Plan:
     skeleton: Skeleton
     method: ModuleType
     options: dict[str, Any]
+    refine: ModuleType | None
+    refine_options: dict[str, Any]
     pattern: Pattern
     seq_len: int
     blocks: list[list[Linear]]
     left_dense: list[LeftDense]
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration is needed at all."""
+        return self.method.NEEDS_INPUTS or self.refine is not None
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the statistics need the Gram matrix."""
+        return self.method.NEEDS_GRAM or (self.refine is not None and self.refine.NEEDS_GRAM)
 
 
 def make_plan(recipe: Recipe, output: Path | None) -> Plan:
     """Check everything cheap: names, options, output, checkpoint, pattern against every linear, dataset, lengths."""
     pattern = Pattern.parse(recipe.pattern)
     method = method_module(recipe.method)
-    options = check_options(f"method {recipe.method}", method, recipe.options)
-    if method.NEEDS_INPUTS:
+    options = check_options(f"method {recipe.method}", method.compress, recipe.options)
+    refine = refinement(recipe.refine) if recipe.refine else None
+    refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
+    if refine and not method.REFINABLE:
+        raise UsageError(f"--refine {recipe.refine} improves a plain pruned weight, method {recipe.method} stores another form")
+    _rehearse(method, options, refine, refine_options, pattern)
+    if method.NEEDS_INPUTS or refine:
         data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
@@ -87,7 +105,21 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
         pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
-    return Plan(reader, skeleton, method, options, pattern, seq_len, blocks, left_dense)
+    return Plan(reader, skeleton, method, options, refine, refine_options, pattern, seq_len, blocks, left_dense)
+
+
+def _rehearse(
+    method: ModuleType, options: dict[str, Any], refine: ModuleType | None, refine_options: dict[str, Any], pattern: Pattern
+) -> None:
+    """Run method and refinement on a tiny weight: what they refuse, they refuse now and not after the calibration."""
+    columns = -(-16 // (pattern.m or 1)) * (pattern.m or 1)
+    generator = torch.Generator().manual_seed(0)
+    stats = InputStats(columns, gram=True)
+    stats.update(torch.randn(2 * columns, columns, generator=generator))
+    weight = torch.randn(16, columns, generator=generator)
+    pruned = method.compress(weight, stats, pattern, **options).dense()
+    if refine:
+        refine.refine(weight, pruned, stats, pattern, **refine_options)
 
 
 def _sequence_length(asked: int, limit: int | None) -> int:
@@ -149,7 +181,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
         asdict(recipe), plan.skeleton.config.model_type, _parameters(plan.reader), plan.reader.nbytes, left_dense=plan.left_dense
     )
     report.recipe["seq_len"] = plan.seq_len
-    states = _calibrate(plan, recipe, where, progress) if plan.method.NEEDS_INPUTS else None
+    states = _calibrate(plan, recipe, where, progress) if plan.needs_inputs else None
     report.calibration_tokens = recipe.num_samples * plan.seq_len if states else 0
     replaced = {linear.tensor for block in plan.blocks for linear in block}
     seconds = []
@@ -160,7 +192,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
             report.blocks.append(BlockRow(index, error))
             seconds.append(round(time.perf_counter() - begun, 3))
             progress("blocks", index + 1, len(plan.blocks), report.blocks[-1])
-        stored = {row.name: {"format": row.format} for row in report.linears if row.format != Dense.FORMAT}
+        stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
         report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
         files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
         writer.finish(compressed_config(plan.reader.config, stored), files, code=recipe.trust_remote_code)
@@ -218,9 +250,7 @@ def _prune_block(
     linears = plan.blocks[index]
     arguments = states.arguments[index] if states else ((), {})
     exact: list[Tensor] = []
-    hooked = (
-        collecting({linear.name: linear.module for linear in linears}, gram=plan.method.NEEDS_GRAM) if states else nullcontext({})
-    )
+    hooked = collecting({linear.name: linear.module for linear in linears}, gram=plan.needs_gram) if states else nullcontext({})
     with hooked as stats:
         for number, hidden in enumerate(states.hidden if states else []):
             output = calibration.run(block, hidden, arguments)
@@ -241,9 +271,11 @@ def _compress_linear(
     """Compress, write and use one linear."""
     weight = linear.read(plan.reader).to(device)
     own = stats.get(linear.name)
-    if plan.method.NEEDS_INPUTS:
+    if plan.needs_inputs:
         (own or InputStats(1)).check(linear.name)
     form: Form = plan.method.compress(weight, own, plan.pattern, **plan.options)
+    if plan.refine:
+        form = Dense(plan.refine.refine(weight, form.dense(), own, plan.pattern, **plan.refine_options))
     if how == "packed" and isinstance(form, Dense) and plan.pattern.fits_2_4:
         form = Sparse24.from_dense(form.weight)
     dense = form.dense()
@@ -259,6 +291,7 @@ def _compress_linear(
             error=output_error(weight, dense, own) if own else None,
             dense_bytes=weight.nbytes,
             bytes=sum(tensor.nbytes for tensor in packed.values()),
+            entry=form.entry,
         )
     )
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from compressor.errors import UsageError, did_you_mean
@@ -24,6 +23,7 @@ class Recipe:
     Attributes:
         model: folder or Hub id; `revision` of the latter.
         method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
+        refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
@@ -34,6 +34,7 @@ class Recipe:
     model: str
     revision: str = ""
     method: str = "wanda"
+    refine: str = ""
     pattern: str = "2:4"
     format: str = "packed"
     dataset: str = "self"
@@ -44,6 +45,7 @@ class Recipe:
     trust_remote_code: bool = False
     ignore: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    refine_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -78,26 +80,32 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
-    """A Recipe from file settings, command-line values that are not None, and `k=v` option assignments."""
-    settings = {**recipe, **{key: value for key, value in given.items() if value is not None}}
-    options = dict(settings.get("options", {})) if isinstance(settings.get("options", {}), dict) else settings["options"]
+    """A Recipe from file settings, command-line values that are not None, and `--set` assignments.
+
+    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`.
+    """
+    asked = Recipe(**{**recipe, **{key: value for key, value in given.items() if value is not None}})
+    options, refine_options = dict(asked.options), dict(asked.refine_options)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or not name.strip():
+        owner, dot, own_name = name.strip().rpartition(".")
+        if not equals or not own_name:
             raise UsageError(f"--set {assignment!r} is not of the form name=value")
-        options[name.strip()] = text.strip()
-    return Recipe(**{**settings, "options": options})
+        if dot and owner != asked.refine:
+            raise UsageError(f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}")
+        (refine_options if dot else options)[own_name] = text.strip()
+    return replace(asked, options=options, refine_options=refine_options)
 
 
-def check_options(owner: str, module: ModuleType, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` checked against the keyword-only parameters of `module.compress`, text turned into their types.
+def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` checked against the keyword-only parameters of `function`, text turned into their types.
 
     Raises:
         UsageError: unknown name or wrong type.
     """
     known = {
         name: parameter.default
-        for name, parameter in inspect.signature(module.compress).parameters.items()
+        for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     checked = {}

@@ -12,7 +12,12 @@ from typing import Any
 
 @dataclass
 class LinearRow:
-    """One compressed linear. `error` is ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none."""
+    """One compressed linear.
+
+    Attributes:
+        error: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none.
+        entry: what config.json says of it.
+    """
 
     name: str
     shape: list[int]
@@ -21,6 +26,7 @@ class LinearRow:
     error: float | None
     dense_bytes: int
     bytes: int
+    entry: dict[str, Any]
 
 
 @dataclass

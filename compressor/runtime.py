@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.errors import CheckpointError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
-from compressor_kernels.linear import Sparse24Linear
+from compressor_kernels.linear import ArmorLinear, Sparse24Linear
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -105,20 +105,31 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
 
-def packed_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module:
     """An empty module for the stored form `entry` in place of `module`. Raises CheckpointError."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         raise CheckpointError(f"config.json names {name!r} as a packed linear, but it is a {type(module).__name__}")
     in_features, out_features = (module.in_features, module.out_features) if hasattr(module, "in_features") else weight.shape
-    if entry["format"] != "sparse24":
-        raise CheckpointError(f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24: update it")
-    return Sparse24Linear(int(in_features), int(out_features), bias=bias is not None, dtype=weight.dtype, device="meta")  # type: ignore[arg-type]
+    common = {"bias": bias is not None, "dtype": weight.dtype, "device": "meta"}
+    if entry["format"] == "sparse24":
+        return Sparse24Linear(in_features, out_features, **common)
+    if entry["format"] == "armor":
+        blocks = {key: entry.get(key) for key in ("block_a", "block_b")}
+        if all(
+            type(size) is int and size > 0 and features % size == 0
+            for size, features in zip(blocks.values(), (out_features, in_features), strict=True)
+        ):
+            return ArmorLinear(in_features, out_features, **blocks, **common)
+        raise CheckpointError(f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}")
+    raise CheckpointError(
+        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24 and armor: update it"
+    )
 
 
-def _unpack(name: str, module: nn.Module) -> None:
+def _unpack(name: str, module: Any) -> None:
     try:
-        module.unpack_()  # type: ignore[operator]
+        module.unpack_()
     except ValueError as error:
         raise CheckpointError(f"{name} is damaged: {error}") from None
 

@@ -29,7 +29,10 @@ def prune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)
     ] = None,
-    method: Annotated[str | None, typer.Option(help="magnitude, wanda or sparsegpt.", show_default="wanda")] = None,
+    method: Annotated[str | None, typer.Option(help="magnitude, wanda, nowag, sparsegpt or armor.", show_default="wanda")] = None,
+    refine: Annotated[
+        str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
     ] = None,
@@ -42,7 +45,13 @@ def prune(
     seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win.", show_default=False)] = None,
     assign: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Option of the method, or of the refinement: lsq.damping=0.1; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
@@ -65,8 +74,8 @@ def prune(
     from compressor.recipe import load, merge
 
     given = {
-        "model": model, "revision": revision, "method": method, "pattern": pattern, "format": format, "dataset": dataset,
-        "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype, "ignore": ignore,
+        "model": model, "revision": revision, "method": method, "refine": refine, "pattern": pattern, "format": format,
+        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype, "ignore": ignore,
         "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(load(recipe) if recipe else {}, given, assign or [])

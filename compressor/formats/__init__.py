@@ -6,7 +6,7 @@ replaces `weight` in the tensor's name, and the class method `unpack(tensors)` t
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,11 @@ class Form(Protocol):
     """What every stored form can do."""
 
     FORMAT: ClassVar[str]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What config.json says of it: its format, and what a loader must know before it reads a tensor."""
+        ...
 
     def dense(self) -> Tensor:
         """The weight this form stands for, `[out, in]`."""

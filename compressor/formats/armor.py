@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -31,6 +31,10 @@ class Armor:
     def core(self) -> Tensor:
         """S, `[out, in]`."""
         return unpack24(self.values, self.metadata)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"format": self.FORMAT, "block_a": self.a.shape[1], "block_b": self.b.shape[1]}
 
     def dense(self) -> Tensor:
         """A S B, `[out, in]`, multiplied in float32 (or wider) and rounded once."""

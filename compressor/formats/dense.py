@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -14,6 +14,10 @@ class Dense:
 
     FORMAT: ClassVar[str] = "dense"
     weight: Tensor
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"format": self.FORMAT}
 
     def dense(self) -> Tensor:
         return self.weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ class Sparse24:
     def from_dense(cls, weight: Tensor) -> Self:
         """Pack `weight` `[out, in]`. Raises ValueError where a group has more than two non-zeros."""
         return cls(*pack24(weight))
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        return {"format": self.FORMAT}
 
     def dense(self) -> Tensor:
         return unpack24(self.values, self.metadata)

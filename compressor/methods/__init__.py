@@ -1,4 +1,8 @@
-"""Methods: each a module with `NEEDS_INPUTS`, `NEEDS_GRAM` and `compress(weight, stats, pattern, *, option=default, …) -> Form`.
+"""Methods: each a module with `compress(weight, stats, pattern, *, option=default, …) -> Form` and three constants.
+
+    NEEDS_INPUTS   it wants statistics of the inputs
+    NEEDS_GRAM     with the Gram matrix
+    REFINABLE      its result is a plain pruned weight that a refinement may improve
 
 The keyword-only parameters with defaults are the method's options. Adding a method: one file here, one name below.
 """
@@ -10,7 +14,7 @@ from types import ModuleType
 
 from compressor.errors import UsageError, did_you_mean
 
-METHODS = ["magnitude", "wanda", "sparsegpt"]
+METHODS = ["magnitude", "wanda", "nowag", "sparsegpt", "armor"]
 
 
 def method_module(name: str) -> ModuleType:

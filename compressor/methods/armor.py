@@ -24,6 +24,7 @@ from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
 NEEDS_GRAM = True
+REFINABLE = False
 PROXIES = ("diagonal", "block", "full")
 _WIDE_RANGE = 1e5  # max h / median h above which float32 Gram matrices lose the quiet channels: then float64
 _ROUNDED_STEPS = 8  # conjugate-gradient steps for the core once the wrappers are rounded

@@ -13,6 +13,7 @@ from compressor.stats import InputStats
 
 NEEDS_INPUTS = False
 NEEDS_GRAM = False
+REFINABLE = True
 
 
 def compress(weight: Tensor, stats: InputStats | None, pattern: Pattern) -> Dense:

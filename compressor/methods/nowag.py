@@ -16,6 +16,7 @@ from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
 NEEDS_GRAM = False
+REFINABLE = True
 _EPSILON = 1e-5  # added to each norm, not inside its root
 
 

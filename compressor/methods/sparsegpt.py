@@ -17,6 +17,7 @@ from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
 NEEDS_GRAM = True
+REFINABLE = True
 _TRIES = 4  # the damping is raised tenfold after each Cholesky that fails
 
 

@@ -13,6 +13,7 @@ from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
 NEEDS_GRAM = False
+REFINABLE = True
 
 
 def compress(weight: Tensor, stats: InputStats, pattern: Pattern) -> Dense:
