@@ -235,9 +235,9 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     calibration = token_rows(args.calibration)
-    method = method_of(args.method)
+    method = None if args.method == "dense" else method_of(args.method)
     started, size, dense_size, wrappers, weights = time.process_time(), 0, 0, 0, 0
-    for block in model.model.layers:
+    for block in model.model.layers if method else []:
         for linear, stats in block_statistics(model, block, calibration):
             weight = linear.weight.detach()
             form = method.compress(weight, stats, P24, **parse_options(args.options, method.compress))
@@ -251,8 +251,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
             dense_size += weight.nbytes
     cpu = round(time.process_time() - started, 1)
     row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "method": args.method, "options": " ".join(args.options)}
-    row |= {"perplexity": round(perplexity(model, token_rows(args.test)), 4), "overhead": round(wrappers / weights, 4)}
-    emit(**row, bytes_of_dense=round(size / dense_size, 4), cpu_s=cpu)
+    row |= {"perplexity": round(perplexity(model, token_rows(args.test)), 4), "overhead": round(wrappers / max(1, weights), 4)}
+    emit(**row, bytes_of_dense=round(size / dense_size, 4) if method else 1.0, cpu_s=cpu)
 
 
 def method_of(name: str) -> ModuleType:
@@ -313,7 +313,7 @@ def main() -> None:
     models.add_argument("model")
     models.add_argument("calibration")
     models.add_argument("test")
-    models.add_argument("--method", default="armor")
+    models.add_argument("--method", default="armor", help="dense changes nothing")
     models.add_argument("--options", nargs="*", default=[])
     models.set_defaults(run=run_perplexity)
     args = parser.parse_args()
