@@ -211,20 +211,33 @@ def sample_from_model(
         DataError: the model does not fit into free memory, so that sampling would take days.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     _require_memory(folder, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()  # type: ignore[arg-type]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model = model.to(device).eval()
     start = model.config.get_text_config().bos_token_id
-    start = start if isinstance(start, int) else 0
-    # no stop token: a text that ends is followed by the next, as in training
-    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=seq_len - 1, pad_token_id=start, eos_token_id=None)
-    together = _rows_at_once(model.config, seq_len)
-    devices = [torch.device(device)] if device.startswith("cuda") else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        starts = torch.full((num_samples, 1), start, device=device).split(together)
-        return torch.cat([model.generate(rows, generation_config=how).cpu() for rows in starts])
+    first = torch.full((num_samples, 1), start if isinstance(start, int) else 0, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.cat([_write(model, rows, seq_len, generator) for rows in first.split(_rows_at_once(model.config, seq_len))])
+
+
+def _write(model: Any, ids: Tensor, seq_len: int, generator: Any) -> Tensor:
+    """Continue the rows of `ids` `[rows, 1]` to `seq_len` tokens.
+
+    A text that ends is followed by the next, as in training. The next token is the argmax of logits + Gumbel noise, which is
+    a draw from their softmax; on a CPU that is three times faster than `generate`, which sorts and normalises.
+    """
+    import torch
+
+    tokens, past = [ids], None
+    with torch.no_grad():
+        while len(tokens) < seq_len:
+            output = model(input_ids=tokens[-1], past_key_values=past, use_cache=True)
+            past, logits = output.past_key_values, output.logits[:, -1].float()
+            noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+            tokens.append((logits - noise).argmax(-1, keepdim=True))
+    return torch.cat(tokens, dim=1).cpu()
 
 
 def _rows_at_once(config: Any, seq_len: int) -> int:

@@ -12,9 +12,11 @@ from compressor.cli.show import counting, err, quiet_libraries
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id, compressed or plain.", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL…", help="Folders or Hub ids, compressed or plain.", show_default=False)
+    ],
     baseline: Annotated[
-        str | None, typer.Option(help="A second model to stand beside it, such as the original.", show_default=False)
+        str | None, typer.Option(help="One more model, shown first, such as the original.", show_default=False)
     ] = None,
     dataset: Annotated[
         list[str] | None,
@@ -40,7 +42,7 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
 ) -> None:
-    """Score a model: perplexity and lm-eval tasks, beside a baseline."""
+    """Score models side by side: perplexity and lm-eval tasks."""
     from compressor.errors import OutputError, UsageError
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -64,11 +66,11 @@ def evaluate(
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     scored: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(([baseline] if baseline else []) + [model]):
+    for name in dict.fromkeys(([baseline] if baseline else []) + models):
         with counting(f"scoring {Path(name).name}", quiet) as progress:
             scored[name] = run(name, **settings, progress=progress)
-    result = {**scored[model], **({"baseline": scored[baseline]} if baseline else {})}
-    text = json.dumps(result, indent=1, default=str)
+    result = scored[models[0]] if len(models) == 1 else {"models": {name: scored[name] for name in models}}
+    text = json.dumps({**result, **({"baseline": scored[baseline]} if baseline else {})}, indent=1, default=str)
     if output is not None:
         output.write_text(text + "\n")
     print(text if as_json else table(scored))
