@@ -6,7 +6,7 @@
 
 Protocol: 128 calibration rows of full context, everything in float32, only the linears inside the decoder blocks, their
 statistics from the compressed blocks before them. A case is METHOD[+REFINEMENT]…; `matched:` in front of it aims at the outputs
-of the dense model (compressor/refine/target.py), `+tune` at its end trains the block (compressor/refine/tune.py). Each case
+of the dense model (target.py), `+tune` at its end trains the block (compressor/refine/tune.py). Each case
 writes one JSON line to standard output, the table comes last.
 The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED names their parent.
 """
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from target import matched
 from torch import Tensor, nn
 
 from compressor import calibration, data
@@ -34,7 +35,6 @@ from compressor.methods import method_module
 from compressor.model import Skeleton
 from compressor.pattern import Pattern
 from compressor.refine import refinement
-from compressor.refine.target import matched
 from compressor.refine.tune import Arguments, tune
 from compressor.stats import InputStats, collecting, output_error
 

@@ -6,7 +6,7 @@ differ in them (sliding windows, local and global rotary tables), and those of b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ class States:
 
     Attributes:
         hidden: hidden states entering the next block, batches of `[batch, seq, dim]`.
+        dense: the same in the dense model; empty unless blocks are tuned towards it.
         arguments: per block, the further positional arguments and the keyword arguments it is called with.
     """
 
     hidden: list[Tensor]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    dense: list[Tensor] = field(default_factory=list)
 
 
 def run(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:

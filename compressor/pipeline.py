@@ -1,7 +1,7 @@
 """The per-block loop: checkpoint in, compressed checkpoint out. The only file that knows the order of things.
 
-For each block: load it, run the calibration states through it and collect statistics, compress its linears, write them,
-run the states through the compressed block to get the inputs of the next, free it.
+For each block: load it, run the calibration states through it and collect statistics, compress its linears, tune it if asked,
+write it, run the states through the compressed block to get the inputs of the next, free it.
 Peak memory is one block, the calibration states and the statistics of one block.
 """
 
@@ -11,30 +11,27 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from compressor import calibration, data
-from compressor.checkpoint import Reader, resolve
-from compressor.errors import CheckpointError, DataError, UsageError
+from compressor.checkpoint import Reader
+from compressor.errors import DataError, NumericalError, UsageError
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.layout import compressed_config
-from compressor.methods import method_module
-from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
-from compressor.pattern import Pattern
-from compressor.recipe import Recipe, check_options
-from compressor.refine import refinement
-from compressor.report import BlockRow, LeftDense, LinearRow, Report, peak_memory
+from compressor.model import Linear
+from compressor.plan import Plan, make_plan
+from compressor.recipe import Recipe
+from compressor.refine.tune import tune
+from compressor.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.stats import InputStats, collecting, output_error
-from compressor.writer import Writer, check_output
+from compressor.writer import Writer
 
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
 
@@ -52,120 +49,16 @@ def silent(step: str, done: int, total: int, block: BlockRow | None = None) -> N
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be done, checked before any work.
+class Run:
+    """What the steps of the loop share. `states` is None where no calibration is needed."""
 
-    Attributes:
-        blocks: the linears to compress, per block.
-        left_dense: every other weight with two dimensions or more, and why.
-    """
-
-    reader: Reader
-    skeleton: Skeleton
-    method: ModuleType
-    options: dict[str, Any]
-    refine: ModuleType | None
-    refine_options: dict[str, Any]
-    pattern: Pattern
-    seq_len: int
-    blocks: list[list[Linear]]
-    left_dense: list[LeftDense]
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration is needed at all."""
-        return self.method.NEEDS_INPUTS or self.refine is not None
-
-    @property
-    def needs_gram(self) -> bool:
-        """Whether the statistics need the Gram matrix."""
-        return self.method.NEEDS_GRAM or (self.refine is not None and self.refine.NEEDS_GRAM)
-
-
-def make_plan(recipe: Recipe, output: Path | None) -> Plan:
-    """Check everything cheap: names, options, output, checkpoint, pattern against every linear, dataset, lengths."""
-    pattern = Pattern.parse(recipe.pattern)
-    method = method_module(recipe.method)
-    options = check_options(f"method {recipe.method}", method.compress, recipe.options)
-    refine = refinement(recipe.refine) if recipe.refine else None
-    refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
-    if refine and not method.REFINABLE:
-        raise UsageError(f"--refine {recipe.refine} improves a plain pruned weight, method {recipe.method} stores another form")
-    _rehearse(method, options, refine, refine_options, pattern)
-    if method.NEEDS_INPUTS or refine:
-        data.check_dataset(recipe.dataset)
-    reader = Reader(resolve(recipe.model, recipe.revision or None))
-    if output is not None:
-        check_output(output, reader)
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    skeleton = Skeleton(reader, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    seq_len = _sequence_length(recipe.seq_len, data.context_length(skeleton.config))
-    blocks, left_dense = _choose(skeleton, recipe.ignore)
-    for linear in (linear for block in blocks for linear in block):
-        pattern.check_width(linear.name, linear.shape[1])
-        if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
-    return Plan(reader, skeleton, method, options, refine, refine_options, pattern, seq_len, blocks, left_dense)
-
-
-def _rehearse(
-    method: ModuleType, options: dict[str, Any], refine: ModuleType | None, refine_options: dict[str, Any], pattern: Pattern
-) -> None:
-    """Run method and refinement on a tiny weight: what they refuse, they refuse now and not after the calibration."""
-    columns = -(-16 // (pattern.m or 1)) * (pattern.m or 1)
-    generator = torch.Generator().manual_seed(0)
-    stats = InputStats(columns, gram=True)
-    stats.update(torch.randn(2 * columns, columns, generator=generator))
-    weight = torch.randn(16, columns, generator=generator)
-    pruned = method.compress(weight, stats, pattern, **options).dense()
-    if refine:
-        refine.refine(weight, pruned, stats, pattern, **refine_options)
-
-
-def _sequence_length(asked: int, limit: int | None) -> int:
-    if asked and limit and asked > limit:
-        raise UsageError(f"seq-len {asked} is longer than the {limit} tokens this model was made for")
-    return asked or min(2048, limit or 2048)
-
-
-def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], list[LeftDense]]:
-    """Split the weights into those to compress and those left dense, with reasons. Nothing is skipped in silence."""
-    blocks: list[list[Linear]] = []
-    left: list[LeftDense] = []
-    unused = set(ignore)
-
-    def matching(name: str) -> str | None:
-        hits = [glob for glob in ignore if fnmatchcase(name, glob)]
-        unused.difference_update(hits)
-        return hits[0] if hits else None
-
-    for index in range(len(skeleton.blocks)):
-        blocks.append([])
-        for linear in skeleton.linears(index):
-            if glob := matching(linear.name):
-                left.append(LeftDense(linear.name, list(linear.shape), f"--ignore {glob}"))
-            else:
-                blocks[-1].append(linear)
-        for name, shape in skeleton.others(index):
-            glob = matching(name)
-            if len(shape) > 2 and not glob:
-                raise CheckpointError(
-                    f"{name} has shape {list(shape)}: stacked expert weights are not supported; "
-                    f"leave them dense with --ignore '*{name.split('.')[-1]}'"
-                )
-            left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else "not a linear layer"))
-    if unused:
-        known = blocks[0][0].name if blocks and blocks[0] else "none"
-        raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {known!r}")
-    if not any(blocks):
-        raise UsageError("there is nothing to compress: the decoder blocks hold no linears, or all are ignored")
-    inside = f"{skeleton.path}."
-    for name, tensors in skeleton.on_disk.items():
-        for tensor in tensors:
-            shape = skeleton.reader.tensors[tensor].shape
-            if len(shape) >= 2 and not name.startswith(inside):
-                left.append(LeftDense(tensor, list(shape), "outside the decoder blocks"))
-    return blocks, left
+    plan: Plan
+    recipe: Recipe
+    device: torch.device
+    states: calibration.States | None
+    writer: Writer
+    report: Report
+    progress: Progress
 
 
 def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progress = silent) -> Report:
@@ -177,31 +70,26 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     started = time.perf_counter()
     where = choose_device(device)
     plan = make_plan(recipe, output)
-    report = Report(
-        asdict(recipe), plan.skeleton.config.model_type, _parameters(plan.reader), plan.reader.nbytes, left_dense=plan.left_dense
-    )
-    report.recipe["seq_len"] = plan.seq_len
+    recipe = replace(recipe, seq_len=plan.seq_len)
+    reader = plan.reader
+    report = Report(asdict(recipe), plan.skeleton.config.model_type, _parameters(reader), reader.nbytes, left_dense=plan.left_dense)
     states = _calibrate(plan, recipe, where, progress) if plan.needs_inputs else None
     report.calibration_tokens = recipe.num_samples * plan.seq_len if states else 0
     replaced = {linear.tensor for block in plan.blocks for linear in block}
     seconds = []
-    with Writer(plan.reader, output, replaced) as writer:
+    with Writer(reader, output, replaced) as writer:
+        run = Run(plan, recipe, where, states, writer, report, progress)
         for index in range(len(plan.blocks)):
             begun = time.perf_counter()
-            error = _prune_block(plan, index, states, where, recipe.format, writer, report)
-            report.blocks.append(BlockRow(index, error))
+            report.blocks.append(BlockRow(index, _prune_block(run, index)))
             seconds.append(round(time.perf_counter() - begun, 3))
             progress("blocks", index + 1, len(plan.blocks), report.blocks[-1])
         stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
         report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
         files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
-        writer.finish(compressed_config(plan.reader.config, stored), files, code=recipe.trust_remote_code)
-    report.run = {
-        "device": str(where),
-        "seconds": round(time.perf_counter() - started, 3),
-        "block_seconds": seconds,
-        "peak_memory": peak_memory(),
-    }
+        writer.finish(compressed_config(reader.config, stored), files, code=recipe.trust_remote_code)
+    total = round(time.perf_counter() - started, 3)
+    report.run = {"device": str(where), "seconds": total, "block_seconds": seconds, "peak_memory": peak_memory()}
     output.with_name(f"{output.name}.report.json").write_text(_json(report.everything()))
     return report
 
@@ -238,15 +126,15 @@ def _calibrate(plan: Plan, recipe: Recipe, device: torch.device, progress: Progr
     if ids.shape != (recipe.num_samples, plan.seq_len):
         raise DataError(f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, plan.seq_len]} was asked for")
     states = calibration.capture(plan.skeleton, ids, device)
+    states.dense = list(states.hidden) if plan.tune else []
     progress("calibration", 1, 1)
     return states
 
 
-def _prune_block(
-    plan: Plan, index: int, states: calibration.States | None, device: torch.device, how: str, writer: Writer, report: Report
-) -> float | None:
+def _prune_block(run: Run, index: int) -> float | None:
     """Compress one block; returns the relative squared error of its output, None without calibration."""
-    block = plan.skeleton.load_block(index, device)
+    plan, states = run.plan, run.states
+    block = plan.skeleton.load_block(index, run.device)
     linears = plan.blocks[index]
     arguments = states.arguments[index] if states else ((), {})
     exact: list[Tensor] = []
@@ -256,44 +144,67 @@ def _prune_block(
             output = calibration.run(block, hidden, arguments)
             if number < _ERROR_BATCHES:
                 exact.append(output)
-    for linear in linears:
-        _compress_linear(plan, linear, stats, device, how, writer, report)
-    error = None
-    if states:
-        error = _advance(block, states, arguments, exact)
+    if states and plan.tune:  # what the dense model makes of its own hidden states: the target of the tuning
+        states.dense = [calibration.run(block, hidden, arguments) for hidden in states.dense]
+    for number, linear in enumerate(linears):
+        weight, own = linear.read(plan.reader).to(run.device), stats.get(linear.name)
+        form = _compress(plan, linear, weight, own)
+        linear.set(form.dense())
+        if not plan.tune:
+            _store(run, linear, weight, form, own)
+        run.progress("linears", number + 1, len(linears))
+    if states and plan.tune:
+        _tune(run, index, block, arguments, stats)
+    error = _advance(block, states, arguments, exact) if states else None
     plan.skeleton.free_block(index)
     return error
 
 
-def _compress_linear(
-    plan: Plan, linear: Linear, stats: Mapping[str, InputStats], device: torch.device, how: str, writer: Writer, report: Report
-) -> None:
-    """Compress, write and use one linear."""
-    weight = linear.read(plan.reader).to(device)
-    own = stats.get(linear.name)
+def _compress(plan: Plan, linear: Linear, weight: Tensor, stats: InputStats | None) -> Form:
+    """The form of `weight` `[out, in]`, refined if asked."""
     if plan.needs_inputs:
-        (own or InputStats(1)).check(linear.name)
-    form: Form = plan.method.compress(weight, own, plan.pattern, **plan.options)
-    if plan.refine:
-        form = Dense(plan.refine.refine(weight, form.dense(), own, plan.pattern, **plan.refine_options))
-    if how == "packed" and isinstance(form, Dense) and plan.pattern.fits_2_4:
+        (stats or InputStats(1)).check(linear.name)
+    try:
+        form: Form = plan.method.compress(weight, stats, plan.pattern, **plan.options)
+        if plan.refine:
+            form = Dense(plan.refine.refine(weight, form.dense(), stats, plan.pattern, **plan.refine_options))
+    except NumericalError as error:
+        raise NumericalError(f"{linear.name}: {error}") from None
+    return form
+
+
+def _store(run: Run, linear: Linear, weight: Tensor, form: Form, stats: InputStats | None) -> None:
+    """Write one linear, packed where it can be, compute with what was written, and report on it."""
+    if run.recipe.format == "packed" and isinstance(form, Dense) and run.plan.pattern.fits_2_4:
         form = Sparse24.from_dense(form.weight)
     dense = form.dense()
     packed = {"weight": dense.T} if isinstance(form, Dense) and linear.transposed else form.pack()
-    writer.replace(linear.tensor, packed)
+    run.writer.replace(linear.tensor, packed)
     linear.set(dense)
-    report.linears.append(
+    run.report.linears.append(
         LinearRow(
             name=linear.name,
             shape=list(linear.shape),
             format=form.FORMAT,
             sparsity=1 - int(torch.count_nonzero(dense)) / dense.numel(),
-            error=output_error(weight, dense, own) if own else None,
+            error=output_error(weight, dense, stats) if stats else None,
             dense_bytes=weight.nbytes,
             bytes=sum(tensor.nbytes for tensor in packed.values()),
             entry=form.entry,
         )
     )
+
+
+def _tune(run: Run, index: int, block: torch.nn.Module, arguments: Any, stats: Mapping[str, InputStats]) -> None:
+    """Train the kept weights of a block, then store its linears as they are now."""
+    assert run.states is not None
+    linears = run.plan.blocks[index]
+    weights = {linear.name: linear.module.weight for linear in linears}
+    tune(block, weights, run.states.hidden, run.states.dense, arguments, epochs=run.plan.tune, seed=run.recipe.seed)
+    for linear in linears:
+        weight = linear.read(run.plan.reader).to(run.device)
+        tuned = linear.get().to(weight.dtype)
+        _store(run, linear, weight, Dense(tuned), stats.get(linear.name))
 
 
 def _advance(block: torch.nn.Module, states: calibration.States, arguments: Any, exact: list[Tensor]) -> float:

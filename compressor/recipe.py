@@ -24,6 +24,7 @@ class Recipe:
         model: folder or Hub id; `revision` of the latter.
         method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
         refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
+        tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
@@ -35,6 +36,7 @@ class Recipe:
     revision: str = ""
     method: str = "wanda"
     refine: str = ""
+    tune: int = 0
     pattern: str = "2:4"
     format: str = "packed"
     dataset: str = "self"
@@ -54,6 +56,8 @@ class Recipe:
         _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
         if self.num_samples < 1:
             raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")
+        if self.tune < 0:
+            raise UsageError(f"tune is {self.tune}; accepted: 0 or more epochs")
         if self.seq_len and self.seq_len < 2:
             raise UsageError(f"seq-len is {self.seq_len}; accepted: 2 or more")
 

@@ -196,3 +196,67 @@ def test_infinite_activations_are_named(refuse, copy, rows, tmp_path):
         save_file(tensors, path, metadata={"format": "pt"})
     message = refuse("prune", copy, "-o", tmp_path / "out", "-q", "--dataset", rows, "--num-samples", 4, "--seq-len", 32)
     assert "are not finite (NaN or Inf activations)" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "wanda", "--refine", "lsq", "--set", "lsq.iterations=20"],
+        ["--method", "magnitude", "--refine", "dsnot"],
+        ["--method", "sparsegpt", "--refine", "admm", "--tune", "1"],
+        ["--method", "wanda", "--pattern", "50%", "--tune", "1"],
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_refinement_and_tuning_lower_the_error(cli, demo_model, rows, tmp_path, options):
+    common = ["--dataset", rows, "--num-samples", 8, "--seq-len", 32, "-q"]
+    plain = [option for option in options if option in ("wanda", "magnitude", "sparsegpt")]
+    pattern = options[2:4] if "--pattern" in options else []
+    cli("prune", demo_model, "-o", tmp_path / "plain", "--method", *plain, *pattern, *common)
+    cli("prune", demo_model, "-o", tmp_path / "better", *options, *common)
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("plain", "better")]
+    assert reports[0]["totals"]["bytes"] == reports[1]["totals"]["bytes"]
+    assert reports[1]["totals"]["sparsity"] == pytest.approx(reports[0]["totals"]["sparsity"], abs=0.01)
+    if "dsnot" not in options:  # it works on the mean of the outputs, not on their square
+        assert reports[1]["blocks"][-1]["error"] < (reports[0]["blocks"][-1]["error"] or 1)
+
+
+def test_armor_is_stored_loads_and_unpacks(cli, demo_model, rows, tmp_path):
+    import compressor
+
+    common = ["--dataset", rows, "--num-samples", 8, "--seq-len", 32, "-q", "--set", "iterations=3", "--set", "finish=1"]
+    cli("prune", demo_model, "-o", tmp_path / "out", "--method", "armor", *common)
+    found = json.loads(cli("inspect", tmp_path / "out", "--json").stdout)
+    linears = [row for row in found["linears"] if row["format"] == "armor"]
+    assert linears
+    assert all(0.5625 < row["ratio"] <= 0.5625 + 0.125 + 1e-6 for row in linears)
+    model = compressor.load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+    model.save_pretrained(tmp_path / "again")
+    cli("unpack", tmp_path / "out", "-o", tmp_path / "dense")
+    for folder, tolerance in (("again", 0), ("dense", 0.2)):  # the dense weight is rounded to bfloat16 once more
+        with torch.no_grad():
+            torch.testing.assert_close(
+                compressor.load(tmp_path / folder, dtype=torch.float32)(ids).logits, logits, rtol=0, atol=tolerance
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--refine", "lsqq"], "did you mean 'lsq'"),
+        (["--refine", "lsq", "--set", "swap.rounds=2"], "is for 'swap', but --refine is lsq"),
+        (["--refine", "lsq", "--set", "lsq.rounds=2"], "has no option 'rounds'"),
+        (["--refine", "swap", "--pattern", "50%"], "swap"),
+        (["--method", "armor", "--refine", "lsq"], "method armor stores another form"),
+        (["--method", "armor", "--pattern", "4:8"], "armor stores a 2:4 core"),
+        (["--method", "armor", "--set", "proxy=nothing"], "accepted: diagonal, block, full"),
+        (["--method", "sparsegpt", "--set", "damp=0"], "needs damp > 0"),
+        (["--tune", "-1"], "tune is -1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_combinations_are_refused_before_any_work(refuse, demo_model, tmp_path, options, match):
+    assert match in refuse("prune", demo_model, "-o", tmp_path / "out", "-q", *options, code=2)

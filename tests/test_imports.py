@@ -27,6 +27,9 @@ ALLOWED = {
     "compressor/writer.py": BASE | {"compressor.checkpoint"},
     "compressor/model.py": BASE | {"compressor.checkpoint"},
     "compressor/calibration.py": BASE | {"compressor.model"},
+    "compressor/plan.py": LEAVES
+    | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "recipe", "refine", "report", "writer")}
+    | {"compressor"},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from benchmarks.target import matched
 from compressor.errors import NumericalError
-from compressor.refine.target import matched
 from compressor.stats import InputStats
 
 

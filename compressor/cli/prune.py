@@ -11,7 +11,7 @@ import typer
 from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, table
 
 if TYPE_CHECKING:
-    from compressor.pipeline import Plan
+    from compressor.plan import Plan
     from compressor.recipe import Recipe
     from compressor.report import Report
 
@@ -32,6 +32,10 @@ def prune(
     method: Annotated[str | None, typer.Option(help="magnitude, wanda, nowag, sparsegpt or armor.", show_default="wanda")] = None,
     refine: Annotated[
         str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(help="Epochs of training the kept weights, block by block.", show_default="0"),
     ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
@@ -74,17 +78,17 @@ def prune(
     from compressor.recipe import load, merge
 
     given = {
-        "model": model, "revision": revision, "method": method, "refine": refine, "pattern": pattern, "format": format,
-        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype, "ignore": ignore,
-        "trust_remote_code": trust_remote_code or None,
+        "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
+        "format": format, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
+        "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(load(recipe) if recipe else {}, given, assign or [])
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
         err.print("loading libraries …", style="dim")
-    from compressor.pipeline import make_plan
     from compressor.pipeline import prune as run
+    from compressor.plan import make_plan
 
     quiet_libraries(verbose)
     if output is None or dry_run:

@@ -47,7 +47,7 @@ def pruning_progress(quiet: bool) -> Iterator[Any]:
             def live(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
                 if step not in tasks:
                     tasks[step] = bar.add_task(step, total=total, note="")
-                bar.update(tasks[step], completed=done, note=_note(block))
+                bar.update(tasks[step], completed=done, total=total, note=_note(block))
 
             yield live
     else:
@@ -71,7 +71,7 @@ def _line_per_block(started: float) -> Any:
         begun.setdefault(step, now)
         begun["blocks"] = begun["blocks"] or now
         if block is None:
-            if done:
+            if done and step == "calibration":
                 err.print(f"{step}: {now - begun[step]:.1f} s")
                 begun["blocks"] = now
             return
