@@ -186,7 +186,7 @@ def _store(run: Run, linear: Linear, weight: Tensor, form: Form, stats: InputSta
             name=linear.name,
             shape=list(linear.shape),
             format=form.FORMAT,
-            sparsity=1 - int(torch.count_nonzero(dense)) / dense.numel(),
+            sparsity=form.sparsity,
             error=output_error(weight, dense, stats) if stats else None,
             dense_bytes=weight.nbytes,
             bytes=sum(tensor.nbytes for tensor in packed.values()),

@@ -134,7 +134,7 @@ def _show_report(report: Report) -> None:
     out.print(found)
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
-    out.print(f"left dense: {len(report.left_dense)} weights, {inside} of them inside the blocks; report.json says why")
+    out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")
     out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())

@@ -24,6 +24,11 @@ class Form(Protocol):
         """What config.json says of it: its format, and what a loader must know before it reads a tensor."""
         ...
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros; of the core, where the weight is a product of factors."""
+        ...
+
     def dense(self) -> Tensor:
         """The weight this form stands for, `[out, in]`."""
         ...

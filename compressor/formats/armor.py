@@ -36,6 +36,10 @@ class Armor:
     def entry(self) -> dict[str, Any]:
         return {"format": self.FORMAT, "block_a": self.a.shape[1], "block_b": self.b.shape[1]}
 
+    @property
+    def sparsity(self) -> float:
+        return 1 - int(self.values.count_nonzero()) / (2 * self.values.numel())
+
     def dense(self) -> Tensor:
         """A S B, `[out, in]`, multiplied in float32 (or wider) and rounded once."""
         core = self.core()

@@ -19,6 +19,10 @@ class Dense:
     def entry(self) -> dict[str, Any]:
         return {"format": self.FORMAT}
 
+    @property
+    def sparsity(self) -> float:
+        return 1 - int(self.weight.count_nonzero()) / self.weight.numel()
+
     def dense(self) -> Tensor:
         return self.weight
 

@@ -27,6 +27,10 @@ class Sparse24:
     def entry(self) -> dict[str, Any]:
         return {"format": self.FORMAT}
 
+    @property
+    def sparsity(self) -> float:
+        return 1 - int(self.values.count_nonzero()) / (2 * self.values.numel())
+
     def dense(self) -> Tensor:
         return unpack24(self.values, self.metadata)
 
