@@ -10,19 +10,7 @@ from compressor.pattern import Pattern
 from compressor.refine import lsq
 from compressor.refine.quadratic import Quadratic
 from compressor.refine.swap import Selectors, refine, sweep
-from compressor.stats import InputStats
-
-
-def case(seed, rows, columns, tokens, pattern, dtype=torch.float32, dead=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    x = torch.randn(tokens, columns, generator=generator) @ mix + torch.randn(columns, generator=generator) * 0.3
-    x[:, :dead] = 0
-    stats = InputStats(columns, gram=True)
-    stats.update(x)
-    weight = torch.randn(rows, columns, generator=generator).to(dtype)
-    parsed = Pattern.parse(pattern)
-    return weight, weight * parsed.mask(weight.float().abs() * stats.norm), stats, parsed
+from tests.refine_problems import case
 
 
 def damped(stats, damping=0.01):
