@@ -86,6 +86,9 @@ class Skeleton:
         self.reader = reader
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
+        depth = getattr(self.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+        if not isinstance(depth, int) or depth > len(reader.tensors):
+            raise CheckpointError(f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors")
         self.model = _on_meta(self.config, self.dtype, trust_remote_code)
         self.path, self.blocks = _decoder_blocks(self.model, self.config)
         self.on_disk = self._names_on_disk()
@@ -100,9 +103,13 @@ class Skeleton:
         converters = [step for step in mapping if isinstance(step, WeightConverter)]
         state = self.model.state_dict()
         found: dict[str, list[str]] = {}
-        for name in self.reader.tensors:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
-            found.setdefault(name if target not in state and name in state else target, []).append(name)
+        for name, entry in self.reader.tensors.items():
+            target, converter = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            target = name if target not in state and name in state else target
+            found.setdefault(target, []).append(name)
+            if converter is None and target in state and tuple(state[target].shape) != entry.shape:
+                expected = f"a {self.config.model_type} model with this config.json has {list(state[target].shape)}"
+                raise CheckpointError(f"{self.reader.folder}: {name} has shape {list(entry.shape)}, {expected}")
         tied = (
             set(getattr(self.model, "_tied_weights_keys", None) or {})
             if self.config.get_text_config().tie_word_embeddings
@@ -227,7 +234,8 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
 
     kind = reader.config.get("model_type")
     if reader.config.get("quantization_config"):
-        method = reader.config["quantization_config"].get("quant_method")
+        described = reader.config["quantization_config"]
+        method = described.get("quant_method") if isinstance(described, dict) else described
         raise CheckpointError(f"{reader.folder} is quantised or compressed already ({method}); give the original checkpoint")
     try:
         return AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)

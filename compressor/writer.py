@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -36,6 +37,8 @@ def check_output(output: Path, reader: Reader) -> None:
     """
     if output.resolve() == reader.folder.resolve():
         raise OutputError(f"output {output} is the input folder; choose another with -o")
+    if reader.folder.resolve() in output.resolve().parents:
+        raise OutputError(f"output {output} is inside the input folder; choose another with -o")
     if output.exists() or output.is_symlink():
         raise OutputError(f"output {output} exists already; choose another with -o or remove it")
     parent = output.resolve().parent
@@ -68,6 +71,7 @@ class Writer:
         self.todo = list(reader.shards)
 
     def __enter__(self) -> Self:
+        self.made = [parent for parent in self.output.parents if not parent.exists()]  # innermost first
         try:
             shutil.rmtree(self.work, ignore_errors=True)
             self.spool.mkdir(parents=True)
@@ -77,6 +81,10 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+        if error is not None:
+            for parent in self.made:
+                with suppress(OSError):  # somebody else uses it by now
+                    parent.rmdir()
         if isinstance(error, OSError):
             raise OutputError(f"output {self.output} could not be written: {error.strerror or error}") from None
 

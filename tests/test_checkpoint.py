@@ -166,14 +166,20 @@ def test_wide_items_come_first_so_that_all_are_aligned(tmp_path):
 
 def test_failure_leaves_nothing(folder, tmp_path):
     before = set(tmp_path.iterdir())
-    with pytest.raises(RuntimeError), Writer(Reader(folder), tmp_path / "out", set()):
+    with pytest.raises(RuntimeError), Writer(Reader(folder), tmp_path / "new" / "parents" / "out", set()):
         raise RuntimeError
     assert set(tmp_path.iterdir()) == before
 
 
 def test_output_is_checked_first(folder, tmp_path, monkeypatch):
     reader = Reader(folder)
-    for output, match in [(folder, "is the input"), (tmp_path, "exists already"), (folder / "config.json" / "x", "not a folder")]:
+    (tmp_path / "file").touch()
+    for output, match in [
+        (folder, "is the input"),
+        (folder / "out", "inside the input"),
+        (tmp_path, "exists already"),
+        (tmp_path / "file" / "x", "not a folder"),
+    ]:
         with pytest.raises(OutputError, match=match):
             check_output(output, reader)
     monkeypatch.setattr("compressor.writer.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))

@@ -114,7 +114,9 @@ def test_bad_output(refuse, copy, tmp_path):
     (tmp_path / "there").mkdir()
     assert "exists already" in refuse("prune", copy, "-o", tmp_path / "there", "-q")
     assert "is the input folder" in refuse("prune", copy, "-o", copy, "-q")
-    assert "is not a folder you may write to" in refuse("prune", copy, "-o", copy / "config.json" / "x", "-q")
+    assert "is inside the input folder" in refuse("prune", copy, "-o", copy / "out", "-q")
+    (tmp_path / "file").touch()
+    assert "is not a folder you may write to" in refuse("prune", copy, "-o", tmp_path / "file" / "x", "-q")
     assert "give the folder" in refuse("prune", copy, "-q", code=2)
 
 
@@ -126,8 +128,22 @@ def test_bad_models(refuse, copy, tmp_path):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"llama"', '"lamma"'))
     assert "architecture 'lamma' cannot be used with transformers" in prune()
-    (copy / "config.json").write_text(config.replace('"hidden_size": 64', '"hidden_size": 128'))
-    assert "does not fit" in prune()
+    for field, value, message in [
+        ("hidden_size", 128, "a llama model with this config.json has"),
+        ("vocab_size", 0, "a llama model with this config.json has"),
+        ("num_hidden_layers", 10**9, "config.json has 1000000000 layers"),
+        ("num_hidden_layers", -1, "no stack of -1 decoder blocks"),
+        ("num_hidden_layers", "three", "cannot be used with transformers"),
+        ("quantization_config", "nonsense", "quantised or compressed already"),
+        ("auto_map", {"AutoConfig": "evil.Config"}, None),
+    ]:
+        (copy / "config.json").write_text(json.dumps({**json.loads(config), field: value}))
+        if message:
+            assert message in prune()
+    (copy / "config.json").write_text(
+        json.dumps({**json.loads(config), "model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}})
+    )
+    assert "add --trust-remote-code if you trust it" in prune()
     (copy / "config.json").write_text(json.dumps({**json.loads(config), "quantization_config": {"quant_method": "gptq"}}))
     assert "quantised or compressed already (gptq)" in prune()
     (copy / "config.json").write_text(config)
