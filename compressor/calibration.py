@@ -77,7 +77,7 @@ def _record(skeleton: Skeleton, decoder: nn.Module, ids: Tensor, states: States,
 
     def recorder(index: int) -> Any:
         def forward(hidden: Tensor, *positional: Any, **keywords: Any) -> Any:
-            states.arguments[index] = (positional, {key: value for key, value in keywords.items() if value is not None})
+            states.arguments[index] = (positional, keywords)
             if index == 0:
                 states.hidden.append(hidden)
                 answer.append(first(hidden, *positional, **keywords))

@@ -44,6 +44,9 @@ FAMILIES = {
         pad_token_id=1,
     ),
     "gpt_neox": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256),
+    "falcon": dict(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True, alibi=False
+    ),
     "gpt2": dict(n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1),
 }
 
