@@ -57,8 +57,9 @@ def main() -> None:
     except CompressError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what Typer makes of Ctrl-C
+            print("interrupted: nothing was written", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.exit(0)
