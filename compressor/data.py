@@ -50,7 +50,10 @@ def records(dataset: str) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         yield from _hub_records(dataset)
     elif path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is no UTF-8 text: byte {error.start} cannot be decoded") from None
         yield from ({"text": text[start : start + _PIECE]} for start in range(0, len(text), _PIECE))
     elif path.suffix == ".jsonl":
         yield from _jsonl_records(path)
@@ -59,11 +62,11 @@ def records(dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def _jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict) or not ("text" in record or "input_ids" in record):
@@ -84,7 +87,7 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error)[:200]}") from None
+        raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
 
 
 def _hub_records(dataset: str) -> Iterator[dict[str, Any]]:
@@ -214,7 +217,10 @@ def sample_from_model(
     from transformers import AutoModelForCausalLM
 
     _require_memory(folder, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds on a folder it cannot load
+        raise DataError(f"{folder} cannot be loaded to sample from it: {' '.join(str(error).split())[:200]}") from None
     model = model.to(device).eval()
     start = model.config.get_text_config().bos_token_id
     first = torch.full((num_samples, 1), start if isinstance(start, int) else 0, device=device)

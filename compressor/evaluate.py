@@ -36,7 +36,9 @@ def load_model(
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         loaded = compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, ImportError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises many kinds on a folder it cannot load
         raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     return loaded.to(device), folder
 
@@ -89,6 +91,14 @@ def evaluate(
         A dictionary in lm-eval's schema: `results`, `configs`, `versions`, `n-samples`, `config`, …
     """
     started = time.perf_counter()
+    for name, value, least in (
+        ("seq-len", seq_len or 2, 2),
+        ("num-samples", num_samples, 1),
+        ("limit", 1 if limit is None else limit, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least or value >= 1 << 63:
+            raise UsageError(f"{name} is {value}; accepted: {least} or more")
     for dataset in datasets:
         data.check_dataset(dataset)
     loaded, folder = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

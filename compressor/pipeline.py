@@ -31,7 +31,7 @@ from compressor.recipe import Recipe
 from compressor.refine.tune import tune
 from compressor.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.stats import InputStats, collecting, output_error
-from compressor.writer import Writer
+from compressor.writer import Writer, report_path
 
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
 
@@ -90,7 +90,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
         writer.finish(compressed_config(reader.config, stored), files, code=recipe.trust_remote_code)
     total = round(time.perf_counter() - started, 3)
     report.run = {"device": str(where), "seconds": total, "block_seconds": seconds, "peak_memory": peak_memory()}
-    output.with_name(f"{output.name}.report.json").write_text(_json(report.everything()))
+    report_path(output).write_text(_json(report.everything()))
     return report
 
 
@@ -104,7 +104,7 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return chosen

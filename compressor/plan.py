@@ -131,14 +131,22 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
                 )
             left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else "not a linear layer"))
     if unused:
-        known = blocks[0][0].name if blocks and blocks[0] else "none"
-        raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {known!r}")
+        example = blocks[0][0].name if blocks and blocks[0] else "none"
+        raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {example!r}")
     if not any(blocks):
         raise UsageError("there is nothing to compress: the decoder blocks hold no linears, or all are ignored")
-    inside = f"{skeleton.path}."
-    for name, tensors in skeleton.on_disk.items():
-        for tensor in tensors:
-            shape = skeleton.reader.tensors[tensor].shape
-            if len(shape) >= 2 and not name.startswith(inside):
-                left.append(LeftDense(tensor, list(shape), "outside the decoder blocks"))
+    left += _outside(skeleton)
     return blocks, left
+
+
+def _outside(skeleton: Skeleton) -> list[LeftDense]:
+    """Matrices on disk that belong to no decoder block of the model."""
+    known = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
+    left = []
+    for name, tensors in skeleton.on_disk.items():
+        if name.startswith(f"{skeleton.path}.") and name in known:
+            continue
+        reason = "outside the decoder blocks" if name in known else "not part of the model that config.json describes"
+        shapes = {tensor: skeleton.reader.tensors[tensor].shape for tensor in tensors}
+        left += [LeftDense(tensor, list(shape), reason) for tensor, shape in shapes.items() if len(shape) >= 2]
+    return left

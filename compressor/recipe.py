@@ -56,6 +56,8 @@ class Recipe:
         _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
         if self.num_samples < 1:
             raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed is {self.seed}; accepted: 0 or more, below 2^63")
         if self.tune < 0:
             raise UsageError(f"tune is {self.tune}; accepted: 0 or more epochs")
         if self.seq_len and self.seq_len < 2:
@@ -95,7 +97,7 @@ def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list
         owner, dot, own_name = name.strip().rpartition(".")
         if not equals or not own_name:
             raise UsageError(f"--set {assignment!r} is not of the form name=value")
-        if dot and owner != asked.refine:
+        if dot and (owner != asked.refine or not owner):
             raise UsageError(f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}")
         (refine_options if dot else options)[own_name] = text.strip()
     return replace(asked, options=options, refine_options=refine_options)

@@ -140,8 +140,19 @@ def load(path: str | Path, **options: Any) -> Any:
     Args:
         path: folder or Hub id.
         options: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to the stored one.
+
+    Raises:
+        CheckpointError: weights are missing, or packed tensors are there that config.json does not list. Transformers
+            would go on with random weights and a warning.
     """
-    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **options}).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **options}, output_loading_info=True)
+    model, info = loaded
+    tied = set(getattr(model, "_tied_weights_keys", None) or {})
+    stray = [name for name in info["unexpected_keys"] if ".weight_" in name]
+    for problem, names in (("lacks", set(info["missing_keys"]) - tied), ("does not list in config.json", stray)):
+        if names:
+            raise CheckpointError(f"{path} {problem} {min(names)} ({len(names)} tensors in all): its weights cannot be trusted")
+    return model.eval()
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -32,7 +32,10 @@ def unpack(folder: Path, output: Path) -> int:
     suffixes = {name: stored_suffixes(reader, name) for name in modules}
     if missing := [name for name in modules if not suffixes[name]]:
         raise CheckpointError(f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are not there")
-    replaced = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
+    listed = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
+    if stray := [tensor for tensor in reader.tensors if tensor.rpartition(".")[2].startswith("weight_v") and tensor not in listed]:
+        raise CheckpointError(f"{folder}: {stray[0]} is packed, but config.json does not list it")
+    replaced = listed
     with Writer(reader, output, replaced) as writer:
         for name, entry in modules.items():
             _unpack_one(reader, writer, name, entry, suffixes[name])
@@ -43,7 +46,10 @@ def unpack(folder: Path, output: Path) -> int:
 def _unpack_one(reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]) -> None:
     form = form_class(entry["format"])
     try:
-        weight = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}).dense()
+        stored = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
+        if stored.entry != entry or set(stored.pack()) != set(suffixes):
+            raise ValueError(f"config.json says {entry}, its tensors {sorted(suffixes)} are {stored.entry}")
+        weight = stored.dense()
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{name} is damaged: {error}") from None
     first, *rest = suffixes

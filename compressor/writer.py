@@ -29,6 +29,11 @@ _SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"}
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
+def report_path(output: Path) -> Path:
+    """Where the record of a run goes that differs from run to run: beside the folder, which does not."""
+    return output.with_name(f"{output.name}.report.json")
+
+
 def check_output(output: Path, reader: Reader) -> None:
     """Everything about the output that can be known before work starts.
 
@@ -39,8 +44,11 @@ def check_output(output: Path, reader: Reader) -> None:
         raise OutputError(f"output {output} is the input folder; choose another with -o")
     if reader.folder.resolve() in output.resolve().parents:
         raise OutputError(f"output {output} is inside the input folder; choose another with -o")
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"output {output} exists already; choose another with -o or remove it")
+    for path in (output, report_path(output)):
+        if os.path.lexists(path):
+            raise OutputError(f"output {path} exists already; choose another with -o or remove it")
+    if len(os.fsencode(output.name)) > 200:
+        raise OutputError(f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a shorter one with -o")
     parent = output.resolve().parent
     while not parent.exists():
         parent = parent.parent
@@ -62,7 +70,7 @@ class Writer:
 
     def __init__(self, reader: Reader, output: Path, replaced: set[str]) -> None:
         self.reader, self.output = reader, output
-        self.work = output.parent / f".{output.name}.partial"
+        self.work = output.parent / f".{output.name}.{os.getpid()}.partial"  # of its own: another run may want the same output
         self.spool = self.work / ".spool"
         self.pending = set(replaced)
         self.parts: dict[str, list[tuple[str, str, list[int], Path]]] = {}

@@ -276,3 +276,16 @@ def test_armor_is_stored_loads_and_unpacks(cli, demo_model, rows, tmp_path):
 )
 def test_bad_combinations_are_refused_before_any_work(refuse, demo_model, tmp_path, options, match):
     assert match in refuse("prune", demo_model, "-o", tmp_path / "out", "-q", *options, code=2)
+
+
+def test_layers_that_the_config_does_not_know_are_listed(cli, copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    plan = json.loads(cli("prune", copy, "--dry-run", "--json").stdout)
+    left = {entry["name"]: entry["reason"] for entry in plan["left_dense"]}
+    assert left["model.layers.2.mlp.up_proj.weight"] == "not part of the model that config.json describes"
+
+
+def test_an_old_report_is_not_overwritten(refuse, tiny, tmp_path):
+    (tmp_path / "out.report.json").touch()
+    assert "out.report.json exists already" in refuse("prune", tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "-q")

@@ -136,3 +136,20 @@ def test_damaged_metadata_is_refused(packed, tmp_path):
         with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj is damaged: metadata of row 3, group 0"):
             read(tmp_path / "bad")
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_or_unlisted_weights_are_never_replaced_by_noise(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "short")
+    tensors = load_file(packed / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_values"]
+    save_file(tensors, tmp_path / "short" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj"):
+        compressor.load(tmp_path / "short")
+    shutil.copytree(packed, tmp_path / "unlisted")
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]["modules"]["model.layers.1.mlp.up_proj"]
+    (tmp_path / "unlisted" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        compressor.load(tmp_path / "unlisted")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight_values is packed, but config.json does not list it"):
+        unpack(tmp_path / "unlisted", tmp_path / "out")

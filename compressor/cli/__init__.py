@@ -51,7 +51,8 @@ def root(
 def main() -> None:
     """Entry point: one clear line for every expected error, and the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not for our users
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))  # unwinds, so that nothing half-written stays
     try:
         app()
     except CompressError as error:
@@ -63,3 +64,6 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # of the standard output, mostly: a full disk behind a redirection
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        sys.exit(1)

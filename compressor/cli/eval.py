@@ -50,10 +50,13 @@ def evaluate(
         raise UsageError("give something to score: --dataset FILE (perplexity), --tasks NAMES (lm-eval), or both")
     if output is not None and output.exists():
         raise OutputError(f"output {output} exists already; choose another with -o or remove it")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise OutputError(f"output {output} cannot be written: {output.resolve().parent} is not a folder")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype is {dtype!r}; accepted: auto, float32, bfloat16, float16")
     if not quiet:
         err.print("loading libraries …", style="dim")
+    from compressor.checkpoint import Reader, resolve
     from compressor.evaluate import evaluate as run
     from compressor.evaluate import table
     from compressor.pipeline import choose_device
@@ -65,6 +68,8 @@ def evaluate(
         "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size,
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
+    for name in models:
+        Reader(resolve(name))  # all of them are there before the first is scored
     scored: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(([baseline] if baseline else []) + models):
         with counting(f"scoring {Path(name).name}", quiet) as progress:

@@ -50,6 +50,8 @@ def describe(reader: Any) -> dict[str, Any]:
         if f"{name}.weight_values" not in reader.tensors:
             raise CheckpointError(f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors are not there")
         values = reader.tensors[f"{name}.weight_values"]
+        if len(values.shape) != 2:
+            raise CheckpointError(f"{reader.folder}: {name}.weight_values has shape {list(values.shape)}, a matrix is expected")
         shape = [values.shape[0], values.shape[1] * 2]
         linears.append(
             _row(name, shape, entry["format"], sparsity.get(name), sum(part.nbytes for part in parts), ITEM_BITS[values.dtype])

@@ -92,12 +92,8 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not belong together.
     """
+    _check_shapes(values, metadata)
     rows, half = values.shape
-    if half % 2 or metadata.shape != (rows, -(-half // 8)) or metadata.dtype != torch.int16:
-        raise ValueError(
-            f"values {tuple(values.shape)} need metadata int16 {(rows, -(-half // 8))}, "
-            f"not {metadata.dtype} {tuple(metadata.shape)}"
-        )
     weight = torch.empty(rows, half * 2, dtype=values.dtype, device=values.device)
     step = max(1, _CHUNK // max(1, 2 * half))
     for start in range(0, rows, step):
@@ -112,8 +108,19 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     return weight
 
 
+def _check_shapes(values: Tensor, metadata: Tensor) -> None:
+    if values.dim() != 2 or values.shape[1] % 2 or not values.is_floating_point():
+        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}, not a float matrix with an even number of columns")
+    expected = (len(values), -(-values.shape[1] // 8))
+    if metadata.shape != expected or metadata.dtype != torch.int16:
+        raise ValueError(
+            f"values {tuple(values.shape)} need metadata int16 {expected}, not {metadata.dtype} {tuple(metadata.shape)}"
+        )
+
+
 def check24(values: Tensor, metadata: Tensor) -> None:
-    """Raise ValueError unless every group of `metadata` names two distinct columns in ascending order."""
+    """Raise ValueError unless the two belong together and every group names two distinct columns in ascending order."""
+    _check_shapes(values, metadata)
     nibble = _to_nibbles(metadata, values.shape[1] // 2)
     bad = (nibble & 3) >= (nibble >> 2)
     if bool(bad.any()):
