@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.errors import CheckpointError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
-from compressor_kernels.linear import ArmorLinear, Sparse24Linear
+from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -67,7 +67,7 @@ class CompressedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name in self.quantization_config.modules:
             module = model.get_submodule(name)
-            if module.weight_values.device.type == "cpu" and not hasattr(module, "_hf_hook"):
+            if next(module.parameters()).device.type == "cpu" and not hasattr(module, "_hf_hook"):
                 _unpack(name, module)
         return model
 
@@ -90,8 +90,10 @@ class CompressedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
-        """Packed weights are frozen."""
-        return False
+        """2:4 weights are frozen; low-rank factors are plain matrices and may be trained (`compress export --trainable lrc`)."""
+        return any(entry["format"] == "lowrank" for entry in self.quantization_config.modules.values())
+
+    is_qat_trainable = is_trainable
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         for name in self.quantization_config.modules:
@@ -122,8 +124,13 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
         ):
             return ArmorLinear(in_features, out_features, **blocks, **common)
         raise CheckpointError(f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}")
+    if entry["format"] == "lowrank":
+        rank = entry.get("rank")
+        if type(rank) is int and 0 < rank <= min(in_features, out_features):
+            return LowRankLinear(in_features, out_features, rank=rank, **common)
+        raise CheckpointError(f"config.json gives {name} the rank {rank!r}; accepted: 1 to {min(in_features, out_features)}")
     raise CheckpointError(
-        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24 and armor: update it"
+        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, armor and lowrank: update it"
     )
 
 

@@ -46,15 +46,19 @@ def describe(reader: Any) -> dict[str, Any]:
         raise CheckpointError(f"{report} is no report of this package") from None
     linears = []
     for name, entry in modules.items():
-        parts = [reader.tensors[tensor] for tensor in reader.tensors if tensor.startswith(f"{name}.weight_")]
-        if f"{name}.weight_values" not in reader.tensors:
+        parts = {tensor: reader.tensors[tensor] for tensor in reader.tensors if tensor.startswith(f"{name}.weight_")}
+        low_rank = entry["format"] == "lowrank"
+        needed = [f"{name}.weight_{part}" for part in (("u", "v") if low_rank else ("values",))]
+        if not all(tensor in parts for tensor in needed):
             raise CheckpointError(f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors are not there")
-        values = reader.tensors[f"{name}.weight_values"]
-        if len(values.shape) != 2:
-            raise CheckpointError(f"{reader.folder}: {name}.weight_values has shape {list(values.shape)}, a matrix is expected")
-        shape = [values.shape[0], values.shape[1] * 2]
+        first, last = parts[needed[0]], parts[needed[-1]]
+        for tensor in needed:
+            if len(parts[tensor].shape) != 2:
+                raise CheckpointError(f"{reader.folder}: {tensor} has shape {list(parts[tensor].shape)}, a matrix is expected")
+        shape = [first.shape[0], last.shape[1] * (1 if low_rank else 2)]
+        form = f"lowrank {last.shape[0]}" if low_rank else entry["format"]
         linears.append(
-            _row(name, shape, entry["format"], sparsity.get(name), sum(part.nbytes for part in parts), ITEM_BITS[values.dtype])
+            _row(name, shape, form, sparsity.get(name), sum(part.nbytes for part in parts.values()), ITEM_BITS[first.dtype])
         )
     for tensor, entry in reader.tensors.items():
         name = tensor.removesuffix(".weight")

@@ -47,9 +47,10 @@ def form_class(name: str) -> type[Form]:
     """The form named `name` in config.json. Raises CheckpointError for an unknown name."""
     from compressor.formats.armor import Armor
     from compressor.formats.dense import Dense
+    from compressor.formats.lowrank import LowRank
     from compressor.formats.sparse24 import Sparse24
 
-    known: dict[str, type[Form]] = {"dense": Dense, "sparse24": Sparse24, "armor": Armor}
+    known: dict[str, type[Form]] = {"dense": Dense, "sparse24": Sparse24, "armor": Armor, "lowrank": LowRank}
     if name not in known:
         raise CheckpointError(f"unknown format {name!r}; this version knows {', '.join(known)}")
     return known[name]

@@ -1,0 +1,106 @@
+"""The best product of two thin factors, in the norm that a method measures errors with.
+
+With ‖E‖² = ‖Lᵀ E R‖²_F for triangular L and R, the nearest weight of rank k to W is Lᵀ⁻¹ (M)_k R⁻¹, (M)_k the truncated SVD of
+M = Lᵀ W R (Eckart and Young), and its error is the dropped tail Σ_{i>k} σ_i(M)². Only the shorter side of M is decomposed, by
+the eigenvectors of its Gram matrix in float64: M Mᵀ = P S² Pᵀ gives U = Lᵀ⁻¹ P_k, V = P_kᵀ Lᵀ W, and Mᵀ M = Q S² Qᵀ gives
+U = W R Q_k, V = Q_kᵀ R⁻¹. In float64 that loses nothing at the precision weights are stored in, and costs a fraction of an
+SVD (docs/lowrank.md); in float32 all singular values below a thousandth of the largest would be noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from compressor.errors import NumericalError, UsageError
+from compressor.formats.lowrank import LowRank
+
+_TRIES = 6
+
+
+def root(gram: Tensor, damp: float) -> Tensor:
+    """Lower L with L Lᵀ = gram + damp · mean(diag) · I, float64.
+
+    Args:
+        gram: `[n, n]`, positive semi-definite up to rounding.
+        damp: multiplied by ten, up to a hundred thousand times, until the factorisation succeeds.
+
+    Raises:
+        NumericalError: not finite, or not positive definite even then.
+    """
+    wide = gram.double()
+    mean = wide.diagonal().mean()
+    if bool(torch.isfinite(wide).all()) and mean > 0:
+        for step in range(_TRIES):
+            damped = wide.clone()
+            damped.diagonal().add_(damp * 10**step * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                return lower
+    raise NumericalError("a Gram matrix is zero, not finite or cannot be factored: give more calibration samples or raise damp")
+
+
+def check_damp(damp: float) -> None:
+    """Raise UsageError unless `damp` is positive."""
+    if damp <= 0:
+        raise UsageError(f"damp is {damp:g}; accepted: above 0")
+
+
+def whiten(weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """M = Lᵀ W R, float64 `[out, in]`; None stands for the identity."""
+    whitened = weight.double()
+    if right is not None:
+        whitened = whitened @ right
+    return whitened if left is None else left.T @ whitened
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values of a float64 matrix `[out, in]`, descending, `[min(out, in)]`."""
+    wide = matrix.double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+
+
+def truncate(weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None) -> LowRank:
+    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, factors of equal size, in the weight's dtype.
+
+    Args:
+        weight: `[out, in]`.
+        rank: 1 to min(out, in).
+        left: lower triangular L, float64 `[out, out]`; None for the identity.
+        right: lower triangular R, float64 `[in, in]`; None for the identity.
+
+    Raises:
+        UsageError: a rank out of range.
+        NumericalError: the decomposition is not finite.
+    """
+    rows, columns = weight.shape
+    if not 1 <= rank <= min(rows, columns):
+        raise UsageError(f"rank {rank} of a weight {rows} x {columns}; accepted: 1 to {min(rows, columns)}")
+    whitened = whiten(weight, left, right)
+    if not bool(torch.isfinite(whitened).all()):
+        raise NumericalError("the weight or the statistics of its inputs are not finite")
+    if rows <= columns:
+        squares, vectors = torch.linalg.eigh(whitened @ whitened.T)
+        basis, scale = _leading(squares, vectors, rank)
+        u = basis if left is None else solve_triangular(left.T, basis, upper=True)
+        v = (basis if left is None else left @ basis).T @ weight.double()
+        return _balanced(u, v, scale, weight.dtype)
+    squares, vectors = torch.linalg.eigh(whitened.T @ whitened)
+    basis, scale = _leading(squares, vectors, rank)
+    u = weight.double() @ (basis if right is None else right @ basis)
+    v = basis.T if right is None else solve_triangular(right, basis.T, upper=False, left=False)
+    return _balanced(u, v, 1 / scale, weight.dtype)
+
+
+def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The last `rank` eigenvectors, largest first, and the square roots of their singular values (1 for those that are zero)."""
+    kept = squares[-rank:].flip(0)
+    scale = kept.clamp_min(0).pow(0.25)
+    return vectors[:, -rank:].flip(1), torch.where(kept > squares[-1] * 1e-24, scale, torch.ones_like(scale))
+
+
+def _balanced(u: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> LowRank:
+    """U · scale and V / scale, rounded once: factors of like size, so that neither overflows and both can be trained."""
+    return LowRank((u * scale).to(dtype).contiguous(), (v / scale[:, None]).to(dtype).contiguous())

@@ -1,0 +1,34 @@
+"""Uniform: every linear keeps the same fraction of its parameters, k = keep · out · in / (out + in). What the others have to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+from compressor.errors import UsageError
+from compressor.ranks import Ranks, Spectrum, check_align, largest_rank, parameters, step
+
+
+def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) -> Ranks:
+    """Ranks in proportion, rounded down; what is left of the budget raises those that lost most by the rounding.
+
+    Args:
+        spectra: shapes of the linears.
+        budget: parameters of all of them together, at most.
+        align: ranks are multiples of it; 0 for 16, less where matrices are tiny.
+
+    Raises:
+        UsageError: the budget does not pay for one step of rank in every linear.
+    """
+    check_align(align)
+    keep = Fraction(budget, sum(spectrum.size for spectrum in spectra.values()))
+    steps = {name: step(spectrum.shape, align) for name, spectrum in spectra.items()}
+    exact = {name: keep * spectrum.size / sum(spectrum.shape) for name, spectrum in spectra.items()}
+    ranks: Ranks = {name: int(exact[name] // steps[name]) * steps[name] for name in spectra}
+    for name in sorted(spectra, key=lambda name: (ranks[name] or 0) - exact[name]):
+        raised = (ranks[name] or 0) + steps[name]
+        if raised <= largest_rank(spectra[name].shape) and parameters(spectra, {**ranks, name: raised}) <= budget:
+            ranks[name] = raised
+    if empty := [name for name, rank in ranks.items() if not rank]:
+        raise UsageError(f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set ranks.align")
+    return {name: rank if rank and rank <= largest_rank(spectra[name].shape) else None for name, rank in ranks.items()}
