@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 
 from compressor.cli.eval import evaluate
+from compressor.cli.import_legacy import import_legacy
 from compressor.cli.inspect import inspect
+from compressor.cli.pack import pack
 from compressor.cli.prune import prune
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
@@ -31,6 +33,8 @@ app.command("prune", no_args_is_help=True)(prune)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
+app.command("pack", no_args_is_help=True)(pack)
+app.command("import", no_args_is_help=True)(import_legacy)
 
 
 def _version(asked: bool) -> None:
