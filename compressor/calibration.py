@@ -6,6 +6,8 @@ differ in them (sliding windows, local and global rotary tables), and those of b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,10 @@ from compressor.model import Skeleton
 _BATCH_TOKENS = 2048  # tokens in one forward pass of a block: bounds activations, whatever the number of samples
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword, beside the hidden states
+Forward = Callable[..., Any]
+
+
 @dataclass
 class States:
     """Calibration on its way through the model.
@@ -26,18 +32,31 @@ class States:
         hidden: hidden states entering the next block, batches of `[batch, seq, dim]`.
         dense: the same in the dense model; empty unless blocks are tuned towards it.
         arguments: per block, the further positional arguments and the keyword arguments it is called with.
+        ids: the tokens themselves, batches of `[batch, seq]`.
+        tuples: whether the blocks return a tuple.
     """
 
     hidden: list[Tensor]
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: list[Arguments]
+    ids: list[Tensor] = field(default_factory=list)
+    tuples: bool = False
     dense: list[Tensor] = field(default_factory=list)
 
+    def first(self, batches: int) -> States:
+        """The first batches only, in lists of their own: running them on leaves these states as they are."""
+        return States(self.hidden[:batches], self.arguments, self.ids[:batches], self.tuples, self.dense[:batches])
 
-def run(block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+
+@torch.no_grad()
+def run(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     """One block applied to hidden states `[batch, seq, dim]`; what it returns beside them is dropped."""
+    return call(block, hidden, arguments)
+
+
+def call(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """As `run`, differentiable."""
     positional, keywords = arguments
-    with torch.no_grad():
-        output = block(hidden, *positional, **keywords)
+    output = block(hidden, *positional, **keywords)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -54,47 +73,42 @@ def capture(skeleton: Skeleton, ids: Tensor, device: torch.device) -> States:
     """
     decoder = skeleton.load_embeddings(device)
     batches = ids.to(device).split(batch_size(*ids.shape))
-    first = skeleton.load_block(0, device)
-    states = States([], [((), {}) for _ in skeleton.blocks])
-    returns_tuple = isinstance(_record(skeleton, decoder, batches[0], states, first.forward), tuple)
-    skeleton.free_block(0)
-    states.hidden.clear()
-    for batch in batches:
-        _record(
-            skeleton,
-            decoder,
-            batch,
-            states,
-            (lambda hidden, *_, **__: (hidden,)) if returns_tuple else (lambda hidden, *_, **__: hidden),
+    states = States([], [((), {}) for _ in skeleton.blocks], list(batches))
+    first = skeleton.load_block(0, device).forward
+    answers: list[Any] = []
+
+    def recorder(index: int) -> Forward:
+        def forward(hidden: Tensor, *positional: Any, **keywords: Any) -> Any:
+            states.arguments[index] = (positional, keywords)
+            if index == 0:
+                states.hidden.append(hidden)
+                if not answers:
+                    answers.append(first(hidden, *positional, **keywords))
+                    states.tuples = isinstance(answers[0], tuple)
+                    skeleton.free_block(0)
+                    return answers[0]
+            return (hidden, *answers[0][1:]) if states.tuples else hidden
+
+        return forward
+
+    with torch.no_grad(), forwards(skeleton, recorder):
+        for batch in batches:
+            decoder(input_ids=batch, use_cache=False)
+    if not answers:
+        raise CheckpointError(
+            f"the decoder of {skeleton.config.model_type!r} does not call the blocks {skeleton.path} that were found"
         )
     skeleton.free_embeddings()
     return states
 
 
-def _record(skeleton: Skeleton, decoder: nn.Module, ids: Tensor, states: States, first: Any) -> Any:
-    """One forward pass of the decoder with recorders for blocks; block 0 answers with `first(hidden, …)`, which is returned."""
-    answer: list[Any] = []
-
-    def recorder(index: int) -> Any:
-        def forward(hidden: Tensor, *positional: Any, **keywords: Any) -> Any:
-            states.arguments[index] = (positional, keywords)
-            if index == 0:
-                states.hidden.append(hidden)
-                answer.append(first(hidden, *positional, **keywords))
-            return (hidden, *answer[0][1:]) if isinstance(answer[0], tuple) else hidden
-
-        return forward
-
+@contextmanager
+def forwards(skeleton: Skeleton, forward: Callable[[int], Forward]) -> Iterator[None]:
+    """Inside the `with`, block `index` is computed by `forward(index)`."""
     for index, block in enumerate(skeleton.blocks):
-        block.forward = recorder(index)
+        block.forward = forward(index)
     try:
-        with torch.no_grad():
-            decoder(input_ids=ids, use_cache=False)
+        yield
     finally:
         for block in skeleton.blocks:
             block.__dict__.pop("forward", None)
-    if not answer:
-        raise CheckpointError(
-            f"the decoder of {skeleton.config.model_type!r} does not call the blocks {skeleton.path} that were found"
-        )
-    return answer[0]

@@ -155,9 +155,12 @@ class Skeleton:
         """Return the memory of a block."""
         _parameters_to_meta(self.blocks[index], lambda name: True)
 
-    def load_embeddings(self, device: torch.device) -> nn.Module:
-        """The decoder without its blocks (embeddings, rotary tables, final norm), on `device`; not the language head."""
-        inner = self.model.base_model
+    def load_embeddings(self, device: torch.device, *, head: bool = False) -> nn.Module:
+        """The decoder without its blocks (embeddings, rotary tables, final norm), on `device`.
+
+        With `head` the whole model without its blocks: the language head too.
+        """
+        inner = self.model if head else self.model.base_model
         prefix = f"{self.model.base_model_prefix}." if inner is not self.model else ""
         known = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
         wanted = [

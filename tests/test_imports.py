@@ -27,7 +27,9 @@ ALLOWED = {
     "compressor/writer.py": BASE | {"compressor.checkpoint"},
     "compressor/model.py": BASE | {"compressor.checkpoint"},
     "compressor/calibration.py": BASE | {"compressor.model"},
-    "compressor/plan.py": LEAVES
+    "compressor/head.py": BASE | {"compressor.calibration", "compressor.model"},
+    "compressor/gradients.py": BASE | {"compressor", "compressor.calibration", "compressor.head", "compressor.model"},
+    "compressor/job.py": LEAVES
     | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "recipe", "refine", "report", "writer")}
     | {"compressor"},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},

@@ -11,7 +11,7 @@ import typer
 from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, table
 
 if TYPE_CHECKING:
-    from compressor.plan import Plan
+    from compressor.job import Job
     from compressor.recipe import Recipe
     from compressor.report import Report
 
@@ -87,12 +87,12 @@ def prune(
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
         err.print("loading libraries …", style="dim")
+    from compressor.job import make_job
     from compressor.pipeline import prune as run
-    from compressor.plan import make_plan
 
     quiet_libraries(verbose)
     if output is None or dry_run:
-        _show_plan(make_plan(merged, output), merged, as_json)
+        _show_job(make_job(merged, output), merged, as_json)
         return
     with pruning_progress(quiet) as progress:
         report = run(merged, output, device=device, progress=progress)
@@ -107,23 +107,25 @@ def prune(
 prune.__doc__ = f"{prune.__doc__}\n\n{_EXAMPLES}"
 
 
-def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
-    linears = [linear for block in plan.blocks for linear in block]
+def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
     facts: dict[str, Any] = {
-        "model": recipe.model, "method": recipe.method, "pattern": str(plan.pattern), "seq_len": plan.seq_len,
-        "blocks": len(plan.blocks),
-        "linears": [{"name": linear.name, "shape": list(linear.shape)} for linear in linears],
-        "left_dense": [{"name": left.name, "shape": left.shape, "reason": left.reason} for left in plan.left_dense],
+        "model": recipe.model, "method": recipe.method, "pattern": recipe.pattern, "seq_len": job.seq_len,
+        "blocks": len(job.tasks),
+        "linears": [
+            {"name": task.linear.name, "shape": list(task.linear.shape), "goal": str(task.goal)} for task in job.every
+        ],
+        "left_dense": [{"name": left.name, "shape": left.shape, "reason": left.reason} for left in job.left_dense],
     }  # fmt: skip
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    for linear in linears:
-        out.print(f"{recipe.method} {plan.pattern}  {linear.name}  {list(linear.shape)}")
-    for left in plan.left_dense:
+    for task in job.every:
+        out.print(f"{recipe.method} {task.goal}  {task.linear.name}  {list(task.linear.shape)}")
+    for left in job.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
-    stored = "packed 2:4" if recipe.format == "packed" and plan.pattern.fits_2_4 else "dense with zeros"
-    out.print(f"{len(linears)} linears in {len(plan.blocks)} blocks would be pruned and stored {stored}; nothing was written")
+    packed = sum(job.packed and task.goal.fits_2_4 for task in job.every)
+    stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
+    out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written")
 
 
 def _show_report(report: Report) -> None:

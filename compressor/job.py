@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -24,41 +25,67 @@ from compressor.writer import check_output
 
 
 @dataclass(frozen=True)
-class Plan:
+class Task:
+    """What one linear is to become: `method.compress(weight, stats, goal, **options)`."""
+
+    linear: Linear
+    method: ModuleType
+    options: dict[str, Any]
+    goal: Pattern
+
+
+@dataclass(frozen=True)
+class Job:
     """What will be done, checked before any work.
 
     Attributes:
-        method, refine: modules, with their checked options; refine may be None.
-        seq_len: tokens of a calibration sample.
-        blocks: the linears to compress, per block.
-        left_dense: every other weight with two dimensions or more, and why.
+        tasks: per block, the linears to compress and how.
+        refine, refine_options: what improves each pruned weight; refine may be None.
         tune: epochs of block tuning, 0 for none.
+        packed: store in a packed form what has one.
+        seq_len: tokens of a calibration sample.
+        seed: of the calibration and of everything random after it.
+        left_dense: every other weight with two dimensions or more, and why.
     """
 
     reader: Reader
     skeleton: Skeleton
-    method: ModuleType
-    options: dict[str, Any]
+    tasks: list[list[Task]]
     refine: ModuleType | None
     refine_options: dict[str, Any]
-    pattern: Pattern
-    seq_len: int
-    blocks: list[list[Linear]]
-    left_dense: list[LeftDense]
     tune: int
+    packed: bool
+    seq_len: int
+    seed: int
+    left_dense: list[LeftDense]
+
+    @property
+    def every(self) -> list[Task]:
+        """The tasks of all blocks."""
+        return [task for block in self.tasks for task in block]
 
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
-        return self.method.NEEDS_INPUTS or self.refine is not None or self.tune > 0
+        return any(task.method.NEEDS_INPUTS for task in self.every) or self.refine is not None or self.tune > 0
 
     @property
     def needs_gram(self) -> bool:
         """Whether the statistics need the Gram matrix."""
-        return self.method.NEEDS_GRAM or (self.refine is not None and self.refine.NEEDS_GRAM)
+        return any(task.method.NEEDS_GRAM for task in self.every) or (self.refine is not None and self.refine.NEEDS_GRAM)
+
+    def assign(self, goals: Mapping[str, Pattern | None], reason: str) -> Job:
+        """The job with these goals, by linear name; a linear whose goal is None stays dense, for `reason`."""
+        left = [
+            LeftDense(task.linear.name, list(task.linear.shape), reason) for task in self.every if goals[task.linear.name] is None
+        ]
+        tasks = [
+            [replace(task, goal=goal) for task in block if (goal := goals[task.linear.name]) is not None] for block in self.tasks
+        ]
+        return replace(self, tasks=tasks, left_dense=left + self.left_dense)
 
 
-def make_plan(recipe: Recipe, output: Path | None) -> Plan:
+def make_job(recipe: Recipe, output: Path | None) -> Job:
     """Check everything cheap: names, options, output, checkpoint, pattern against every linear, dataset, lengths."""
     pattern = Pattern.parse(recipe.pattern)
     method = method_module(recipe.method)
@@ -81,7 +108,10 @@ def make_plan(recipe: Recipe, output: Path | None) -> Plan:
         pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
-    return Plan(reader, skeleton, method, options, refine, refine_options, pattern, seq_len, blocks, left_dense, recipe.tune)
+    tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
+    return Job(
+        reader, skeleton, tasks, refine, refine_options, recipe.tune, recipe.format == "packed", seq_len, recipe.seed, left_dense
+    )
 
 
 def _rehearse(

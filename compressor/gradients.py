@@ -1,0 +1,110 @@
+"""Gradients of the loss with one block in memory: the chain rule over blocks, each loaded twice.
+
+Forward, the hidden states entering every block are kept. Backward, block after block from the last: load it, run it
+again with gradients, pull the gradient of its output back to its input. The result is that of automatic differentiation
+of the whole model (rounding apart); memory is one block, its activations for one batch, the block inputs, and what is
+asked for of the block under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from compressor import calibration
+from compressor.calibration import States
+from compressor.head import head
+from compressor.model import Linear, Skeleton
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`[batch, seq, vocab]` logits and `[batch, seq]` tokens -> a scalar, summed over tokens."""
+
+
+@dataclass
+class Taps:
+    """What went through one linear, batch by batch.
+
+    Attributes:
+        inputs: rows x, `[tokens, in]`; the linears that read one tensor hold the same object.
+        gradients: rows of ∂loss/∂y, `[tokens, out]`.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Σ over tokens of the cross-entropy of the next one, in nats."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+
+
+def backward_blocks(
+    skeleton: Skeleton, states: States, device: torch.device, *, loss: Loss = next_token_loss
+) -> Iterator[tuple[int, dict[str, Taps]]]:
+    """Yields each block's index, last block first, and the Taps of its linears by name; the block is loaded meanwhile.
+
+    Args:
+        skeleton: the model; its dtype is that of the arithmetic: bfloat16 gradients are mostly rounding.
+        states: calibration on entering block 0; left as it is.
+        device: where the blocks are computed.
+        loss: of the logits of a batch.
+    """
+    inputs = [list(states.hidden)]
+    for index in range(len(skeleton.blocks)):
+        block = skeleton.load_block(index, device)
+        inputs.append([calibration.run(block, hidden, states.arguments[index]) for hidden in inputs[-1]])
+        skeleton.free_block(index)
+    gradients: list[Tensor] = []
+    with head(skeleton, states, device) as logits:
+        for number, hidden in enumerate(inputs.pop()):
+            leaf = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                value = loss(logits(number, leaf), states.ids[number])
+            gradients.append(torch.autograd.grad(value, leaf)[0])
+    for index in reversed(range(len(skeleton.blocks))):
+        block, entering = skeleton.load_block(index, device), inputs.pop()
+        with tapping(skeleton.linears(index)) as taps:
+            for number, hidden in enumerate(entering):
+                leaf = hidden.detach().requires_grad_()
+                with torch.enable_grad():
+                    output = calibration.call(block, leaf, states.arguments[index])
+                gradients[number] = torch.autograd.grad(output, leaf, gradients[number])[0]
+        yield index, taps
+        skeleton.free_block(index)
+
+
+@contextmanager
+def tapping(linears: list[Linear]) -> Iterator[dict[str, Taps]]:
+    """Hook `linears` and yield their Taps, filled by every differentiable forward pass run inside the `with`."""
+    taps = {linear.name: Taps() for linear in linears}
+    seen: list[tuple[Tensor, Tensor]] = []  # the tensor a linear was given last, and its rows
+
+    def before(name: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            rows = next((rows for tensor, rows in seen if tensor is x), None)
+            if rows is None:
+                rows = x.detach().reshape(-1, x.shape[-1])
+                seen[:] = [*seen[-8:], (x, rows)]
+            taps[name].inputs.append(rows)
+
+        return keep
+
+    def after(name: str) -> Callable[..., None]:
+        def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda gradient: taps[name].gradients.append(gradient.reshape(-1, gradient.shape[-1])))
+
+        return keep
+
+    handles = [linear.module.register_forward_pre_hook(before(linear.name)) for linear in linears]
+    handles += [linear.module.register_forward_hook(after(linear.name)) for linear in linears]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()

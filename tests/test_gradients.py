@@ -1,0 +1,90 @@
+"""Block-streamed gradients and logits are those of the whole model."""
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+from compressor import calibration
+from compressor.checkpoint import Reader
+from compressor.gradients import backward_blocks, next_token_loss
+from compressor.head import divergence, head
+from compressor.model import Skeleton
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _two_batches(monkeypatch):
+    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 48)
+
+
+def streamed(folder):
+    skeleton = Skeleton(Reader(folder), dtype=torch.float32)
+    return skeleton, calibration.capture(skeleton, IDS, CPU)
+
+
+def through(skeleton, states):
+    hidden = states.hidden
+    for index, arguments in enumerate(states.arguments):
+        block = skeleton.load_block(index, CPU)
+        hidden = [calibration.run(block, batch, arguments) for batch in hidden]
+        skeleton.free_block(index)
+    return hidden
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "gpt2", "opt", "gpt_neox"])
+def test_gradients_equal_those_of_the_whole_model(family, tiny):
+    skeleton, states = streamed(tiny(family))
+    before = [hidden.clone() for hidden in states.hidden]
+    whole = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    next_token_loss(whole(input_ids=IDS, use_cache=False).logits, IDS).backward()
+    order = []
+    for index, taps in backward_blocks(skeleton, states, CPU):
+        order.append(index)
+        for linear in skeleton.linears(index):
+            found = torch.cat(taps[linear.name].gradients).T @ torch.cat(taps[linear.name].inputs)
+            exact = whole.get_submodule(linear.name).weight.grad
+            torch.testing.assert_close(
+                found, exact.T if linear.transposed else exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item()
+            )
+    assert order == list(reversed(range(len(skeleton.blocks))))
+    assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
+    assert all(torch.equal(was, now) for was, now in zip(before, states.hidden, strict=True))
+
+
+def test_linears_of_one_input_share_their_rows(tiny):
+    skeleton, states = streamed(tiny("llama"))
+    _, taps = next(backward_blocks(skeleton, states, CPU))
+    rows = {name.rpartition(".")[2]: tap.inputs[0] for name, tap in taps.items()}
+    assert rows["q_proj"] is rows["k_proj"] is rows["v_proj"]
+    assert rows["gate_proj"] is rows["up_proj"] is not rows["q_proj"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon"])
+def test_head_gives_the_logits_of_the_whole_model(family, tiny):
+    skeleton, states = streamed(tiny(family))
+    last = through(skeleton, states)
+    whole = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    with head(skeleton, states, CPU) as logits, torch.no_grad():
+        for number, ids in enumerate(states.ids):
+            torch.testing.assert_close(logits(number, last[number]), whole(input_ids=ids, use_cache=False).logits)
+
+
+def test_divergence_is_the_mean_over_tokens(tiny):
+    skeleton, states = streamed(tiny("llama"))
+    last = through(skeleton, states)
+    moved = [hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)) for hidden in last]
+    with head(skeleton, states, CPU) as logits, torch.no_grad():
+        assert divergence(logits, last, last) == 0
+        p, q = (torch.cat([log_softmax(logits(n, h), -1) for n, h in enumerate(batches)]) for batches in (last, moved))
+        assert divergence(logits, last, moved) == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_first_batches_leave_the_states_alone(tiny):
+    _, states = streamed(tiny("llama"))
+    part = states.first(1)
+    part.hidden[0] = part.hidden[0] + 1
+    assert len(part.ids) == len(part.hidden) == 1
+    assert not torch.equal(part.hidden[0], states.hidden[0])
