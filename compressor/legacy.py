@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def _refuse_others(reader: Reader, names: list[str]) -> None:
             "for a dense checkpoint with zeros use `compress pack`"
         )
     if isinstance(described, Mapping) and described.get("config_groups"):
-        raise CheckpointError(f"{reader.folder} is quantised as well (config_groups in config.json); only float weights are imported")
+        raise CheckpointError(f"{reader.folder} is quantised as well (config_groups); only float weights are imported")
     for name in names:
         if missing := [part for part in PARTS if f"{name}.{part}" not in reader.tensors]:
             raise CheckpointError(f"{reader.folder}: {name} has no tensor {name}.{missing[0]}")
@@ -96,9 +95,8 @@ def _check_entries(reader: Reader, name: str, shape: tuple[int, ...]) -> None:
     for part, (dtypes, wanted) in expected.items():
         entry = reader.tensors[f"{name}.{part}"]
         if columns % 4 or entry.shape != wanted or entry.dtype not in dtypes:
-            raise CheckpointError(
-                f"{name}.{part} is {entry.dtype} {list(entry.shape)}; {name}.shape {list(shape)} needs {' or '.join(dtypes)} {list(wanted)}"
-            )
+            needed = f"{name}.shape {list(shape)} needs {' or '.join(dtypes)} {list(wanted)}"
+            raise CheckpointError(f"{name}.{part} is {entry.dtype} {list(entry.shape)}; {needed}")
 
 
 def decode(compressed: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tensor:

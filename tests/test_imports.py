@@ -34,6 +34,8 @@ ALLOWED = {
     | {"compressor"},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
+    "compressor/pack.py": FORMATS | BASE | {f"compressor.{name}" for name in ("checkpoint", "layout", "model", "report", "writer")},
+    "compressor/legacy.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE
     | {"compressor", "compressor.data", "compressor.checkpoint", "compressor.report", "compressor.runtime"},
 }
