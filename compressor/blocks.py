@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from compressor import calibration
 from compressor.calibration import States
 from compressor.errors import NumericalError
+from compressor.experts import seeing_all_tokens
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.job import Job, Task
-from compressor.pattern import Pattern
 from compressor.refine.tune import tune
 from compressor.report import BlockRow
 from compressor.stats import InputStats, collecting
@@ -64,15 +64,7 @@ def _compress_block(
     """Compress one block; returns the relative squared error of its output, None without calibration."""
     block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
     arguments = states.arguments[index] if states else ((), {})
-    exact: list[Tensor] = []
-    hooked = (
-        collecting({task.linear.name: task.linear.module for task in tasks}, gram=job.needs_gram) if states else nullcontext({})
-    )
-    with hooked as stats:
-        for number, hidden in enumerate(states.hidden if states else []):
-            output = calibration.run(block, hidden, arguments)
-            if number < _ERROR_BATCHES:
-                exact.append(output)
+    stats, exact = _observe(job, tasks, block, states, arguments) if states else ({}, [])
     if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
         states.dense = [calibration.run(block, hidden, arguments) for hidden in states.dense]
     for number, task in enumerate(tasks):
@@ -92,6 +84,28 @@ def _compress_block(
     return error
 
 
+def _observe(
+    job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any
+) -> tuple[dict[str, InputStats], list[Tensor]]:
+    """Statistics of the inputs of the tasks' linears, and the outputs of the first batches."""
+    exact: list[Tensor] = []
+    modules = {task.linear.name: task.linear.module for task in tasks}
+    with seeing_all_tokens(block) if job.all_tokens else nullcontext(), collecting(modules, gram=job.needs_gram) as stats:
+        for number, hidden in enumerate(states.hidden):
+            output = calibration.run(block, hidden, arguments)
+            if number < _ERROR_BATCHES:
+                exact.append(output)
+    idle = {task.linear.name: task.linear.module for task in tasks if task.linear.experts and task.linear.name not in stats}
+    if idle:  # experts that no token was routed to: what they would make of all of them
+        with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram) as more:
+            for hidden in states.hidden:
+                calibration.run(block, hidden, arguments)
+        for inputs in more.values():
+            inputs.note = "no token was routed to it: calibrated on all tokens"
+        stats |= more
+    return stats, exact
+
+
 def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
     """The form of `weight` `[out, in]`, refined if asked."""
     if job.needs_inputs:
@@ -107,7 +121,7 @@ def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) ->
 
 def _finish(job: Job, task: Task, weight: Tensor, form: Form, stats: InputStats | None, store: Store) -> None:
     """Pack the linear where it can be, compute with what is stored from now on, and tell `store`."""
-    if job.packed and isinstance(form, Dense) and isinstance(task.goal, Pattern) and task.goal.fits_2_4:
+    if isinstance(form, Dense) and job.packs(task):
         form = Sparse24.from_dense(form.weight)
     task.linear.set(form.dense())
     store(task, weight, form, stats)
@@ -115,7 +129,7 @@ def _finish(job: Job, task: Task, weight: Tensor, form: Form, stats: InputStats 
 
 def _tune(job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any) -> None:
     """Train the kept weights of a block."""
-    weights: Mapping[str, nn.Parameter] = {task.linear.name: task.linear.module.weight for task in tasks}
+    weights: Mapping[str, nn.Parameter] = dict(task.linear.parameter for task in tasks)
     tune(block, weights, states.hidden, states.dense, arguments, epochs=job.tune, seed=job.seed)
 
 

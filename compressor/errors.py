@@ -8,11 +8,17 @@ CompressError            exit code 1; never shown with a traceback
 └── OutputError          the output folder: exists, not writable, no space
 """
 
+_LONGEST = 1000  # characters of a message: names and values in it come from files
+
 
 class CompressError(Exception):
-    """Base of all expected errors. `str(error)` is one line fit for a terminal."""
+    """Base of all expected errors. `str(error)` is one line fit for a terminal, whatever names it quotes."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        line = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…")
 
 
 class UsageError(CompressError):

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from compressor import data
 from compressor.checkpoint import Reader, resolve
-from compressor.errors import CheckpointError, DataError, UsageError
+from compressor.errors import DataError, UsageError
 from compressor.report import versions
 
 METRIC = "token_perplexity,none"
@@ -32,15 +32,8 @@ def load_model(
     import compressor.runtime  # makes from_pretrained understand compressed folders
 
     folder = resolve(model, revision)
-    Reader(folder)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        loaded = compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code)
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises many kinds on a folder it cannot load
-        raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return loaded.to(device), folder
+    return compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code).to(device), folder
 
 
 @torch.no_grad()

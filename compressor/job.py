@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from compressor import data
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
+from compressor.experts import only_stacks
 from compressor.methods import method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern
@@ -43,6 +45,7 @@ class Job:
         refine, refine_options: what improves each pruned weight; refine may be None.
         tune: epochs of block tuning, 0 for none.
         packed: store in a packed form what has one.
+        all_tokens: experts are calibrated on all tokens, not only on those the router sends to them.
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
         left_dense: every other weight with two dimensions or more, and why.
@@ -55,6 +58,7 @@ class Job:
     refine_options: dict[str, Any]
     tune: int
     packed: bool
+    all_tokens: bool
     seq_len: int
     seed: int
     left_dense: list[LeftDense]
@@ -74,6 +78,52 @@ class Job:
         """Whether the statistics need the Gram matrix."""
         return any(task.method.NEEDS_GRAM for task in self.every) or (self.refine is not None and self.refine.NEEDS_GRAM)
 
+    def packs(self, task: Task) -> bool:
+        """Whether the pruned weight of a task is stored packed."""
+        return self.packed and self.fits_2_4(task) and task.linear.experts not in self._unpackable
+
+    @staticmethod
+    def fits_2_4(task: Task) -> bool:
+        """Whether the pruned weight of a task could be stored packed."""
+        return isinstance(task.goal, Pattern) and task.goal.fits_2_4
+
+    @cached_property
+    def _partial(self) -> set[str]:
+        """Names of the modules of which some experts' matrices are tasks and others are not."""
+        tasks = {task.linear.name for task in self.every}
+        chosen = {task.linear.experts for task in self.every} - {""}
+        return {linear.experts for linear in self._linears if linear.experts in chosen and linear.name not in tasks}
+
+    @cached_property
+    def _unpackable(self) -> set[str]:
+        """Names of the modules whose experts are stored as plain weights: a loader needs all their matrices packed, or none."""
+
+        def plain(task: Task) -> bool:
+            form = self.fits_2_4(task) or not task.method.REFINABLE
+            return not form or task.linear.at is not None or not only_stacks(task.linear.module.owner)
+
+        return self._partial | {task.linear.experts for task in self.every if task.linear.experts and plain(task)}
+
+    @property
+    def _linears(self) -> list[Linear]:
+        return [linear for index in range(len(self.tasks)) for linear in self.skeleton.linears(index)]
+
+    def check_experts(self) -> Job:
+        """The job itself. Raises UsageError where experts would have to be stored or tuned in a way that they cannot be."""
+        for task in self.every:
+            name = task.linear.experts
+            if not task.method.REFINABLE and name in self._unpackable:
+                shared = task.linear.at is not None
+                why = "keeps all experts in one tensor" if shared else "has some experts that stay dense, or biases"
+                glob = f"*{task.linear.name.split('.')[-2]}.*" if shared else "*experts*"
+                raise UsageError(
+                    f"{name} {why}: factors cannot be stored for {task.linear.name}; "
+                    f"use a method that prunes, or leave them all dense with --ignore '{glob}'"
+                )
+            if self.tune and name in self._partial:
+                raise UsageError(f"{name} has some experts that stay dense; --tune needs all of them pruned, or none")
+        return self
+
     def assign(self, goals: Mapping[str, Pattern | None], reason: str) -> Job:
         """The job with these goals, by linear name; a linear whose goal is None stays dense, for `reason`."""
         left = [
@@ -82,7 +132,7 @@ class Job:
         tasks = [
             [replace(task, goal=goal) for task in block if (goal := goals[task.linear.name]) is not None] for block in self.tasks
         ]
-        return replace(self, tasks=tasks, left_dense=left + self.left_dense)
+        return replace(self, tasks=tasks, left_dense=left + self.left_dense).check_experts()
 
 
 def make_job(recipe: Recipe, output: Path | None) -> Job:
@@ -109,9 +159,10 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
     tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
+    stored, all_tokens = recipe.format == "packed", recipe.expert_tokens == "all"
     return Job(
-        reader, skeleton, tasks, refine, refine_options, recipe.tune, recipe.format == "packed", seq_len, recipe.seed, left_dense
-    )
+        reader, skeleton, tasks, refine, refine_options, recipe.tune, stored, all_tokens, seq_len, recipe.seed, left_dense
+    ).check_experts()
 
 
 def _rehearse(
@@ -152,14 +203,14 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
                 left.append(LeftDense(linear.name, list(linear.shape), f"--ignore {glob}"))
             else:
                 blocks[-1].append(linear)
-        for name, shape in skeleton.others(index):
+        for name, shape, reason in skeleton.others(index):
             glob = matching(name)
-            if len(shape) > 2 and not glob:
+            if len(shape) > 2 and min(shape) > 1 and not glob:  # a convolution over time is [channels, 1, width]
                 raise CheckpointError(
-                    f"{name} has shape {list(shape)}: stacked expert weights are not supported; "
+                    f"{name} has shape {list(shape)}: weights stacked in this way are not supported; "
                     f"leave them dense with --ignore '*{name.split('.')[-1]}'"
                 )
-            left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else "not a linear layer"))
+            left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else reason))
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
         raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {example!r}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compressor.checkpoint import Reader
 from compressor.errors import CheckpointError
+from compressor.experts import only_stacks
 from compressor.formats.sparse24 import Sparse24
-from compressor.layout import compressed_config
+from compressor.layout import compressed_config, module_entry
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.report import LeftDense
 from compressor.writer import Writer, check_output
@@ -16,9 +18,9 @@ from compressor.writer import Writer, check_output
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` did: names of the linears packed, and those of the decoder blocks that stayed dense, with reasons."""
+    """What `pack` did: the linears packed, with their entries, and what stayed dense in the decoder blocks, with reasons."""
 
-    packed: list[str]
+    packed: dict[str, dict[str, Any]]
     left_dense: list[LeftDense]
 
 
@@ -32,28 +34,43 @@ def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Pack
     check_output(output, reader)
     skeleton = Skeleton(reader, trust_remote_code=trust_remote_code)
     blocks = [skeleton.linears(index) for index in range(len(skeleton.blocks))]
-    done = Packed([], [])
-    with Writer(reader, output, {linear.tensor for block in blocks for linear in block}) as writer:
-        for block in blocks:
-            for linear in block:
-                _pack_one(reader, writer, linear, done)
+    done = Packed({}, [])
+    with Writer(reader, output, {linear.tensor for block in blocks for linear in block if linear.at is None}) as writer:
+        for index, block in enumerate(blocks):
+            _pack_block(reader, writer, block, done)
+            done.left_dense.extend(LeftDense(name, list(shape), reason) for name, shape, reason in skeleton.others(index))
         if not done.packed:
             first = f": {done.left_dense[0].name} has {done.left_dense[0].reason}" if done.left_dense else ""
             raise CheckpointError(f"{folder} holds no 2:4 linear that could be packed{first}")
-        modules = {name: {"format": Sparse24.FORMAT} for name in done.packed}
-        writer.finish(compressed_config(reader.config, modules), {}, code=trust_remote_code)
+        writer.finish(compressed_config(reader.config, done.packed), {}, code=trust_remote_code)
     return done
 
 
-def _pack_one(reader: Reader, writer: Writer, linear: Linear, done: Packed) -> None:
-    weight = linear.read(reader)
+def _pack_block(reader: Reader, writer: Writer, block: list[Linear], done: Packed) -> None:
+    forms = {linear.name: _form(reader, linear) for linear in block}
+    mixed = {linear.experts for linear in block if isinstance(forms[linear.name], str)} - {""}
+    for linear in block:
+        form = forms.pop(linear.name)
+        if linear.experts in mixed and not isinstance(form, str):
+            form = "other experts beside it that are not 2:4"
+        if not isinstance(form, str):
+            writer.replace(linear.tensor, form.pack())
+            done.packed[linear.name] = module_entry(form.entry, transposed=linear.transposed)
+            continue
+        done.left_dense.append(LeftDense(linear.name, list(linear.shape), form))
+        if linear.at is None:
+            writer.replace(linear.tensor, {"weight": reader.read(linear.tensor)})
+
+
+def _form(reader: Reader, linear: Linear) -> Sparse24 | str:
+    """The packed weight, or what it has that keeps it from being packed."""
+    if linear.at is not None:
+        return "all experts in one tensor"
+    if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
+        return f"values of type {stored}"
+    if linear.experts and not only_stacks(linear.module.owner):
+        return "experts with biases"
     try:
-        if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
-            raise ValueError(f"it is stored as {stored}")
-        form = Sparse24.from_dense(weight)
+        return Sparse24.from_dense(linear.read(reader))
     except ValueError as error:
-        done.left_dense.append(LeftDense(linear.name, list(linear.shape), str(error)))
-        writer.replace(linear.tensor, {"weight": reader.read(linear.tensor)})
-        return
-    writer.replace(linear.tensor, form.pack())
-    done.packed.append(linear.name)
+        return str(error)

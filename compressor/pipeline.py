@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from compressor.errors import DataError, UsageError
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.job import Job, Task, make_job
-from compressor.layout import compressed_config
+from compressor.layout import compressed_config, module_entry
 from compressor.recipe import Recipe
 from compressor.report import LinearRow, Report, peak_memory
 from compressor.stats import InputStats, output_error
@@ -45,7 +46,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     seconds, begun = [], time.perf_counter()
     with Writer(reader, output, {task.linear.tensor for task in job.every}) as writer:
-        for row in compress_blocks(job, states, where, _storing(writer, report), progress):
+        for row in compress_blocks(job, states, where, _storing(job, writer, report), progress):
             report.blocks.append(row)
             progress("blocks", row.index + 1, len(job.tasks), row)
             seconds.append(round(time.perf_counter() - begun, 3))
@@ -60,13 +61,27 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     return report
 
 
-def _storing(writer: Writer, report: Report) -> Store:
+def _storing(job: Job, writer: Writer, report: Report) -> Store:
     """Write each linear and report on it."""
+    together: dict[str, Tensor] = {}  # tensors that hold the matrices of all experts, until the last has come
+    waiting = Counter(task.linear.tensor for task in job.every)
 
     def store(task: Task, weight: Tensor, form: Form, stats: InputStats | None) -> None:
         linear, dense = task.linear, form.dense()
-        packed = {"weight": dense.T} if isinstance(form, Dense) and linear.transposed else form.pack()
-        writer.replace(linear.tensor, packed)
+        stored = {"weight": dense.T} if isinstance(form, Dense) and linear.transposed else form.pack()
+        waiting[linear.tensor] -= 1
+        if linear.at is None:
+            writer.replace(linear.tensor, stored)
+        else:
+            if linear.tensor not in together:
+                together[linear.tensor] = job.reader.read(linear.tensor)
+            together[linear.tensor][linear.at] = stored["weight"]
+            if not waiting[linear.tensor]:
+                writer.replace(linear.tensor, {linear.tensor.rpartition(".")[2]: together.pop(linear.tensor)})
+        notes = [stats.note if stats else ""]
+        if job.packed and isinstance(form, Dense) and job.fits_2_4(task):
+            shared = "all experts share one tensor" if linear.at is not None else "other experts of the block are not packed"
+            notes.append(f"zeros in place: {shared}")
         report.linears.append(
             LinearRow(
                 name=linear.name,
@@ -75,8 +90,10 @@ def _storing(writer: Writer, report: Report) -> Store:
                 sparsity=form.sparsity,
                 error=output_error(weight, dense, stats) if stats else None,
                 dense_bytes=weight.nbytes,
-                bytes=sum(tensor.nbytes for tensor in packed.values()),
-                entry=form.entry,
+                bytes=sum(tensor.nbytes for tensor in stored.values()),
+                entry=module_entry(form.entry, transposed=linear.transposed),
+                tokens=stats.tokens if stats else None,
+                note="; ".join(note for note in notes if note),
             )
         )
 

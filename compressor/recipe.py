@@ -28,6 +28,7 @@ class Recipe:
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
+        expert_tokens: what calibrates the experts of a mixture: `all` tokens, or those `routed` to each.
         ignore: globs over linear names that stay dense.
         dtype: of the forward passes; `auto` is the checkpoint's. Stored dtypes never change.
     """
@@ -44,6 +45,7 @@ class Recipe:
     seq_len: int = 0
     seed: int = 0
     dtype: str = "auto"
+    expert_tokens: str = "all"
     trust_remote_code: bool = False
     ignore: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Recipe:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), str(entry.type))
         _one_of("format", self.format, ["packed", "dense"])
+        _one_of("expert-tokens", self.expert_tokens, ["all", "routed"])
         _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
         if self.num_samples < 1:
             raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")

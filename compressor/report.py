@@ -17,6 +17,8 @@ class LinearRow:
     Attributes:
         error: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none.
         entry: what config.json says of it.
+        tokens: calibration tokens it was given, None where there were none.
+        note: what else there is to know.
     """
 
     name: str
@@ -27,6 +29,8 @@ class LinearRow:
     dense_bytes: int
     bytes: int
     entry: dict[str, Any]
+    tokens: int | None = None
+    note: str = ""
 
 
 @dataclass

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor.errors import CheckpointError
+from compressor.checkpoint import Reader, check_sizes
+from compressor.errors import CheckpointError, CompressError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
+from compressor.packed_experts import PackedExperts, swap_experts
 from compressor_kernels.linear import ArmorLinear, Sparse24Linear
 
 
@@ -46,6 +48,7 @@ class CompressedQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: CompressedConfig
+    paths: dict[str, str]  # module of each packed linear
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before the weight files are looked for, in transformers 5.23; the plug-in is here, so the guard may go."""
@@ -56,17 +59,22 @@ class CompressedQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # its place in transformers 5.17
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, entry in self.quantization_config.modules.items():
-            try:
-                parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
-            except AttributeError:
-                raise CheckpointError(f"config.json names the packed linear {name!r}, which this model does not have") from None
-            setattr(parent, name.rpartition(".")[2], packed_module(name, module, entry))
+        entries, modules = self.quantization_config.modules, dict(model.named_modules())
+        self.paths = {name: name for name in entries if name in modules}
+        for name in self.paths:
+            setattr(
+                model.get_submodule(name.rpartition(".")[0]),
+                name.rpartition(".")[2],
+                packed_module(name, modules[name], entries[name]),
+            )
+        stacked = [name for name in entries if name not in modules]
+        if stacked:
+            self.paths |= swap_experts(model, stacked, lambda name, module: packed_module(name, module, entries[name]))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name in self.quantization_config.modules:
-            module = model.get_submodule(name)
+        for name, path in self.paths.items():
+            module = model.get_submodule(path)
             if module.weight_values.device.type == "cpu" and not hasattr(module, "_hf_hook"):
                 _unpack(name, module)
         return model
@@ -94,15 +102,24 @@ class CompressedQuantizer(HfQuantizer):
         return False
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        for name in self.quantization_config.modules:
-            module = model.get_submodule(name)
+        for name, path in self.paths.items():
+            module = model.get_submodule(path)
             _unpack(name, module)
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
-            if dtype is not None:
-                linear.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
+            if path == name:
+                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+                linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
+                _replace(model, path, linear, dtype)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                _replace(model, path, module.dense(), dtype)
         return model
+
+
+def _replace(model: Any, path: str, module: nn.Module, dtype: torch.dtype | str | None) -> None:
+    if dtype is not None:
+        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module:
@@ -142,10 +159,19 @@ def load(path: str | Path, **options: Any) -> Any:
         options: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to the stored one.
 
     Raises:
-        CheckpointError: weights are missing, or packed tensors are there that config.json does not list. Transformers
-            would go on with random weights and a warning.
+        CheckpointError: files that do not hold together, weights that are missing, or packed tensors that config.json
+            does not list. Transformers would go on with random weights and a warning.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **options}, output_loading_info=True)
+    options = {"dtype": "auto", **options}
+    try:
+        if Path(path).is_dir():
+            reader = Reader(Path(path))
+            check_sizes(reader, AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False)))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+    except CompressError:
+        raise
+    except Exception as error:  # transformers raises many kinds on a folder it cannot load
+        raise CheckpointError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model, info = loaded
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     stray = [name for name in info["unexpected_keys"] if ".weight_" in name]

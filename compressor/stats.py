@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import NumericalError
 
+_RECENT = 8  # inputs kept alive to be recognised; a block with a hundred experts has hundreds
 SAMPLE_TOKENS = 1024  # tokens kept to measure the output error of a linear on
 
 
@@ -27,6 +28,7 @@ class InputStats:
         m2: float64 `[in]`, sum over tokens of (x - mean)².
         gram: float32 `[in, in]`, XᵀX summed over tokens; None unless asked for.
         sample: float32 `[<= 1024, in]`, the first tokens seen.
+        note: what the report says of them, if anything.
     """
 
     def __init__(self, in_features: int, *, gram: bool = False, device: torch.device | str = "cpu") -> None:
@@ -35,6 +37,7 @@ class InputStats:
         self.m2 = torch.zeros_like(self.mean)
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self._sample: list[Tensor] = []
+        self.note = ""
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -89,7 +92,7 @@ def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False) -> Itera
     Linears that receive the same tensor object share one InputStats: the statistics exist once per distinct input.
     """
     stats: dict[str, InputStats] = {}
-    seen: list[tuple[Tensor, InputStats]] = []  # inputs of the forward pass under way, kept alive so that identity holds
+    seen: list[tuple[Tensor, InputStats]] = []  # the latest inputs of this forward pass, alive so that identity holds
     called: set[str] = set()
 
     def hook(name: str):
@@ -99,12 +102,13 @@ def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False) -> Itera
                 seen.clear()
                 called.clear()
             called.add(name)
-            for tensor, shared in seen:
+            for number, (tensor, shared) in enumerate(seen):
                 if tensor is x and stats.setdefault(name, shared) is shared:
+                    seen.append(seen.pop(number))
                     return
             own = stats.setdefault(name, InputStats(x.shape[-1], gram=gram, device=x.device))
             own.update(x)
-            seen.append((x, own))
+            seen[:] = [*seen[1 - _RECENT :], (x, own)]
 
         return observe
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,7 @@ class Writer:
         self.work = output.parent / f".{output.name}.{os.getpid()}.partial"  # of its own: another run may want the same output
         self.spool = self.work / ".spool"
         self.pending = set(replaced)
+        self.waiting = Counter(reader.tensors[name].shard for name in replaced)
         self.parts: dict[str, list[tuple[str, str, list[int], Path]]] = {}
         self.weight_map: dict[str, str] = {}
         self.total = 0
@@ -105,7 +107,10 @@ class Writer:
             path = self.spool / f"{len(self.parts)}-{suffix}"
             path.write_bytes(_raw(tensor))
             parts.append((f"{prefix}.{suffix}" if prefix else suffix, _dtype(tensor), list(tensor.shape), path))
-        self._assemble_ready()
+        shard = self.reader.tensors[name].shard
+        self.waiting[shard] -= 1
+        if not self.waiting[shard]:
+            self._assemble_ready()
 
     def _assemble_ready(self) -> None:
         waiting = {self.reader.tensors[name].shard for name in self.pending}

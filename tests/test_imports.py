@@ -25,16 +25,23 @@ ALLOWED = {
     "compressor/report.py": BASE,
     "compressor/data.py": BASE,
     "compressor/writer.py": BASE | {"compressor.checkpoint"},
-    "compressor/model.py": BASE | {"compressor.checkpoint"},
+    "compressor/conversion.py": BASE,
+    "compressor/experts.py": BASE,
+    "compressor/packed_experts.py": BASE | {"compressor", "compressor.experts"},
+    "compressor/model.py": BASE | {"compressor", "compressor.checkpoint", "compressor.experts"},
     "compressor/calibration.py": BASE | {"compressor.model"},
     "compressor/head.py": BASE | {"compressor.calibration", "compressor.model"},
     "compressor/gradients.py": BASE | {"compressor", "compressor.calibration", "compressor.head", "compressor.model"},
     "compressor/job.py": LEAVES
-    | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "recipe", "refine", "report", "writer")}
+    | {f"compressor.{name}" for name in ("checkpoint", "experts", "methods", "model", "recipe", "refine", "report", "writer")}
     | {"compressor"},
-    "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
+    "compressor/runtime.py": FORMATS
+    | BASE
+    | {"compressor.checkpoint", "compressor.layout", "compressor.packed_experts", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
-    "compressor/pack.py": FORMATS | BASE | {f"compressor.{name}" for name in ("checkpoint", "layout", "model", "report", "writer")},
+    "compressor/pack.py": FORMATS
+    | BASE
+    | {f"compressor.{name}" for name in ("checkpoint", "experts", "layout", "model", "report", "writer")},
     "compressor/legacy.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE
     | {"compressor", "compressor.data", "compressor.checkpoint", "compressor.report", "compressor.runtime"},

@@ -64,6 +64,10 @@ def prune(
     dtype: Annotated[
         str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")
     ] = None,
+    expert_tokens: Annotated[
+        str | None,
+        typer.Option(help="What calibrates the experts of a mixture: all tokens, or those routed to each.", show_default="all"),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
@@ -80,7 +84,7 @@ def prune(
     given = {
         "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
         "format": format, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
-        "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(load(recipe) if recipe else {}, given, assign or [])
     if output is None and not dry_run:
@@ -123,7 +127,7 @@ def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
         out.print(f"{recipe.method} {task.goal}  {task.linear.name}  {list(task.linear.shape)}")
     for left in job.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
-    packed = sum(job.packed and task.goal.fits_2_4 for task in job.every)
+    packed = sum(map(job.packs, job.every))
     stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
     out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written")
 
