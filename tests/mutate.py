@@ -164,8 +164,8 @@ def damage(random: Random, folder: Path) -> str:
         texts = sorted(path for path in folder.glob("*.json"))
         config = folder / "config.json"
         action = random.random()
-        path = random.choice(shards)
         try:
+            path = random.choice(shards)
             if action < 0.3:
                 said.append(f"config.json: {_mutate_text(random, config)}")
             elif action < 0.45:
