@@ -24,6 +24,7 @@ ITEM_BITS = {
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 _SIZE = re.compile("size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group")  # in keys of config.json
 _MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
+_MAX_NAME = 500  # characters of a tensor's name, which is printed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -93,7 +94,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
-    """One header entry, checked: known dtype, whole shape, byte range as long as the shape says."""
+    """One header entry, checked: printable name, known dtype, whole shape, byte range as long as the shape says."""
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise CheckpointError(f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable characters")
     try:
         dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
     except (TypeError, KeyError, ValueError):

@@ -64,7 +64,7 @@ def describe(reader: Any) -> dict[str, Any]:
     dense = reader.nbytes + sum(row["dense_bytes"] - row["bytes"] for row in linears)
     return {
         "folder": str(reader.folder),
-        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type")])[0],
+        "architecture": _architecture(reader.config),
         "shards": shards,
         "tensors": len(reader.tensors),
         "bytes": reader.nbytes,
@@ -72,6 +72,12 @@ def describe(reader: Any) -> dict[str, Any]:
         "ratio": reader.nbytes / dense if dense else 1.0,
         "linears": linears,
     }
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    named = config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else config.get("model_type")
+    return found if isinstance(found, str) and found.isprintable() else None
 
 
 def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored: int, bits: int) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored:
 
 
 def _show(found: dict[str, Any]) -> None:
-    out.print(f"{found['architecture']}, {found['tensors']} tensors in {len(found['shards'])} shards")
+    out.print(f"{found['architecture'] or 'no architecture named'}, {found['tensors']} tensors in {len(found['shards'])} shards")
     for shard in found["shards"]:
         out.print(f"  {shard['name']}  {size(shard['bytes'])}")
     rows = table("", "matrix >shape format >zeros >bytes >of-dense")

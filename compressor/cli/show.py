@@ -16,8 +16,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from compressor.report import BlockRow
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, markup=False)  # names come from files: no markup in them is ours
 
 
 def quiet_libraries(verbose: bool) -> None:
