@@ -35,7 +35,7 @@ def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Pack
     skeleton = Skeleton(reader, trust_remote_code=trust_remote_code)
     blocks = [skeleton.linears(index) for index in range(len(skeleton.blocks))]
     done = Packed({}, [])
-    with Writer(reader, output, {linear.tensor for block in blocks for linear in block if linear.at is None}) as writer:
+    with Writer(reader, output, {linear.tensor for block in blocks for linear in block if _alone(reader, linear)}) as writer:
         for index, block in enumerate(blocks):
             _pack_block(reader, writer, block, done)
             done.left_dense.extend(LeftDense(name, list(shape), reason) for name, shape, reason in skeleton.others(index))
@@ -58,16 +58,19 @@ def _pack_block(reader: Reader, writer: Writer, block: list[Linear], done: Packe
             done.packed[linear.name] = module_entry(form.entry, transposed=linear.transposed)
             continue
         done.left_dense.append(LeftDense(linear.name, list(linear.shape), form))
-        if linear.at is None:
+        if _alone(reader, linear):
             writer.replace(linear.tensor, {"weight": reader.read(linear.tensor)})
+
+
+def _alone(reader: Reader, linear: Linear) -> bool:
+    """Whether a linear has a float tensor of its own: others are copied as they are."""
+    return linear.at is None and reader.tensors[linear.tensor].dtype in WEIGHT_DTYPES
 
 
 def _form(reader: Reader, linear: Linear) -> Sparse24 | str:
     """The packed weight, or what it has that keeps it from being packed."""
-    if linear.at is not None:
-        return "all experts in one tensor"
-    if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
-        return f"values of type {stored}"
+    if not _alone(reader, linear):
+        return "all experts in one tensor" if linear.at is not None else f"values of type {reader.tensors[linear.tensor].dtype}"
     if linear.experts and not only_stacks(linear.module.owner):
         return "experts with biases"
     try:
