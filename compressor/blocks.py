@@ -75,18 +75,20 @@ def _compress_block(
                 exact.append(output)
     if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
         states.dense = [calibration.run(block, hidden, arguments) for hidden in states.dense]
+    forms: dict[str, Form] = {}  # those of a block that is still to be tuned
     for number, task in enumerate(tasks):
         weight, own = task.linear.read(job.reader).to(device), stats.get(task.linear.name)
         form = _compress(job, task, weight, own)
-        task.linear.set(form.dense())
-        if not job.tune:
+        if job.tune:
+            forms[task.linear.name] = form
+        else:
             _finish(job, task, weight, form, own, store)
         progress("linears", number + 1, len(tasks))
     if states and job.tune:
-        _tune(job, tasks, block, states, arguments)
+        forms = _tune(job, index, tasks, block, forms, states, arguments)
         for task in tasks:
             weight = task.linear.read(job.reader).to(device)
-            _finish(job, task, weight, Dense(task.linear.get().to(weight.dtype)), stats.get(task.linear.name), store)
+            _finish(job, task, weight, forms[task.linear.name], stats.get(task.linear.name), store)
     error = _advance(block, states, arguments, exact) if states else None
     job.skeleton.free_block(index)
     return error
@@ -113,10 +115,15 @@ def _finish(job: Job, task: Task, weight: Tensor, form: Form, stats: InputStats 
     store(task, weight, form, stats)
 
 
-def _tune(job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any) -> None:
-    """Train the kept weights of a block."""
-    weights: Mapping[str, nn.Parameter] = {task.linear.name: task.linear.module.weight for task in tasks}
-    tune(block, weights, states.hidden, states.dense, arguments, epochs=job.tune, seed=job.seed)
+def _tune(
+    job: Job, index: int, tasks: list[Task], block: nn.Module, forms: Mapping[str, Form], states: States, arguments: Any
+) -> dict[str, Form]:
+    """The forms of a block's linears, trained together."""
+    prefix = f"{job.skeleton.path}.{index}."
+    named = {f"{name.removeprefix(prefix)}.weight": form for name, form in forms.items()}
+    transposed = {f"{task.linear.name.removeprefix(prefix)}.weight" for task in tasks if task.linear.transposed}
+    tuned, _, _ = tune(block, named, states.hidden, states.dense, arguments, transposed=transposed, epochs=job.tune, seed=job.seed)
+    return {f"{prefix}{name.removesuffix('.weight')}": form for name, form in tuned.items()}
 
 
 def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor]) -> float:

@@ -92,8 +92,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     options = check_options(f"method {recipe.method}", method.compress, recipe.options)
     refine = refinement(recipe.refine) if recipe.refine else None
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
-    if (refine or recipe.tune) and not method.REFINABLE:
-        raise UsageError(f"--refine and --tune improve a plain pruned weight; method {recipe.method} stores another form")
+    if refine and not method.REFINABLE:
+        raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
     _rehearse(method, options, refine, refine_options, pattern)
     if method.NEEDS_INPUTS or refine or recipe.tune:
         data.check_dataset(recipe.dataset)

@@ -49,11 +49,6 @@ class Linear:
         weight = reader.read(self.tensor)
         return weight.T.contiguous() if self.transposed else weight
 
-    def get(self) -> Tensor:
-        """The weight `[out, in]` it computes with now."""
-        weight = self.module.weight.detach()
-        return weight.T.contiguous() if self.transposed else weight
-
     @torch.no_grad()
     def set(self, weight: Tensor) -> None:
         """Compute with `weight` `[out, in]` from now on."""

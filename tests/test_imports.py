@@ -18,7 +18,7 @@ ALLOWED = {
     "compressor/stats.py": BASE,
     "compressor/formats/": FORMATS | PACKING | BASE,
     "compressor/methods/": LEAVES | FORMATS,
-    "compressor/refine/": LEAVES,
+    "compressor/refine/": LEAVES | FORMATS,
     "compressor/layout.py": BASE,
     "compressor/checkpoint.py": BASE,
     "compressor/recipe.py": BASE,
