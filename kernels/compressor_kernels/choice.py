@@ -17,7 +17,7 @@ import torch
 
 from compressor_kernels.backend import device_name, multiprocessors
 
-MOST_ROWS = 96  # beyond, multiplying limits the speed, and the dense weight is made once for cuBLAS
+MOST_ROWS = 96  # beyond, multiplying limits the speed, not reading: the dense weight is written once, for cuBLAS
 
 
 @cache
@@ -48,9 +48,10 @@ def choose(op: str, device: torch.device, out_features: int, in_features: int, r
 def rule(op: str, out_features: int, in_features: int, rows: int, processors: int) -> dict[str, Any]:
     """What runs where nothing was measured: settings that keep every multiprocessor at work and partial sums small.
 
-    ops: `stored` (2:4 as on disk), `fragments` (2:4 in fragment order), `armor` (its core) and `skinny` (dense).
+    ops: `stored` (2:4 as on disk), `fragments` (2:4 in fragment order), `armor` (all of it; `dense` is its core by itself
+    between the wrappers by torch) and `skinny` (a factor of a low-rank weight).
     """
-    if rows > MOST_ROWS:
+    if rows > (64 if op == "armor" else MOST_ROWS):  # A times more columns than 64 does not fit into the registers
         return {"kernel": "dense"}
     if op in ("fragments", "armor"):
         tiles = -(-rows // 8)

@@ -38,7 +38,7 @@ def product(
     x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, N, K, KT, NT,
     WARPS: tl.constexpr, SPLIT: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + bias. x int64 [K / 4], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT / WARPS, SPLIT)."""
+    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT / WARPS, SPLIT)."""
     t = tl.arange(0, 32 * WARPS)[:, None]
     c = tl.arange(0, 4)[None, :]
     gid, tig = t % 32 // 4, t % 4
@@ -52,10 +52,9 @@ def product(
             pair = tl.load(v_ptr + (tile + kt) * 256 + step * 128 + t % 32 * 4 + c, eviction_policy="evict_first")
             word = tl.load(m_ptr + (tile + kt) * 32 + gid * 4 + 2 * step + c // 2) >> shift
             g = kt * 16 + step * 8 + c // 2 * 4 + tig
-            x = tl.load(x_ptr + g, mask=g < K // 4, other=0)
-            met = tl.inline_asm_elementwise(
-                GATHER, "=r,r,r,r", [word, x.to(tl.int32), (x >> 32).to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
-            )
+            low = tl.load(x_ptr + 2 * g, mask=g < K // 4, other=0)
+            high = tl.load(x_ptr + 2 * g + 1, mask=g < K // 4, other=0)
+            met = tl.inline_asm_elementwise(GATHER, "=r,r,r,r", [word, low, high], dtype=tl.int32, is_pure=True, pack=1)
             v0, v1 = _float(pair, BF16)
             x0, x1 = _float(met, BF16)
             acc = acc + v0 * x0 + v1 * x1

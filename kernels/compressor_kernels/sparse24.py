@@ -166,7 +166,7 @@ def run_fragments(
         if config["kernel"] == "gemv":
             split, partial = workspace(x, semaphore, config["split"], programs, 16 * warps)
             gemv.product[(programs, split)](
-                x2.view(torch.int64), words(fragments.values), fragments.words, bias, partial, semaphore, y, n, k, kt, nt,
+                words(x2), words(fragments.values), fragments.words, bias, partial, semaphore, y, n, k, kt, nt,
                 SPLIT=split, **common,
             )  # fmt: skip
         else:

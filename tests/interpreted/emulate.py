@@ -103,5 +103,15 @@ def create_inline_asm(self, assembly, constraints, handles, types, is_pure, pack
     return _Result([interpreter.TensorHandle(part.view(np.int32), tl.int32) for part in results])
 
 
+def cast(self, source, target, plain=interpreter.InterpreterBuilder.cast_impl):
+    """float32 to bfloat16 rounds to nearest, as on a GPU; the interpreter truncates."""
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+        bits = np.ascontiguousarray(source.data, dtype=np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return interpreter.TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+    return plain(self, source, target)
+
+
 def install():
     interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
+    interpreter.InterpreterBuilder.cast_impl = cast
