@@ -15,6 +15,7 @@ import typer
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
 from compressor.cli.prune import prune
+from compressor.cli.push import push
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
 
@@ -31,6 +32,7 @@ app.command("prune", no_args_is_help=True)(prune)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
+app.command("push", no_args_is_help=True)(push)
 
 
 def _version(asked: bool) -> None:
