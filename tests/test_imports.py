@@ -29,6 +29,7 @@ ALLOWED = {
     "compressor/digest.py": {"compressor", "compressor.checkpoint"},
     "compressor/scores.py": BASE | {"compressor.checkpoint"},
     "compressor/licence.py": set(),
+    "compressor/doctor.py": {"compressor.cache", "compressor_kernels.linear", "compressor_kernels.packing"},
     "compressor/card.py": {"compressor.licence", "compressor.scores"},
     "compressor/publication.py": BASE
     | {f"compressor.{name}" for name in ("card", "checkpoint", "digest", "layout", "licence", "scores", "writer")},
@@ -74,7 +75,14 @@ def test_kernels_know_tensors_only():
 
 @pytest.mark.parametrize(
     "command",
-    ["['--help']", "['prune', '--help']", "['eval', '--help']", "['push', '--help']", "['inspect', 'demo/books-1m', '--json']"],
+    [
+        "['--help']",
+        "['prune', '--help']",
+        "['eval', '--help']",
+        "['push', '--help']",
+        "['doctor', '--help']",
+        "['inspect', 'demo/books-1m', '--json']",
+    ],
 )
 def test_starts_without_the_heavy_libraries(command):
     code = (

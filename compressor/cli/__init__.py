@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
 from compressor.cli.prune import prune
@@ -33,6 +34,7 @@ app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
 app.command("push", no_args_is_help=True)(push)
+app.command("doctor")(doctor)
 
 
 def _version(asked: bool) -> None:
