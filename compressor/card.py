@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.licence import Licence
-from compressor.scores import arrow, metrics
+from compressor.scores import arrow, label, metrics
 
 EVAL_RESULTS = ".eval_results/compress.yaml"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
@@ -113,7 +113,7 @@ def _eval_results(scores: Mapping[str, Any]) -> list[Any]:
                 dataset_name=task,
                 dataset_config=str(config["dataset_name"]) if known and config.get("dataset_name") else None,
                 metric_type=metric.split(",")[0],
-                metric_name=f"{metric.split(',')[0].replace('_', ' ')}, {_how_many(scores, task)}",
+                metric_name=f"{label(metric)}, {_how_many(scores, task)}",
                 metric_value=value,
             )
         )
@@ -169,8 +169,8 @@ def _scores(facts: Facts) -> str:
     for task, metric, value in metrics(scores):
         before = baseline["results"].get(task, {}).get(metric) if baseline else None
         cells = [f"{value:.4g}"] if not baseline else ["–" if before is None else f"{before:.4g}", f"{value:.4g}"]
-        label = f"{task}, {metric.split(',')[0].replace('_', ' ')} {arrow(scores, task, metric)}, {_how_many(scores, task)}"
-        lines.append([label, *cells])
+        heading = f"{task}, {label(metric)} {arrow(scores, task, metric)}, {_how_many(scores, task)}"
+        lines.append([heading, *cells])
     where = scores["config"]
     versions = ", ".join(f"{name} {version}" for name, version in scores.get("versions_of", {}).items())
     note = f"Measured by `compress eval` on {where['device']} in {where['dtype']} ({versions})."

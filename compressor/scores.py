@@ -45,7 +45,7 @@ def read_scores(folder: Path, digest: str) -> dict[str, Any] | None:
 
 
 def store_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
-    """Write `scores` beside `folder`; results of other tasks for the same bytes stay, those of other bytes go.
+    """Write `scores` beside `folder`. What is there of other tasks stays if it is of the same bytes, computed the same way.
 
     Raises:
         OSError: the file cannot be written.
@@ -54,6 +54,9 @@ def store_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
     try:
         before = read_scores(folder, scores["digest"]) or {}
     except CheckpointError:
+        before = {}
+    way = ("dtype", "device")
+    if any(before.get("config", {}).get(key) != scores["config"].get(key) for key in way):
         before = {}
     merged = merge(before, scores)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -84,6 +87,12 @@ def metrics(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
         for metric, value in values.items():
             if isinstance(value, float) and "stderr" not in metric:
                 yield task, metric, value
+
+
+def label(metric: str) -> str:
+    """A metric such as `kl_divergence,none` for people: `KL divergence`."""
+    name = metric.split(",")[0].replace("_", " ")
+    return f"KL{name[2:]}" if name.startswith("kl ") else name
 
 
 def arrow(scores: Mapping[str, Any], task: str, metric: str) -> str:

@@ -42,9 +42,9 @@ def test_a_change_that_keeps_size_and_time_of_modification_is_seen(tiny, tmp_pat
     assert digest(tmp_path / "copy") != before
 
 
-def record(task, value, digest):
+def record(task, value, digest, dtype="float32"):
     by_task = {key: {task: {}} for key in ("configs", "versions", "n-shot", "higher_is_better", "n-samples")}
-    return {**by_task, "results": {task: {"acc,none": value}}, "digest": digest}
+    return {**by_task, "results": {task: {"acc,none": value}}, "digest": digest, "config": {"dtype": dtype, "device": "cpu"}}
 
 
 def test_scores_accumulate_by_task_for_the_same_bytes(tmp_path):
@@ -58,4 +58,6 @@ def test_scores_accumulate_by_task_for_the_same_bytes(tmp_path):
     assert read_scores(out, "y") is None
     store_scores(out, record("b", 6.0, "y"))
     assert json.loads(scores_path(out).read_text())["results"] == {"b": {"acc,none": 6.0}}
+    store_scores(out, record("a", 7.0, "y", "bfloat16"))
+    assert read_scores(out, "y")["results"] == {"a": {"acc,none": 7.0}}
     assert list(tmp_path.iterdir()) == [scores_path(out)]

@@ -41,8 +41,9 @@ ALLOWED = {
     | {"compressor"},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
-    "compressor/evaluate.py": BASE
-    | {"compressor", "compressor.data", "compressor.checkpoint", "compressor.report", "compressor.runtime"},
+    "compressor/evaluate/": BASE
+    | {f"compressor.{name}" for name in ("cache", "checkpoint", "data", "digest", "report", "runtime", "scores")}
+    | {"compressor"},
 }
 
 
