@@ -12,9 +12,11 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
 from compressor.cli.prune import prune
+from compressor.cli.push import push
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
 
@@ -31,6 +33,8 @@ app.command("prune", no_args_is_help=True)(prune)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
+app.command("push", no_args_is_help=True)(push)
+app.command("doctor")(doctor)
 
 
 def _version(asked: bool) -> None:
