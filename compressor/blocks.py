@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor import calibration
 from compressor.calibration import States
 from compressor.errors import NumericalError
-from compressor.experts import seeing_all_tokens
+from compressor.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
@@ -67,18 +67,20 @@ def _compress_block(
     stats, exact = _observe(job, tasks, block, states, arguments) if states else ({}, [])
     if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
         states.dense = [calibration.run(block, hidden, arguments) for hidden in states.dense]
+    forms: dict[str, Form] = {}  # those of a block that is still to be tuned
     for number, task in enumerate(tasks):
         weight, own = task.linear.read(job.reader).to(device), stats.get(task.linear.name)
         form = _compress(job, task, weight, own)
-        task.linear.set(form.dense())
-        if not job.tune:
+        if job.tune:
+            forms[task.linear.name] = form
+        else:
             _finish(job, task, weight, form, own, store)
         progress("linears", number + 1, len(tasks))
     if states and job.tune:
-        _tune(job, tasks, block, states, arguments)
+        forms = _tune(job, index, tasks, block, forms, states, arguments)
         for task in tasks:
             weight = task.linear.read(job.reader).to(device)
-            _finish(job, task, weight, Dense(task.linear.get().to(weight.dtype)), stats.get(task.linear.name), store)
+            _finish(job, task, weight, forms[task.linear.name], stats.get(task.linear.name), store)
     error = _advance(block, states, arguments, exact) if states else None
     job.skeleton.free_block(index)
     return error
@@ -127,10 +129,26 @@ def _finish(job: Job, task: Task, weight: Tensor, form: Form, stats: InputStats 
     store(task, weight, form, stats)
 
 
-def _tune(job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any) -> None:
-    """Train the kept weights of a block."""
-    weights: Mapping[str, nn.Parameter] = dict(task.linear.parameter for task in tasks)
-    tune(block, weights, states.hidden, states.dense, arguments, epochs=job.tune, seed=job.seed)
+def _tune(
+    job: Job, index: int, tasks: list[Task], block: nn.Module, forms: Mapping[str, Form], states: States, arguments: Any
+) -> dict[str, Form]:
+    """The forms of a block's linears, trained together."""
+    prefix = f"{job.skeleton.path}.{index}."
+
+    def place(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        placed: dict[str, Tensor] = {}
+        stacks: dict[str, list[tuple[ExpertLinear, Tensor]]] = {}
+        for linear in (task.linear for task in tasks):
+            weight = weights[linear.name].T if linear.transposed else weights[linear.name]
+            name = linear.parameter.removeprefix(prefix)
+            if linear.experts:
+                stacks.setdefault(name, []).append((linear.module, weight))
+            else:
+                placed[name] = weight
+        return placed | {name: stacked(parts) for name, parts in stacks.items()}
+
+    tuned, _, _ = tune(block, forms, states.hidden, states.dense, arguments, place=place, epochs=job.tune, seed=job.seed)
+    return tuned
 
 
 def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor]) -> float:

@@ -5,7 +5,8 @@ CompressError            exit code 1; never shown with a traceback
 ├── CheckpointError      the model folder, its index, its shards or its architecture
 ├── DataError            calibration or test text
 ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
-└── OutputError          the output folder: exists, not writable, no space
+├── OutputError          the output folder: exists, not writable, no space
+└── HubError             the Hub refused a push, or the connection to it broke
 """
 
 _LONGEST = 1000  # characters of a message: names and values in it come from files
@@ -41,6 +42,10 @@ class NumericalError(CompressError):
 
 class OutputError(CompressError):
     """The output cannot be written."""
+
+
+class HubError(CompressError):
+    """The Hub refused what was asked for, or the connection to it broke."""
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -203,6 +203,20 @@ def attach(module: Any, found: Mapping[str, Sequence[Matrix]]) -> dict[str, Expe
     return named
 
 
+def stacked(parts: Sequence[tuple[ExpertLinear, Tensor]]) -> Tensor:
+    """A stacked parameter with these matrices, as they are stored, in place of its own; differentiable in them."""
+    module, weight = parts[0]
+    base = getattr(module.owner, module.parameter).detach().to(weight.dtype)
+    experts = []
+    for number, own in enumerate(base):
+        pieces, row = [], 0
+        for start, matrix in sorted(((m.rows.start, w) for m, w in parts if m.expert == number), key=lambda part: part[0]):
+            pieces += [own[row:start], matrix]
+            row = start + len(matrix)
+        experts.append(torch.cat([*pieces, own[row:]]))
+    return torch.stack(experts)
+
+
 @contextmanager
 def seeing_all_tokens(block: nn.Module) -> Iterator[None]:
     """Inside the `with`, every expert of `block` is called on all tokens; what the block returns stays the same."""

@@ -109,7 +109,7 @@ class Job:
         return [linear for index in range(len(self.tasks)) for linear in self.skeleton.linears(index)]
 
     def check_experts(self) -> Job:
-        """The job itself. Raises UsageError where experts would have to be stored or tuned in a way that they cannot be."""
+        """The job itself. Raises UsageError where experts would have to be stored in a way that they cannot be."""
         for task in self.every:
             name = task.linear.experts
             if not task.method.REFINABLE and name in self._unpackable:
@@ -120,8 +120,6 @@ class Job:
                     f"{name} {why}: factors cannot be stored for {task.linear.name}; "
                     f"use a method that prunes, or leave them all dense with --ignore '{glob}'"
                 )
-            if self.tune and name in self._partial:
-                raise UsageError(f"{name} has some experts that stay dense; --tune needs all of them pruned, or none")
         return self
 
     def assign(self, goals: Mapping[str, Pattern | None], reason: str) -> Job:
@@ -142,8 +140,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     options = check_options(f"method {recipe.method}", method.compress, recipe.options)
     refine = refinement(recipe.refine) if recipe.refine else None
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
-    if (refine or recipe.tune) and not method.REFINABLE:
-        raise UsageError(f"--refine and --tune improve a plain pruned weight; method {recipe.method} stores another form")
+    if refine and not method.REFINABLE:
+        raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
     _rehearse(method, options, refine, refine_options, pattern)
     if method.NEEDS_INPUTS or refine or recipe.tune:
         data.check_dataset(recipe.dataset)

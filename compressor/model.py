@@ -50,11 +50,9 @@ class Linear:
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
-    def parameter(self) -> tuple[str, nn.Parameter]:
-        """The parameter that holds the weight, and a name for it; the experts of a block share theirs."""
-        if self.experts:
-            return f"{self.experts}.{self.module.parameter}", getattr(self.module.owner, self.module.parameter)
-        return f"{self.name}.weight", self.module.weight
+    def parameter(self) -> str:
+        """Name of the parameter that holds the weight; the experts of a block share theirs."""
+        return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
 
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
@@ -211,7 +209,7 @@ class Skeleton:
     def others(self, index: int) -> list[tuple[str, tuple[int, ...], str]]:
         """Parameters of block `index` with two dimensions or more that are no weight of `linears(index)`, and what they are."""
         routers, inside = self._routers(index), [f"{name}." for name, _ in expert_modules(self.blocks[index])]
-        ours = {linear.parameter[0] for linear in self.linears(index)}
+        ours = {linear.parameter for linear in self.linears(index)}
         found = []
         for name, parameter in self.blocks[index].named_parameters():
             full, shape = f"{self.path}.{index}.{name}", tuple(parameter.shape)

@@ -30,6 +30,12 @@ _SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"}
 _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
+def is_side_file(name: str, *, code: bool) -> bool:
+    """Whether a file that goes with the weights (tokenizer, configuration, licence) has this name; with `code` Python too."""
+    suffix = Path(name).suffix
+    return suffix in _SIDE_FILES or name.upper().startswith(_SIDE_NAMES) or (code and suffix == ".py")
+
+
 def report_path(output: Path) -> Path:
     """Where the record of a run goes that differs from run to run: beside the folder, which does not."""
     return output.with_name(f"{output.name}.report.json")
@@ -163,8 +169,7 @@ class Writer:
             index = {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))}
             (self.work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for path in sorted(self.reader.folder.iterdir()):
-            wanted = path.suffix in _SIDE_FILES or path.name.upper().startswith(_SIDE_NAMES) or (code and path.suffix == ".py")
-            if wanted and path.is_file() and path.name not in (INDEX, "config.json", "report.json"):
+            if is_side_file(path.name, code=code) and path.is_file() and path.name not in (INDEX, "config.json", "report.json"):
                 shutil.copyfile(path, self.work / path.name)
         (self.work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for name, text in files.items():

@@ -12,11 +12,13 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
 from compressor.cli.import_legacy import import_legacy
 from compressor.cli.inspect import inspect
 from compressor.cli.pack import pack
 from compressor.cli.prune import prune
+from compressor.cli.push import push
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
 
@@ -35,6 +37,8 @@ app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
 app.command("pack", no_args_is_help=True)(pack)
 app.command("import", no_args_is_help=True)(import_legacy)
+app.command("push", no_args_is_help=True)(push)
+app.command("doctor")(doctor)
 
 
 def _version(asked: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from compressor.cli.show import out, size, table
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Any checkpoint folder.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Any checkpoint folder, or a Hub id.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show architecture, shards, and format, sparsity and bytes of every linear.
@@ -22,9 +21,9 @@ def inspect(
 
     compress inspect out
     """
-    from compressor.checkpoint import Reader
+    from compressor.checkpoint import Reader, resolve
 
-    found = describe(Reader(folder))
+    found = describe(Reader(resolve(model)))
     if as_json:
         print(json.dumps(found, indent=1))
     else:

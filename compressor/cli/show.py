@@ -82,14 +82,21 @@ def _line_per_block(started: float) -> Any:
 
 
 @contextmanager
-def counting(what: str, quiet: bool) -> Iterator[Any]:
-    """A `(done, total)` callback with a bar on a terminal."""
-    if quiet or not err.is_terminal:
-        yield lambda done, total: None
+def scoring_progress(quiet: bool) -> Iterator[tuple[Any, Any]]:
+    """An evaluation's Progress and what takes its notes: a live bar on a terminal, a line for every number that is known."""
+    if quiet:
+        yield (lambda step, done, total: None), (lambda text: None)
+        return
+
+    def note(text: str) -> None:
+        err.print(text, markup=False, soft_wrap=True)
+
+    if not err.is_terminal:
+        yield (lambda step, done, total: None), note
         return
     with _bar() as bar:
-        task = bar.add_task(what, total=None, note="")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("", total=None, note="")
+        yield (lambda step, done, total: bar.update(task, description=step, completed=done, total=total)), note
 
 
 def table(title: str, columns: str) -> Table:

@@ -41,6 +41,21 @@ def armor(x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bia
     return y if bias is None else y + bias
 
 
+def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = U (V x) + bias for a weight stored as a low-rank product U V.
+
+    Args:
+        x: `[..., in]`.
+        u: `[out, r]`, the dtype of x.
+        v: `[r, in]`, the dtype of x.
+        bias: `[out]` or None.
+
+    Returns:
+        `[..., out]` in the dtype of x.
+    """
+    return linear(linear(x, v), u, bias)
+
+
 def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
     """y = blockdiag(blocks) x.
 

@@ -1,0 +1,24 @@
+"""The low-rank linear and its twin against the dense product."""
+
+import torch
+
+from compressor_kernels.linear import LowRankLinear
+from compressor_kernels.reference import lowrank
+
+
+def test_twin_and_module_are_the_product_of_the_factors():
+    torch.manual_seed(0)
+    u, v, bias, x = (
+        torch.randn(24, 5).double(),
+        torch.randn(5, 32).double(),
+        torch.randn(24).double(),
+        torch.randn(3, 2, 32).double(),
+    )
+    expected = torch.einsum("or,ri,abi->abo", u, v, x) + bias
+    torch.testing.assert_close(lowrank(x, u, v, bias), expected)
+    module = LowRankLinear(32, 24, rank=5, bias=True, dtype=torch.float64)
+    module.load_state_dict({"weight_u": u, "weight_v": v, "bias": bias})
+    module.unpack_()
+    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module.weight, u @ v)
+    assert set(module.state_dict()) == {"weight_u", "weight_v", "bias"}
