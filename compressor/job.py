@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from compressor.errors import CheckpointError, UsageError
 from compressor.methods import method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern
+from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
 from compressor.report import LeftDense
@@ -46,6 +47,8 @@ class Job:
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
         left_dense: every other weight with two dimensions or more, and why.
+        ratios, ratio_options: what gives every linear a number of zeros of its own; ratios may be None.
+        allocation: what that measured; empty before it ran.
     """
 
     reader: Reader
@@ -58,6 +61,9 @@ class Job:
     seq_len: int
     seed: int
     left_dense: list[LeftDense]
+    ratios: ModuleType | None = None
+    ratio_options: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def every(self) -> list[Task]:
@@ -67,7 +73,8 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
-        return any(task.method.NEEDS_INPUTS for task in self.every) or self.refine is not None or self.tune > 0
+        asked = self.refine is not None or self.tune > 0 or self.ratios is not None
+        return asked or any(task.method.NEEDS_INPUTS for task in self.every)
 
     @property
     def needs_gram(self) -> bool:
@@ -95,7 +102,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     if (refine or recipe.tune) and not method.REFINABLE:
         raise UsageError(f"--refine and --tune improve a plain pruned weight; method {recipe.method} stores another form")
     _rehearse(method, options, refine, refine_options, pattern)
-    if method.NEEDS_INPUTS or refine or recipe.tune:
+    ratios, ratio_options = _allocator(recipe, pattern)
+    if method.NEEDS_INPUTS or refine or recipe.tune or ratios:
         data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
@@ -109,9 +117,33 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
     tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
+    packed = recipe.format == "packed"
     return Job(
-        reader, skeleton, tasks, refine, refine_options, recipe.tune, recipe.format == "packed", seq_len, recipe.seed, left_dense
+        reader,
+        skeleton,
+        tasks,
+        refine,
+        refine_options,
+        recipe.tune,
+        packed,
+        seq_len,
+        recipe.seed,
+        left_dense,
+        ratios,
+        ratio_options,
     )
+
+
+def _allocator(recipe: Recipe, pattern: Pattern) -> tuple[ModuleType | None, dict[str, Any]]:
+    """The allocator of ratios that was asked for, if any, and its options."""
+    if not recipe.ratios:
+        if recipe.ratio_options:
+            raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios, which is not given")
+        return None, {}
+    module = allocator(recipe.ratios)
+    if pattern.m:
+        raise UsageError(f"--ratios shares out zeros, and {pattern} leaves none to share; give a sparsity such as --pattern 50%")
+    return module, check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
 
 
 def _rehearse(

@@ -44,6 +44,11 @@ class Linear:
         rows, columns = self.module.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def size(self) -> int:
+        """Its number of weights."""
+        return self.module.weight.numel()
+
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
         weight = reader.read(self.tensor)

@@ -1,7 +1,9 @@
 """Sparsity patterns: which weights of a matrix are kept.
 
     "2:4"   n:m — n of every m consecutive weights of a row (along `in`) are KEPT; "1:4" therefore has 75 % zeros
-    "50%"   unstructured — that fraction of the weights is zero; "0.5" means the same
+    "50%"   unstructured — that fraction of the weights of every row is zero, rounded down; "0.5" means the same
+
+A plan of many linears says for each an exact number of zeros instead (`Pattern.exact`); no text stands for it.
 
 Masks are bool, True = kept. Ties are broken by position: of equal scores the lower column is pruned first, on every device.
 """
@@ -10,8 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
@@ -25,11 +28,21 @@ _CHUNK = 1 << 22  # elements scored at once: bounds the int64 indices of a sort 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed pattern. `sparsity` is exact; `n` and `m` are 0 when the pattern is unstructured."""
+    """A parsed pattern. `sparsity` is exact; `n` and `m` are 0 when the pattern is unstructured.
+
+    With `zeros` it is one for a matrix of one size: so many of its weights are zero, no more and no fewer.
+    """
 
     sparsity: Fraction
     n: int = 0
     m: int = 0
+    zeros: int | None = None
+
+    @classmethod
+    def exact(cls, zeros: int, weights: int) -> Pattern:
+        """`zeros` of the `weights` of a matrix are pruned, spread evenly over its rows."""
+        assert 0 <= zeros <= weights, (zeros, weights)
+        return cls(Fraction(zeros, max(weights, 1)), zeros=zeros)
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -64,6 +77,16 @@ class Pattern:
             return self.n <= 2
         return 4 % self.m == 0 and self.n * (4 // self.m) <= 2
 
+    def part(self, start: int, stop: int, whole: int) -> Pattern:
+        """The pattern of the rows, or the columns, `start:stop` of a matrix of `whole` rows, or columns.
+
+        The parts of a matrix have the zeros of the whole between them; only exact patterns differ from part to part.
+        """
+        if self.zeros is None:
+            return self
+        stop = min(stop, whole)
+        return replace(self, zeros=self.zeros * stop // whole - self.zeros * start // whole)
+
     def check_width(self, name: str, in_features: int) -> None:
         """Raise UsageError where a row of `in_features` weights cannot be split into groups of m."""
         if self.m and in_features % self.m:
@@ -80,13 +103,13 @@ class Pattern:
 
         Returns:
             bool `[rows, columns]`, True = kept: n of every m for n:m, `columns - floor(columns * sparsity)` of
-            every row otherwise.
+            every row otherwise; for an exact pattern rows differ by one weight at most.
         """
         import torch
 
         rows, columns = score.shape
         step = max(1, _CHUNK // columns)
-        parts = [self._mask_rows(score[start : start + step]) for start in range(0, rows, step)]
+        parts = [self.part(start, start + step, rows)._mask_rows(score[start : start + step]) for start in range(0, rows, step)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def mask_matrix(self, score: Tensor) -> Tensor:
@@ -97,7 +120,9 @@ class Pattern:
         rows, columns = score.shape
         if self.m:
             return _keep_groups(score.reshape(-1, self.m), self.n).reshape(rows, columns)
-        return _keep_rows(score, math.floor(columns * self.sparsity))
+        if self.zeros is None:
+            return _keep_rows(score, math.floor(columns * self.sparsity))
+        return _keep_spread(score, self.zeros)
 
     def is_legal(self, weight: Tensor) -> bool:
         """True where no group of m consecutive weights has more than n non-zeros (always, if unstructured)."""
@@ -112,6 +137,20 @@ def _keep_groups(score: Tensor, n: int) -> Tensor:
 
     order = torch.argsort(score, dim=-1, stable=True)
     return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[:, : score.shape[1] - n], False)
+
+
+def _keep_spread(score: Tensor, zeros: int) -> Tensor:
+    """Mask without `zeros` weights, the same number in every row but for the remainder: one more in evenly spaced rows."""
+    import torch
+
+    rows = len(score)
+    ends = [zeros * row // rows for row in range(rows + 1)]
+    quota = torch.tensor([stop - start for start, stop in pairwise(ends)], device=score.device)
+    mask = torch.empty_like(score, dtype=torch.bool)
+    for pruned in sorted(set(quota.tolist())):  # one number or two that differ by one
+        chosen = quota == pruned
+        mask[chosen] = _keep_rows(score[chosen], pruned)
+    return mask
 
 
 def _keep_rows(score: Tensor, pruned: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor import calibration, data
+from compressor.allocation import allocate
 from compressor.blocks import Progress, Store, compress_blocks, silent
 from compressor.checkpoint import Reader
 from compressor.errors import DataError, UsageError
@@ -40,8 +41,10 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     job = make_job(recipe, output)
     recipe = replace(recipe, seq_len=job.seq_len)
     reader = job.reader
-    report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes, left_dense=job.left_dense)
+    report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
     states = _calibrate(job, recipe, where, progress) if job.needs_inputs else None
+    job = allocate(job, states, where, progress)
+    report.left_dense, report.allocation = job.left_dense, job.allocation
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     seconds, begun = [], time.perf_counter()
     with Writer(reader, output, {task.linear.tensor for task in job.every}) as writer:

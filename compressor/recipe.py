@@ -26,6 +26,7 @@ class Recipe:
         refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
         tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
+        ratios: name of a file in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
         ignore: globs over linear names that stay dense.
@@ -38,6 +39,7 @@ class Recipe:
     refine: str = ""
     tune: int = 0
     pattern: str = "2:4"
+    ratios: str = ""
     format: str = "packed"
     dataset: str = "self"
     num_samples: int = 128
@@ -48,6 +50,7 @@ class Recipe:
     ignore: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     refine_options: dict[str, Any] = field(default_factory=dict)
+    ratio_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -88,19 +91,20 @@ def load(path: Path) -> dict[str, Any]:
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
     """A Recipe from file settings, command-line values that are not None, and `--set` assignments.
 
-    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`.
+    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`, `ratios.name=value` one of the ratios.
     """
     asked = Recipe(**{**recipe, **{key: value for key, value in given.items() if value is not None}})
-    options, refine_options = dict(asked.options), dict(asked.refine_options)
+    options, refine_options, ratio_options = dict(asked.options), dict(asked.refine_options), dict(asked.ratio_options)
+    owners = {"": options, "ratios": ratio_options} | ({asked.refine: refine_options} if asked.refine else {})
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         owner, dot, own_name = name.strip().rpartition(".")
         if not equals or not own_name:
             raise UsageError(f"--set {assignment!r} is not of the form name=value")
-        if dot and (owner != asked.refine or not owner):
+        if owner not in owners or (dot and not owner):
             raise UsageError(f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}")
-        (refine_options if dot else options)[own_name] = text.strip()
-    return replace(asked, options=options, refine_options=refine_options)
+        owners[owner][own_name] = text.strip()
+    return replace(asked, options=options, refine_options=refine_options, ratio_options=ratio_options)
 
 
 def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,15 @@ ALLOWED = {
     "compressor/head.py": BASE | {"compressor.calibration", "compressor.model"},
     "compressor/gradients.py": BASE | {"compressor", "compressor.calibration", "compressor.head", "compressor.model"},
     "compressor/job.py": LEAVES
-    | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "recipe", "refine", "report", "writer")}
+    | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "ratios", "recipe", "refine", "report", "writer")}
     | {"compressor"},
+    "compressor/blocks.py": LEAVES
+    | FORMATS
+    | {"compressor", "compressor.calibration", "compressor.job", "compressor.refine.tune"}
+    | {"compressor.report"},
+    "compressor/ratios/": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "job", "model")},
+    "compressor/allocation.py": LEAVES
+    | {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job", "model", "report")},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE

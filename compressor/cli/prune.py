@@ -40,6 +40,10 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
     ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="uniform: share the zeros of a sparsity out among the linears.", show_default="none"),
+    ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
@@ -53,7 +57,7 @@ def prune(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Option of the method, or of the refinement: lsq.damping=0.1; repeatable.",
+            help="Option of the method, or of the refinement (lsq.damping=0.1) or the ratios; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +83,8 @@ def prune(
 
     given = {
         "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
-        "format": format, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
+        "ratios": ratios, "format": format,
+        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
         "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(load(recipe) if recipe else {}, given, assign or [])

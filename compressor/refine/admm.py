@@ -63,13 +63,21 @@ def refine(
     quadratic = Quadratic(stats, damping)
     scale = quadratic.diagonal.sqrt()
     scaled = _scaled_gram(quadratic, scale)
-    states = [_State(weight[rows].float() * scale, pruned[rows].float() * scale, scaled) for rows in row_chunks(weight)]
+    states = [
+        _State(
+            weight[rows].float() * scale,
+            pruned[rows].float() * scale,
+            scaled,
+            pattern.part(rows.start, rows.stop, len(weight)),
+        )
+        for rows in row_chunks(weight)
+    ]
     for stage in range(stages):
         penalty = _penalty(stage, stages)
         inverse = _inverse(scaled, penalty)
         for state in states:
             for _ in range(steps):
-                state.step(inverse, penalty, pattern)
+                state.step(inverse, penalty)
     refined = torch.empty_like(pruned)
     for rows, state in zip(row_chunks(weight), states, strict=True):
         found = state.legal / scale
@@ -85,18 +93,20 @@ class _State:
         product: float32 `[rows, in]`, WH.
         legal: float32 `[rows, in]`, Z.
         dual: float32 `[rows, in]`, V.
+        pattern: of these rows.
     """
 
-    def __init__(self, weight: Tensor, start: Tensor, gram: Tensor) -> None:
+    def __init__(self, weight: Tensor, start: Tensor, gram: Tensor, pattern: Pattern) -> None:
         self.product = weight @ gram
         self.legal = start
         self.dual = torch.zeros_like(start)
+        self.pattern = pattern
 
-    def step(self, inverse: Tensor, penalty: float, pattern: Pattern) -> None:
+    def step(self, inverse: Tensor, penalty: float) -> None:
         """One iteration, given (H + ρI)⁻¹ and ρ."""
         right = torch.add(self.product - self.dual, self.legal, alpha=penalty)
         pulled = torch.add(right @ inverse, self.dual, alpha=1 / penalty)  # X + V/ρ
-        self.legal = pulled * pattern.mask(pulled.abs())
+        self.legal = pulled * self.pattern.mask(pulled.abs())
         self.dual = (pulled - self.legal).mul_(penalty)  # = V + ρ(X - Z)
 
 
