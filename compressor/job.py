@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
-from compressor.pattern import Pattern
+from compressor.pattern import Pattern, parse_fraction
 from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
@@ -47,7 +48,9 @@ class Job:
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
         left_dense: every other weight with two dimensions or more, and why.
-        ratios, ratio_options: what gives every linear a number of zeros of its own; ratios may be None.
+        ratios: what gives every linear a number of zeros of its own; may be None.
+        dense_fraction: of the weights, may stay dense where that helps most.
+        ratio_options: of either.
         allocation: what that measured; empty before it ran.
     """
 
@@ -62,6 +65,7 @@ class Job:
     seed: int
     left_dense: list[LeftDense]
     ratios: ModuleType | None = None
+    dense_fraction: Fraction = Fraction(0)
     ratio_options: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +77,7 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
-        asked = self.refine is not None or self.tune > 0 or self.ratios is not None
+        asked = self.refine is not None or self.tune > 0 or self.ratios is not None or self.dense_fraction > 0
         return asked or any(task.method.NEEDS_INPUTS for task in self.every)
 
     @property
@@ -102,8 +106,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     if (refine or recipe.tune) and not method.REFINABLE:
         raise UsageError(f"--refine and --tune improve a plain pruned weight; method {recipe.method} stores another form")
     _rehearse(method, options, refine, refine_options, pattern)
-    ratios, ratio_options = _allocator(recipe, pattern)
-    if method.NEEDS_INPUTS or refine or recipe.tune or ratios:
+    allocation = _allocation(recipe, pattern)
+    if method.NEEDS_INPUTS or refine or recipe.tune or allocation:
         data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
@@ -118,32 +122,32 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
     tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
     packed = recipe.format == "packed"
-    return Job(
-        reader,
-        skeleton,
-        tasks,
-        refine,
-        refine_options,
-        recipe.tune,
-        packed,
-        seq_len,
-        recipe.seed,
-        left_dense,
-        ratios,
-        ratio_options,
-    )
+    return Job(reader, skeleton, tasks, refine, refine_options, recipe.tune, packed, seq_len, recipe.seed, left_dense, **allocation)
 
 
-def _allocator(recipe: Recipe, pattern: Pattern) -> tuple[ModuleType | None, dict[str, Any]]:
-    """The allocator of ratios that was asked for, if any, and its options."""
-    if not recipe.ratios:
-        if recipe.ratio_options:
-            raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios, which is not given")
-        return None, {}
-    module = allocator(recipe.ratios)
-    if pattern.m:
-        raise UsageError(f"--ratios shares out zeros, and {pattern} leaves none to share; give a sparsity such as --pattern 50%")
-    return module, check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
+def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
+    """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
+    if recipe.ratios and pattern.m:
+        raise UsageError(
+            f"--ratios shares out zeros, and {pattern} leaves none to share: "
+            "give a sparsity such as --pattern 50%, or let linears stay dense with --dense-fraction 10%"
+        )
+    if recipe.ratios:
+        if recipe.dense_fraction:
+            raise UsageError("--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself")
+        module = allocator(recipe.ratios)
+        options = check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
+        return {"ratios": module, "ratio_options": options}
+    if recipe.dense_fraction:
+        if not pattern.m:
+            raise UsageError(f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios")
+        from compressor.ratios import dense
+
+        options = check_options("--dense-fraction", dense.choose, recipe.ratio_options)
+        return {"dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction), "ratio_options": options}
+    if recipe.ratio_options:
+        raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given")
+    return {}
 
 
 def _rehearse(

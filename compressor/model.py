@@ -81,6 +81,7 @@ class Skeleton:
         model: the transformers model, in eval mode.
         blocks: its decoder blocks; `path` is their name, such as `model.layers`.
         dtype: what blocks are loaded and computed in.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
         CheckpointError: an architecture transformers does not know, no decoder stack, or tensors that do not fit it.
@@ -89,6 +90,7 @@ class Skeleton:
     def __init__(self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
         _return_large_allocations()
         self.reader = reader
+        self.trust_remote_code = trust_remote_code
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
         depth = getattr(self.config.get_text_config(decoder=True), "num_hidden_layers", 0)
@@ -97,6 +99,10 @@ class Skeleton:
         self.model = _on_meta(self.config, self.dtype, trust_remote_code)
         self.path, self.blocks = _decoder_blocks(self.model, self.config)
         self.on_disk = self._names_on_disk()
+
+    def in_dtype(self, dtype: torch.dtype) -> Skeleton:
+        """A skeleton of the same checkpoint that computes in `dtype`; this one, if it does."""
+        return self if self.dtype == dtype else Skeleton(self.reader, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
     def _names_on_disk(self) -> dict[str, list[str]]:
         """Parameter name -> the tensors on disk it is made from."""

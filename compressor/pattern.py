@@ -57,10 +57,9 @@ class Pattern:
             if not 0 < n < m:
                 raise UsageError(f"pattern {text!r} keeps {n} of every {m} weights; {_ACCEPTED}")
             return cls(Fraction(m - n, m), n, m)
-        number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text)
-        if not number:
+        sparsity = _fraction(text)
+        if sparsity is None:
             raise UsageError(f"pattern {text!r} is not understood; {_ACCEPTED}")
-        sparsity = Fraction(number[1]) / (100 if number[2] else 1)
         if not 0 < sparsity < 1:
             raise UsageError(f"pattern {text!r} asks for a sparsity of {float(sparsity):g}; {_ACCEPTED}")
         return cls(sparsity)
@@ -129,6 +128,20 @@ class Pattern:
         if not self.m:
             return True
         return bool(((weight != 0).reshape(-1, self.m).sum(-1) <= self.n).all())
+
+
+def parse_fraction(name: str, text: str) -> Fraction:
+    """Option `name`, such as `"10%"` or `"0.1"`. Raises UsageError where it is no number between 0 and 1."""
+    fraction = _fraction(text.strip())
+    if fraction is None or not 0 < fraction < 1:
+        raise UsageError(f"{name} is {text!r}; accepted: a fraction between 0 and 1 such as 10%")
+    return fraction
+
+
+def _fraction(text: str) -> Fraction | None:
+    """The number in `"50%"` or `"0.5"`, None for any other text."""
+    number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text)
+    return Fraction(number[1]) / (100 if number[2] else 1) if number else None
 
 
 def _keep_groups(score: Tensor, n: int) -> Tensor:

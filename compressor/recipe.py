@@ -26,7 +26,8 @@ class Recipe:
         refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
         tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
-        ratios: name of a file in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
+        ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
+        dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in `ratio_options` too.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
         ignore: globs over linear names that stay dense.
@@ -40,6 +41,7 @@ class Recipe:
     tune: int = 0
     pattern: str = "2:4"
     ratios: str = ""
+    dense_fraction: str = ""
     format: str = "packed"
     dataset: str = "self"
     num_samples: int = 128

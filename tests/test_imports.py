@@ -36,9 +36,11 @@ ALLOWED = {
     | FORMATS
     | {"compressor", "compressor.calibration", "compressor.job", "compressor.refine.tune"}
     | {"compressor.report"},
-    "compressor/ratios/": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "job", "model")},
-    "compressor/allocation.py": LEAVES
-    | {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job", "model", "report")},
+    "compressor/trial.py": {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job")} | {"compressor"},
+    "compressor/ratios/": LEAVES
+    | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "head", "job", "model")}
+    | {"compressor"},
+    "compressor/allocation.py": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "job", "ratios", "trial")},
     "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE

@@ -42,7 +42,13 @@ def prune(
     ] = None,
     ratios: Annotated[
         str | None,
-        typer.Option(help="uniform: share the zeros of a sparsity out among the linears.", show_default="none"),
+        typer.Option(help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.", show_default="none"),
+    ] = None,
+    max_sparsity: Annotated[
+        str | None, typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own")
+    ] = None,
+    dense_fraction: Annotated[
+        str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
     ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
     dataset: Annotated[
@@ -83,11 +89,12 @@ def prune(
 
     given = {
         "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
-        "ratios": ratios, "format": format,
+        "ratios": ratios, "dense_fraction": dense_fraction, "format": format,
         "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
         "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
-    merged = merge(load(recipe) if recipe else {}, given, assign or [])
+    assign = [*(assign or []), *most(max_sparsity)]
+    merged = merge(load(recipe) if recipe else {}, given, assign)
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
@@ -110,6 +117,22 @@ def prune(
 
 
 prune.__doc__ = f"{prune.__doc__}\n\n{_EXAMPLES}"
+
+
+def most(max_sparsity: str | None) -> list[str]:
+    """`--max-sparsity` as an assignment, if it was given."""
+    from compressor.pattern import parse_fraction
+
+    return [f"ratios.max_sparsity={float(parse_fraction('max-sparsity', max_sparsity))}"] if max_sparsity else []
+
+
+def show_allocation(found: dict[str, Any]) -> None:
+    """What the allocation measured, a line each."""
+    if found.get("warning"):
+        err.print(f"warning: {found['warning']}")
+    if "divergence" in found:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
+        out.print(f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}")
 
 
 def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
@@ -139,6 +162,7 @@ def _show_report(report: Report) -> None:
         error = "-" if row.error is None else f"{row.error:.4f}"
         found.add_row(row.name, "×".join(map(str, row.shape)), row.format, f"{row.sparsity:.1%}", error, size(row.bytes))
     out.print(found)
+    show_allocation(report.allocation)
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
     out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")

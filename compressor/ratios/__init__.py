@@ -18,7 +18,7 @@ from types import ModuleType
 
 from compressor.errors import UsageError, did_you_mean
 
-ALLOCATORS = ["uniform"]
+ALLOCATORS = ["uniform", "ecoflap", "owl", "curve"]
 
 
 def allocator(name: str) -> ModuleType:
