@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from compressor import data
+from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import method_module
@@ -105,7 +105,9 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
     if (refine or recipe.tune) and not method.REFINABLE:
         raise UsageError(f"--refine and --tune improve a plain pruned weight; method {recipe.method} stores another form")
-    _rehearse(method, options, refine, refine_options, pattern)
+    entries = plan.read(Path(recipe.plan)) if recipe.plan else {}
+    for each in plan.patterns(entries) if entries else [pattern]:
+        _rehearse(method, options, refine, refine_options, each)
     allocation = _allocation(recipe, pattern)
     if method.NEEDS_INPUTS or refine or recipe.tune or allocation:
         data.check_dataset(recipe.dataset)
@@ -117,7 +119,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     seq_len = _sequence_length(recipe.seq_len, data.context_length(skeleton.config))
     blocks, left_dense = _choose(skeleton, recipe.ignore)
     for linear in (linear for block in blocks for linear in block):
-        pattern.check_width(linear.name, linear.shape[1])
+        if not entries:
+            pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
     tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
@@ -127,6 +130,10 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
 
 def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
     """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
+    if recipe.plan and (recipe.ratios or recipe.dense_fraction):
+        raise UsageError(
+            "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
+        )
     if recipe.ratios and pattern.m:
         raise UsageError(
             f"--ratios shares out zeros, and {pattern} leaves none to share: "

@@ -28,6 +28,8 @@ class Recipe:
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
         ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
         dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in `ratio_options` too.
+        plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file its path is relative to
+            that file, and inside its folder.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
         ignore: globs over linear names that stay dense.
@@ -42,6 +44,7 @@ class Recipe:
     pattern: str = "2:4"
     ratios: str = ""
     dense_fraction: str = ""
+    plan: str = ""
     format: str = "packed"
     dataset: str = "self"
     num_samples: int = 128
@@ -87,6 +90,10 @@ def load(path: Path) -> dict[str, Any]:
     for key in settings:
         if key not in known:
             raise UsageError(f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
+    if isinstance(plan := settings.get("plan"), str) and plan:
+        if Path(plan).is_absolute() or ".." in Path(plan).parts:
+            raise UsageError(f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another")
+        settings["plan"] = str(path.parent / plan)
     return settings
 
 

@@ -29,8 +29,12 @@ ALLOWED = {
     "compressor/calibration.py": BASE | {"compressor.model"},
     "compressor/head.py": BASE | {"compressor.calibration", "compressor.model"},
     "compressor/gradients.py": BASE | {"compressor", "compressor.calibration", "compressor.head", "compressor.model"},
+    "compressor/plan.py": {"compressor.errors", "compressor.pattern", "compressor.job", "compressor.model"},  # the last for types
     "compressor/job.py": LEAVES
-    | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "ratios", "recipe", "refine", "report", "writer")}
+    | {
+        f"compressor.{name}"
+        for name in ("checkpoint", "methods", "model", "ratios", "ratios.dense", "recipe", "refine", "report", "writer")
+    }
     | {"compressor"},
     "compressor/blocks.py": LEAVES
     | FORMATS

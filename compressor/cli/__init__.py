@@ -14,6 +14,7 @@ import typer
 
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
+from compressor.cli.plan import plan
 from compressor.cli.prune import prune
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prune", no_args_is_help=True)(prune)
+app.command("plan", no_args_is_help=True)(plan)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)

@@ -50,6 +50,9 @@ def prune(
     dense_fraction: Annotated[
         str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What every linear becomes: a file of `compress plan`.", show_default=False)
+    ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
@@ -89,7 +92,8 @@ def prune(
 
     given = {
         "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
-        "ratios": ratios, "dense_fraction": dense_fraction, "format": format,
+        "ratios": ratios, "dense_fraction": dense_fraction,
+        "plan": str(plan) if plan else None, "format": format,
         "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
         "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
