@@ -28,12 +28,13 @@ from compressor.writer import check_output
 
 @dataclass(frozen=True)
 class Task:
-    """What one linear is to become: `method.compress(weight, stats, goal, **options)`."""
+    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or not by the job's refinement."""
 
     linear: Linear
     method: ModuleType
     options: dict[str, Any]
     goal: Pattern
+    refined: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,26 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
-    tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
+    refined = _refined(recipe, [linear.name for block in blocks for linear in block])
+    tasks = [[Task(linear, method, options, pattern, linear.name in refined) for linear in block] for block in blocks]
     packed = recipe.format == "packed"
-    return Job(reader, skeleton, tasks, refine, refine_options, recipe.tune, packed, seq_len, recipe.seed, left_dense, **allocation)
+    job = Job(reader, skeleton, tasks, refine, refine_options, recipe.tune, packed, seq_len, recipe.seed, left_dense, **allocation)
+    if not entries:
+        return job
+    goals = plan.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
+    if not any(goals.values()):
+        raise UsageError(f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense")
+    return job.assign(goals, "the plan")
+
+
+def _refined(recipe: Recipe, names: list[str]) -> set[str]:
+    """Names of the linears that the refinement is for."""
+    for glob in recipe.refine_only:
+        if not recipe.refine:
+            raise UsageError(f"--refine-only {glob!r} is for --refine, which is not given")
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UsageError(f"--refine-only {glob!r} matches no linear; names look like {names[0]!r}")
+    return {name for name in names if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)}
 
 
 def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Recipe:
         model: folder or Hub id; `revision` of the latter.
         method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
         refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
+        refine_only: globs over linear names that it is for; all of them if there are none.
         tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
         ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
@@ -53,6 +54,7 @@ class Recipe:
     dtype: str = "auto"
     trust_remote_code: bool = False
     ignore: list[str] = field(default_factory=list)
+    refine_only: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     refine_options: dict[str, Any] = field(default_factory=dict)
     ratio_options: dict[str, Any] = field(default_factory=dict)

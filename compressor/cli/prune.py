@@ -33,6 +33,10 @@ def prune(
     refine: Annotated[
         str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
     ] = None,
+    refine_only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Linears to refine, such as '*attn*'; repeatable.", show_default="all"),
+    ] = None,
     tune: Annotated[
         int | None,
         typer.Option(help="Epochs of training the kept weights, block by block.", show_default="0"),
@@ -91,7 +95,8 @@ def prune(
     from compressor.recipe import load, merge
 
     given = {
-        "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
+        "model": model, "revision": revision, "method": method, "refine": refine,
+        "refine_only": refine_only, "tune": tune, "pattern": pattern,
         "ratios": ratios, "dense_fraction": dense_fraction,
         "plan": str(plan) if plan else None, "format": format,
         "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
@@ -175,6 +180,5 @@ def _show_report(report: Report) -> None:
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
     out.print(f"{report.run['seconds']:.0f} s on {report.run['device']}, peak memory {peak}")
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
-        out.print(
-            f"note: pattern {report.recipe['pattern']} has no packed form: zeros are stored in place, the size stays the same"
-        )
+        goals = "the plan" if report.recipe["plan"] else f"pattern {report.recipe['pattern']}"
+        out.print(f"note: {goals} has no packed form: zeros are stored in place, the size stays the same")
