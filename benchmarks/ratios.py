@@ -171,7 +171,7 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
 def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
     """Per model: a row for method, refinement and ratios, a column for each pattern; and the n:m rows."""
     lines: list[str] = []
-    for model in dict.fromkeys(key[0] for key in found):
+    for model in [name for name in TESTS if any(key[0] == name for key in found)]:
         for grouped in (False, True):
             mine = {key: row for key, row in found.items() if key[0] == model and (":" in key[3]) is grouped}
             if not mine:
@@ -180,7 +180,9 @@ def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
             lines += ["", f"**{model}**" + (", linears left dense" if grouped else ""), ""]
             heads = [f"{pattern} {what}" for pattern in patterns for what in ("ppl", "KL")]
             lines += [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-            for method, refine, ratios in dict.fromkeys((key[1], key[2], key[4]) for key in mine):
+            order = [*FRACTIONS, *RATIOS]
+            cases = {(key[1], key[2], key[4]) for key in mine}
+            for method, refine, ratios in sorted(cases, key=lambda case: (case[0], case[1], order.index(case[2]))):
                 cells = [cell for pattern in patterns for cell in _cells(mine.get((model, method, refine, pattern, ratios)))]
                 name = f"{method}{'+' * bool(refine)}{refine}, {ratios or 'none'}"
                 lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -18,6 +18,7 @@ from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import prune
 from compressor.ratios import curve, dense, ecoflap, owl
+from compressor.ratios.direct import divergence_curves
 from compressor.ratios.fisher import error_curves, sampled_label_loss
 from compressor.ratios.uniform import uniform
 from compressor.recipe import Recipe
@@ -116,32 +117,42 @@ def test_outlier_ratios_are_their_definition(tiny, rows):
         assert ratio == pytest.approx((scores > 2 * scores.mean()).float().mean().item(), abs=2e-4)
 
 
-def literal_rise(folder, job, goal, length):
-    """½ Σ (Σ g · ΔW x)² / tokens with hooks on the whole model."""
-    model, inputs, gradients = whole(folder), {}, {}
+def test_error_curves_are_their_formula(tiny, rows):
+    job, states = begin(tiny("llama"), rows)
+    goal = Pattern.parse("2:4")
+    found = error_curves(job, lambda _: [goal], states, CPU, silent, tokens=10_000, sampled=False)
+    model, inputs, gradients, expected = whole(tiny("llama")), {}, {}, {}
     for task in job.every:
         module = model.get_submodule(task.linear.name)
         module.register_forward_pre_hook(lambda _, args, name=task.linear.name: inputs.__setitem__(name, args[0].detach()))
         module.register_full_backward_hook(lambda _, __, out, name=task.linear.name: gradients.__setitem__(name, out[0]))
     next_token_loss(model(input_ids=IDS).logits, IDS).backward()
-    found = {}
-    for task in job.every:
-        x, g = inputs[task.linear.name], gradients[task.linear.name]
-        weight = task.linear.read(job.reader).float()
-        norm = x.flatten(0, 1).norm(dim=0)
-        change = weight * goal.mask(weight.abs() * norm) - weight
-        along = torch.einsum("sti,oi,sto->st", x, change, g)
-        found[task.linear.name] = (along.sum(1) if length > 1 else along).square().sum().item() / (2 * IDS.numel())
-    return found
-
-
-@pytest.mark.parametrize("sequences", [False, True])
-def test_error_curves_are_their_formula(tiny, rows, sequences):
-    job, states = begin(tiny("llama"), rows)
-    goal = Pattern.parse("2:4")
-    found = error_curves(job, lambda _: [goal], states, CPU, silent, tokens=10_000, sampled=False, sequences=sequences)
-    expected = literal_rise(tiny("llama"), job, goal, 32 if sequences else 1)
+    for name, x in inputs.items():
+        weight = model.get_submodule(name).weight.detach()
+        change = weight * goal.mask(weight.abs() * x.flatten(0, 1).norm(dim=0)) - weight
+        along = torch.einsum("sti,oi,sto->st", x, change, gradients[name])
+        expected[name] = along.square().sum().item() / (2 * IDS.numel())
     assert {name: errors[0] for name, errors in found.items()} == pytest.approx(expected, rel=2e-3)
+
+
+def test_divergence_curves_are_those_of_the_whole_model(tiny, rows):
+    job, states = begin(tiny("llama"), rows)
+    goals = [Pattern.parse("2:4"), Pattern.parse("70%")]
+    found = divergence_curves(job, lambda _: goals, states, CPU, silent, tokens=10_000)
+    model = whole(tiny("llama"))
+    with torch.no_grad():
+        p = model(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
+        for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.k_proj"):
+            weight, seen = model.get_submodule(name).weight, []
+            handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            model(input_ids=IDS)
+            handle.remove()
+            original = weight.detach().clone()
+            for goal, value in zip(goals, found[name], strict=True):
+                weight.copy_(original * goal.mask(original.abs() * seen[0].flatten(0, 1).norm(dim=0)))
+                q = model(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
+                assert value == pytest.approx(kl_div(q, p, log_target=True, reduction="sum").item() / IDS.numel(), rel=1e-3)
+            weight.copy_(original)
 
 
 def test_labels_of_the_model_follow_its_predictions():
@@ -158,6 +169,7 @@ def test_labels_of_the_model_follow_its_predictions():
 @pytest.mark.parametrize("settings", [
     {"ratios": "uniform"}, {"ratios": "owl"}, {"ratios": "ecoflap"}, {"ratios": "ecoflap", "ratio_options": {"score": "zeroth"}},
     {"ratios": "curve"}, {"ratios": "curve", "ratio_options": {"granularity": "block", "labels": "model"}},
+    {"ratios": "curve", "ratio_options": {"direct": True, "tokens": 64}},
 ], ids=str)  # fmt: skip
 def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings, pattern):
     job, states = begin(tiny("llama"), rows, pattern=pattern, **settings)

@@ -1,7 +1,8 @@
 """Curves: every linear gets the sparsity at which one more zero costs the loss the same everywhere.
 
 The rise of the loss is estimated for every linear at a grid of sparsities, with the masks and updates of the run's own method
-(fisher.py), and Σ_l E_l(z_l) minimised subject to Σ_l z_l = zeros over the convex hulls of the curves (knapsack.py).
+(fisher.py; or measured, direct.py). Σ_l E_l(z_l) is minimised subject to Σ_l z_l = zeros over the convex hulls of the
+curves (knapsack.py).
 The grid has a step of 5 %; a linear may end between two of its points.
 """
 
@@ -17,6 +18,7 @@ from compressor.blocks import Progress
 from compressor.calibration import States
 from compressor.job import Job, Task
 from compressor.pattern import Pattern
+from compressor.ratios.direct import divergence_curves
 from compressor.ratios.fisher import check_options, error_curves
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.knapsack import share_out
@@ -35,7 +37,7 @@ def allocate(
     max_sparsity: float = 0.0,
     tokens: int = 8192,
     labels: str = "text",
-    sequences: bool = False,
+    direct: bool = False,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Zeros by measured curves of the loss.
 
@@ -45,7 +47,7 @@ def allocate(
         max_sparsity: of a group; 0 for 20 % more than the sparsity of the whole, 95 % at most.
         tokens: calibration tokens the curves are made from.
         labels: `text`, the tokens that follow; or `model`, drawn from its predictions.
-        sequences: sum over the tokens of a sequence before squaring.
+        direct: measure the divergence with each linear compressed alone instead: many more forward passes, no labels.
 
     Raises:
         UsageError: an option out of range.
@@ -59,7 +61,10 @@ def allocate(
     def levels(task: Task) -> list[Pattern]:
         return [Pattern.exact(int(share * task.linear.size), task.linear.size) for share in grid]
 
-    errors = error_curves(job, levels, states, device, progress, tokens=tokens, sampled=labels == "model", sequences=sequences)
+    if direct:
+        errors = divergence_curves(job, levels, states, device, progress, tokens=tokens)
+    else:
+        errors = error_curves(job, levels, states, device, progress, tokens=tokens, sampled=labels == "model")
     sizes = [sum(linear.size for linear in linears) for linears in grouped.values()]
     curves = {
         name: [

@@ -2,18 +2,19 @@
 
 To second order, changing one weight W to W + ΔW moves the model's predictions by
 
-    KL ≈ ½ E (Σ_t g_t · ΔW x_t)²                      x_t, g_t = ∂loss/∂y_t at token t; Σ over the tokens of a sequence
+    KL ≈ ½ E Σ_t (g_t · ΔW x_t)²                      x_t the input, g_t = ∂loss/∂y_t, at token t
 
-with the expectation over sequences and over labels drawn from the model's own predictions: the Fisher information in the
-direction ΔW (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558). Summing inside a sequence is exact but noisy: one
-number a sequence. Squaring token by token, E Σ_t (g_t · ΔW x_t)², drops the correlations between tokens and averages over many
-more numbers. ΔW is what the run's own method makes of W, so mask and update are those that will be applied.
+which is the Fisher information in the direction ΔW (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558) without its
+correlations between tokens. Those could be kept by summing inside a sequence before squaring, but that leaves one number a
+sequence, and plans made from it were no better. The expectation is over labels drawn from the model's own predictions; the
+labels of the text serve as well, the empirical Fisher information. ΔW is what the run's own method makes of W, so mask and
+update are those that will be applied.
 One streamed forward and backward pass serves all linears and all levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ def error_curves(
     *,
     tokens: int,
     sampled: bool,
-    sequences: bool = False,
 ) -> dict[str, list[float]]:
     """Estimated rise of the loss, nats a token, for every linear and each of its levels.
 
@@ -53,7 +53,6 @@ def error_curves(
         progress: told of every block.
         tokens: calibration tokens to use at least, if there are so many.
         sampled: draw the labels from the model, else take the tokens that follow in the text.
-        sequences: sum over the tokens of a sequence before squaring.
     """
     skeleton, part = in_float32(job, states, tokens, device)
     curves: dict[str, list[float]] = {}
@@ -65,9 +64,8 @@ def error_curves(
             stats = _shared_statistics(statistics, tap, gram=task.method.NEEDS_GRAM)
             weight = task.linear.read(job.reader).to(device)
             curves[task.linear.name] = [
-                _rise(task.method.compress(weight, stats, goal, **task.options).dense().float() - weight.float(), tap, length)
+                _rise(task.method.compress(weight, stats, goal, **task.options).dense().float() - weight.float(), tap)
                 for goal in levels(task)
-                for length in [part.ids[0].shape[1] if sequences else 1]
             ]
         progress("error curves", done + 1, len(job.tasks))
     return curves
@@ -105,15 +103,10 @@ def _shared_statistics(known: dict[int, InputStats], tap: Taps, *, gram: bool) -
     return stats
 
 
-def _rise(change: Tensor, tap: Taps, length: int) -> float:
-    """½ Σ (Σ over `length` tokens of g_t · ΔW x_t)² / tokens, for ΔW `[out, in]`."""
+def _rise(change: Tensor, tap: Taps) -> float:
+    """½ Σ (g_t · ΔW x_t)² / tokens, for ΔW `[out, in]`."""
     total, tokens = 0.0, 0
-    for x, g in _pairs(tap):
-        along = torch.linalg.vecdot(x @ change.T, g)
-        total += along.reshape(-1, length).sum(1).double().square().sum().item()
-        tokens += len(along)
+    for x, g in zip(tap.inputs, tap.gradients, strict=True):
+        total += torch.linalg.vecdot(x @ change.T, g).double().square().sum().item()
+        tokens += len(x)
     return total / (2 * max(tokens, 1))
-
-
-def _pairs(tap: Taps) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(tap.inputs, tap.gradients, strict=True)
