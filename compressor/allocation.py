@@ -30,20 +30,21 @@ def allocate(job: Job, states: States | None, device: torch.device, progress: Pr
         device: where blocks are computed.
         progress: told after each step.
     """
-    if job.ratios and states:
+    if job.ratios:
         return _share_zeros(job, states, device, progress)
-    if job.dense_fraction and states:
+    if job.dense_fraction:
         return _leave_dense(job, states, device, progress)
     return job
 
 
-def _share_zeros(job: Job, states: States, device: torch.device, progress: Progress) -> Job:
+def _share_zeros(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
     assert job.ratios
     zeros = int(job.every[0].goal.sparsity * sum(task.linear.size for task in job.every))
     even = sharing(job, uniform.uniform(job, zeros))
     name = job.ratios.__name__.rpartition(".")[2]
     if job.ratios is uniform:
         return replace(even, allocation={"by": name, "zeros": zeros})
+    assert states
     shares, facts = job.ratios.allocate(job, zeros, states, device, progress, **job.ratio_options)
     facts = {"by": name, "zeros": zeros, **facts}
     return better(Trial(job, states, device), {"uniform": even, name: sharing(job, shares)}, facts, progress)
@@ -58,7 +59,8 @@ def sharing(job: Job, shares: Mapping[str, int]) -> Job:
     return job.assign(goals, "its share of the zeros is none")
 
 
-def _leave_dense(job: Job, states: States, device: torch.device, progress: Progress) -> Job:
+def _leave_dense(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
+    assert states
     kept, facts = dense.choose(job, job.dense_fraction, states, device, progress, **job.ratio_options)
     chosen = job.assign(
         {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "--dense-fraction"

@@ -78,8 +78,13 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
-        asked = self.refine is not None or self.tune > 0 or self.ratios is not None or self.dense_fraction > 0
+        asked = self.refine is not None or self.tune > 0 or self.measures
         return asked or any(task.method.NEEDS_INPUTS for task in self.every)
+
+    @property
+    def measures(self) -> bool:
+        """Whether goals are chosen by what is measured on the calibration."""
+        return self.dense_fraction > 0 or (self.ratios is not None and self.ratios.NEEDS_INPUTS)
 
     @property
     def needs_gram(self) -> bool:
@@ -110,7 +115,13 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     for each in plan.patterns(entries) if entries else [pattern]:
         _rehearse(method, options, refine, refine_options, each)
     allocation = _allocation(recipe, pattern)
-    if method.NEEDS_INPUTS or refine or recipe.tune or allocation:
+    if (
+        method.NEEDS_INPUTS
+        or refine
+        or recipe.tune
+        or recipe.dense_fraction
+        or ("ratios" in allocation and allocation["ratios"].NEEDS_INPUTS)
+    ):
         data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:

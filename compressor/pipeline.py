@@ -69,7 +69,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
     where = choose_device(device)
     job = make_job(recipe, None)
-    states = _calibrate(job, recipe, where, progress) if job.ratios or job.dense_fraction else None
+    states = _calibrate(job, recipe, where, progress) if job.measures else None
     return allocate(job, states, where, progress)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from compressor import calibration
 from compressor.allocation import allocate, better
 from compressor.blocks import silent
+from compressor.errors import NumericalError
 from compressor.gradients import next_token_loss
 from compressor.job import make_job
 from compressor.pattern import Pattern
@@ -293,6 +295,7 @@ def test_dense_fraction_leaves_linears_dense_and_says_so(cli, tiny, rows, tmp_pa
     (["--pattern", "50%", "--ratios", "uniform", "--max-sparsity", "80%"], "ratios uniform has no option 'max_sparsity'"),
     (["--refine-only", "*q_proj"], "--refine-only '*q_proj' is for --refine, which is not given"),
     (["--refine", "lsq", "--refine-only", "*x"], "--refine-only '*x' matches no linear"),
+    (["--plan", "nowhere.toml", "--pattern", "2:4"], "--pattern 2:4 would not be used"),
     (["--plan", "nowhere.toml"], "plan nowhere.toml does not exist"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused(cli, tiny, rows, tmp_path, arguments, match):
@@ -317,3 +320,35 @@ def test_refine_only_leaves_the_others_as_pruned(cli, tiny, rows, tmp_path):
     assert torch.equal(read["some"][q], read["all"][q])
     assert torch.equal(read["some"][gate], read["plain"][gate])
     assert not torch.equal(read["some"][q], read["plain"][q])
+
+
+def test_uniform_ratios_of_magnitude_need_no_calibration(cli, tiny, tmp_path):
+    cli("prune", tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "--pattern", "50%", "--ratios", "uniform", "-q")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration_tokens"] == 0
+
+
+def test_a_trial_tunes_where_the_run_does(cli, tiny, rows, tmp_path):
+    asked = ["--pattern", "50%", "--ratios", "owl", "--tune", 1]
+    cli("prune", tiny("llama"), "-o", tmp_path / "out", *asked, "--dataset", rows, *COMMON)
+    divergence = json.loads((tmp_path / "out" / "report.json").read_text())["allocation"]["divergence"]
+    cli("prune", tiny("llama"), "-o", tmp_path / "bare", *asked[:-2], "--dataset", rows, *COMMON)
+    assert (
+        divergence["uniform"] < json.loads((tmp_path / "bare" / "report.json").read_text())["allocation"]["divergence"]["uniform"]
+    )
+
+
+@pytest.mark.parametrize("module", [ecoflap, owl, curve])
+def test_a_linear_that_nothing_reaches_is_named(tiny, rows, module, monkeypatch):
+    job, states = begin(tiny("llama"), rows)
+    lost = job.tasks[1][0].linear
+    silent_module = torch.nn.Linear(64, 64, bias=False, dtype=lost.module.weight.dtype)
+    real = type(job.skeleton).linears
+
+    def linears(self, index):
+        return [replace(one, module=silent_module) if one.name == lost.name else one for one in real(self, index)]
+
+    monkeypatch.setattr(type(job.skeleton), "linears", linears)
+    job.tasks[1][0] = replace(job.tasks[1][0], linear=replace(lost, module=silent_module))
+    with pytest.raises(NumericalError, match=f"{lost.name} saw no"):
+        module.allocate(job, 40_000, states, CPU, silent)

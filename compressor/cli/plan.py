@@ -83,7 +83,9 @@ def plan(
     quiet_libraries(verbose)
     with pruning_progress(quiet) as progress:
         job = make_plan(merged, device=device, progress=progress)
-    output.write_text(dumps(job), encoding="utf-8")
+    part = output.with_name(f"{output.name}.part")
+    part.write_text(dumps(job), encoding="utf-8")
+    part.replace(output)
     if plot:
         chosen = merged.ratios or (f"{merged.dense_fraction} dense" if merged.dense_fraction else "one goal")
         heatmap.draw(job, plot, f"{Path(merged.model).name}: {merged.pattern}, {chosen}")

@@ -104,6 +104,8 @@ def prune(
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]
     merged = merge(load(recipe) if recipe else {}, given, assign)
+    if plan and pattern:
+        raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:

@@ -23,6 +23,7 @@ from compressor.ratios.fisher import check_options, error_curves
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.knapsack import share_out
 
+NEEDS_INPUTS = True
 _STEP = Fraction(1, 20)
 
 

@@ -19,7 +19,7 @@ from compressor.job import Job
 from compressor.model import Skeleton
 from compressor.ratios.fisher import Levels
 from compressor.ratios.precise import in_float32
-from compressor.stats import collecting
+from compressor.stats import InputStats, collecting
 
 
 @torch.no_grad()
@@ -37,6 +37,7 @@ def divergence_curves(
         with collecting(modules, gram=any(task.method.NEEDS_GRAM for task in tasks)) as stats:
             leaving = [calibration.run(block, batch, arguments) for batch in hidden]
         for task in tasks:
+            stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
             linear, weight = linears[task.linear.name], task.linear.read(job.reader).to(device)
             variants = []
             for goal in levels(task):

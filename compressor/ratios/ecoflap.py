@@ -28,9 +28,10 @@ from compressor.head import head
 from compressor.job import Job
 from compressor.model import Linear, Skeleton
 from compressor.ratios.groups import ceiling, groups, inside
-from compressor.ratios.precise import in_float32
+from compressor.ratios.precise import check_seen, in_float32
 from compressor.ratios.waterfill import waterfill
 
+NEEDS_INPUTS = True
 _STEADY = 0.5  # rank correlation of two halves of the evaluations below which zeroth-order scores are called noise
 
 
@@ -92,6 +93,7 @@ def first_order(
     for done, (index, taps) in enumerate(backward_blocks(skeleton, states, device)):
         for task in job.tasks[index]:
             tap = taps[task.linear.name]
+            check_seen(task.linear.name, tap)
             if weighted:
                 gradient = sum((g.abs() for g in _batch_gradients(tap)), torch.zeros(task.linear.shape, device=device))
                 total = (task.linear.read(job.reader).to(device).float().abs() * gradient).sum(dtype=torch.float64).item()

@@ -26,7 +26,7 @@ from compressor.errors import UsageError
 from compressor.gradients import Loss, Taps, backward_blocks, next_token_loss
 from compressor.job import Job, Task
 from compressor.pattern import Pattern
-from compressor.ratios.precise import in_float32
+from compressor.ratios.precise import check_seen, in_float32
 from compressor.stats import InputStats
 
 Levels = Callable[[Task], Sequence[Pattern]]
@@ -61,6 +61,7 @@ def error_curves(
         statistics: dict[int, InputStats] = {}
         for task in job.tasks[index]:
             tap = taps[task.linear.name]
+            check_seen(task.linear.name, tap)
             stats = _shared_statistics(statistics, tap, gram=task.method.NEEDS_GRAM)
             weight = task.linear.read(job.reader).to(device)
             curves[task.linear.name] = [

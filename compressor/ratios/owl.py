@@ -26,7 +26,9 @@ from compressor.errors import UsageError
 from compressor.job import Job
 from compressor.ratios.apportion import apportion
 from compressor.ratios.groups import ceiling, groups, inside
-from compressor.stats import collecting
+from compressor.stats import InputStats, collecting
+
+NEEDS_INPUTS = True
 
 
 def allocate(
@@ -83,7 +85,7 @@ def _outlier_ratios(job: Job, states: States, device: torch.device, progress: Pr
         with collecting({task.linear.name: task.linear.module for task in tasks}) as stats:
             hidden = [calibration.run(block, batch, states.arguments[index]) for batch in hidden]
         for task in tasks:
-            stats[task.linear.name].check(task.linear.name)
+            stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
         scores = [task.linear.get().abs().float() * stats[task.linear.name].norm for task in tasks]
         if scores:
             found.append(_share_above(scores, outlier))

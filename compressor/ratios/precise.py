@@ -6,8 +6,19 @@ import torch
 
 from compressor import calibration
 from compressor.calibration import States
+from compressor.errors import NumericalError
+from compressor.gradients import Taps
 from compressor.job import Job
 from compressor.model import Skeleton
+
+
+def check_seen(name: str, tap: Taps) -> None:
+    """Raise NumericalError where no token of the calibration reached a linear."""
+    if not tap.inputs:
+        raise NumericalError(
+            f"{name} saw no tokens of the calibration that ratios are measured on: "
+            f"raise ratios.tokens or leave it dense with --ignore {name!r}"
+        )
 
 
 def in_float32(job: Job, states: States, tokens: int, device: torch.device) -> tuple[Skeleton, States]:
