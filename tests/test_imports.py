@@ -30,7 +30,8 @@ ALLOWED = {
     "compressor/plan.py": LEAVES
     | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "recipe", "refine", "report", "writer")}
     | {"compressor"},
-    "compressor/runtime.py": FORMATS | BASE | {"compressor.layout", "compressor_kernels.linear"},
+    "compressor/arrange.py": BASE | {"compressor_kernels"} | {f"compressor_kernels.{name}" for name in ("linear", "siblings")},
+    "compressor/runtime.py": FORMATS | BASE | {"compressor", "compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE
     | {"compressor", "compressor.data", "compressor.checkpoint", "compressor.report", "compressor.runtime"},
