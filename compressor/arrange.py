@@ -45,15 +45,15 @@ def arrange(model: nn.Module, names: Iterable[str], runtime: str) -> dict[str, s
         for family in SIBLINGS:
             members = [f"{parent}.{child}".lstrip(".") for child in family]
             found = [model.get_submodule(member) for member in members if member in chosen]
-            if len(found) == len(members) and all(isinstance(linear, Sparse24Linear) for linear in found):
-                if join(found):  # type: ignore[arg-type]
-                    chosen |= {member: f"{chosen[member]}; one launch for {', '.join(family)}" for member in members}
+            packed = [linear for linear in found if isinstance(linear, Sparse24Linear)]
+            if len(packed) == len(members) and join(packed):
+                chosen |= {member: f"{chosen[member]}; one launch for {', '.join(family)}" for member in members}
     return chosen
 
 
 def _arrange_one(module: Any, runtime: str) -> str:
     weight = module.weight_u if isinstance(module, LowRankLinear) else module.weight_values
-    if hasattr(module, "_hf_hook"):
+    if _moved(module, weight):
         return "packed, unpacked at every call: accelerate moves its tensors"
     on_cpu = weight.device.type == "cpu"
     if runtime == "dense" or (runtime == "auto" and on_cpu):
@@ -69,6 +69,12 @@ def _arrange_one(module: Any, runtime: str) -> str:
         return f"dense: packed measured {speedup:.2f}x"
     module.prepare_()
     return "packed"
+
+
+def _moved(module: Any, weight: torch.Tensor) -> bool:
+    """accelerate brings the tensors from elsewhere for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    return weight.device.type == "meta" or (hook is not None and getattr(hook, "offload", True))
 
 
 def _slower(module: Any, weight: torch.Tensor) -> float | None:

@@ -290,7 +290,9 @@ def test_the_shipped_table_is_well_formed():
         assert all(row["kernel"] in ("mma", "gemv", "dot", "dense") and row["rows"] > 0 for row in rows)
 
 
-@given(st.sampled_from(["fragments", "stored", "armor", "skinny"]), st.integers(1, 40000), st.integers(1, 40000), st.integers(1, 96))
+@given(
+    st.sampled_from(["fragments", "stored", "armor", "skinny"]), st.integers(1, 40000), st.integers(1, 40000), st.integers(1, 96)
+)
 def test_the_rule_fits_every_shape(op, out_features, in_features, rows):
     config = choice.rule(op, out_features, in_features, rows, 132)
     if config["kernel"] != "dense":

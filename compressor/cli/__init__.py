@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.bench import bench
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
 from compressor.cli.prune import prune
@@ -31,6 +32,7 @@ app.command("prune", no_args_is_help=True)(prune)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
+app.command("bench")(bench)
 
 
 def _version(asked: bool) -> None:

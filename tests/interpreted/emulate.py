@@ -92,7 +92,9 @@ class _Result:
 def create_inline_asm(self, assembly, constraints, handles, types, is_pure, pack):
     shape = np.broadcast_shapes(*(handle.data.shape for handle in handles))
     inputs = [np.ascontiguousarray(np.broadcast_to(handle.data, shape)) for handle in handles]
-    if match := re.match(r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 .*0x(\d);", assembly):
+    if match := re.match(
+        r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 .*0x(\d);", assembly
+    ):
         assert pack == 4
         assert shape[1] == 4
         result = mma_sp(*inputs, int(match[2]), match[1] == "bf16")
