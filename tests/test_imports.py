@@ -31,6 +31,7 @@ ALLOWED = {
     | {f"compressor.{name}" for name in ("checkpoint", "methods", "model", "recipe", "refine", "report", "writer")}
     | {"compressor"},
     "compressor/arrange.py": BASE | {"compressor_kernels"} | {f"compressor_kernels.{name}" for name in ("linear", "siblings")},
+    "compressor/bench/": BASE | {"compressor_kernels.linear", "compressor_kernels.packing"},
     "compressor/runtime.py": FORMATS | BASE | {"compressor", "compressor.layout", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate.py": BASE
@@ -66,7 +67,7 @@ def test_kernels_know_tensors_only():
 
 
 @pytest.mark.parametrize(
-    "command", ["['--help']", "['prune', '--help']", "['eval', '--help']", "['inspect', 'demo/books-1m', '--json']"]
+    "command", ["['--help']", "['prune', '--help']", "['eval', '--help']", "['bench', '--help']", "['inspect', 'demo/books-1m', '--json']"]
 )
 def test_starts_without_the_heavy_libraries(command):
     code = (
