@@ -37,8 +37,11 @@ def prune(model: str | Path, output: str | Path, *, device: str = "auto", **sett
     return run(merge({}, {"model": str(model), **settings}, []), Path(output), device=device)
 
 
-def load(path: str | Path, **options: Any) -> Any:
-    """A compressed or plain checkpoint as a transformers causal language model; `options` as for `from_pretrained`."""
+def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
+    """A compressed or plain checkpoint as a transformers causal language model; `options` as for `from_pretrained`.
+
+    `runtime` is `packed` (compute from the packed weights), `dense` (unpack them) or `auto` (what is faster).
+    """
     from compressor.runtime import load as run
 
-    return run(path, **options)
+    return run(path, runtime=runtime, **options)

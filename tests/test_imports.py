@@ -57,9 +57,11 @@ ALLOWED = {
     | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "head", "job", "model")}
     | {"compressor"},
     "compressor/allocation.py": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "job", "ratios", "trial")},
+    "compressor/arrange.py": BASE | {"compressor_kernels"} | {f"compressor_kernels.{name}" for name in ("linear", "siblings")},
+    "compressor/bench/": BASE | {"compressor_kernels.linear", "compressor_kernels.packing"},
     "compressor/runtime.py": FORMATS
     | BASE
-    | {"compressor.checkpoint", "compressor.layout", "compressor.packed_experts", "compressor_kernels.linear"},
+    | {"compressor", "compressor.checkpoint", "compressor.layout", "compressor.packed_experts", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/pack.py": FORMATS
     | BASE
@@ -105,6 +107,7 @@ def test_kernels_know_tensors_only():
         "['prune', '--help']",
         "['eval', '--help']",
         "['push', '--help']",
+        "['bench', '--help']",
         "['doctor', '--help']",
         "['inspect', 'demo/books-1m', '--json']",
     ],

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.bench import bench
 from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
 from compressor.cli.import_legacy import import_legacy
@@ -41,6 +42,7 @@ app.command("pack", no_args_is_help=True)(pack)
 app.command("import", no_args_is_help=True)(import_legacy)
 app.command("push", no_args_is_help=True)(push)
 app.command("doctor")(doctor)
+app.command("bench")(bench)
 
 
 def _version(asked: bool) -> None:
