@@ -211,13 +211,10 @@ def check_sizes(reader: Reader, config: Any) -> None:
         raise CheckpointError(f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors")
     largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
     for key, value in _numbers(reader.config):
-        most = (
-            _MOST_POSITIONS
-            if "position" in key
-            else math.inf
-            if _LENGTH.search(key) or not _SIZE.search(key)
-            else max(4096, 4 * largest)
-        )
+        if "position" in key:
+            most = _MOST_POSITIONS
+        else:
+            most = max(4096, 4 * largest) if _SIZE.search(key) and not _LENGTH.search(key) else math.inf
         if value > most:
             raise CheckpointError(f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above {largest}")
 
