@@ -114,7 +114,7 @@ def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) ->
         (stats or InputStats(1)).check(task.linear.name)
     try:
         form: Form = task.method.compress(weight, stats, task.goal, **task.options)
-        if job.refine:
+        if job.refine and task.refined:
             form = Dense(job.refine.refine(weight, form.dense(), stats, task.goal, **job.refine_options))
     except NumericalError as error:
         raise NumericalError(f"{task.linear.name}: {error}") from None

@@ -46,6 +46,11 @@ class States:
         """The first batches only, in lists of their own: running them on leaves these states as they are."""
         return States(self.hidden[:batches], self.arguments, self.ids[:batches], self.tuples, self.dense[:batches])
 
+    def at_least(self, tokens: int) -> States:
+        """As `first`, with as few batches as hold so many tokens; all of them if there are fewer."""
+        batches = -(-tokens // self.ids[0].numel())
+        return self.first(max(1, batches))
+
 
 @torch.no_grad()
 def run(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +13,14 @@ from typing import Any
 
 import torch
 
-from compressor import data
+from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import only_stacks
 from compressor.methods import method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
-from compressor.pattern import Pattern
+from compressor.pattern import Pattern, parse_fraction
+from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
 from compressor.report import LeftDense
@@ -28,12 +30,13 @@ from compressor.writer import check_output
 
 @dataclass(frozen=True)
 class Task:
-    """What one linear is to become: `method.compress(weight, stats, goal, **options)`."""
+    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or not by the job's refinement."""
 
     linear: Linear
     method: ModuleType
     options: dict[str, Any]
     goal: Pattern
+    refined: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Job:
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
         left_dense: every other weight with two dimensions or more, and why.
+        ratios: what gives every linear a number of zeros of its own; may be None.
+        dense_fraction: of the weights, may stay dense where that helps most.
+        ratio_options: of either.
+        allocation: what that measured; empty before it ran.
     """
 
     reader: Reader
@@ -62,6 +69,10 @@ class Job:
     seq_len: int
     seed: int
     left_dense: list[LeftDense]
+    ratios: ModuleType | None = None
+    dense_fraction: Fraction = Fraction(0)
+    ratio_options: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def every(self) -> list[Task]:
@@ -71,7 +82,13 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
-        return any(task.method.NEEDS_INPUTS for task in self.every) or self.refine is not None or self.tune > 0
+        asked = self.refine is not None or self.tune > 0 or self.measures
+        return asked or any(task.method.NEEDS_INPUTS for task in self.every)
+
+    @property
+    def measures(self) -> bool:
+        """Whether goals are chosen by what is measured on the calibration."""
+        return self.dense_fraction > 0 or (self.ratios is not None and self.ratios.NEEDS_INPUTS)
 
     @property
     def needs_gram(self) -> bool:
@@ -142,8 +159,17 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
     if refine and not method.REFINABLE:
         raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
-    _rehearse(method, options, refine, refine_options, pattern)
-    if method.NEEDS_INPUTS or refine or recipe.tune:
+    entries = plan.read(Path(recipe.plan)) if recipe.plan else {}
+    for each in plan.patterns(entries) if entries else [pattern]:
+        _rehearse(method, options, refine, refine_options, each)
+    allocation = _allocation(recipe, pattern)
+    if (
+        method.NEEDS_INPUTS
+        or refine
+        or recipe.tune
+        or recipe.dense_fraction
+        or ("ratios" in allocation and allocation["ratios"].NEEDS_INPUTS)
+    ):
         data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
@@ -153,14 +179,62 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     seq_len = _sequence_length(recipe.seq_len, data.context_length(skeleton.config))
     blocks, left_dense = _choose(skeleton, recipe.ignore)
     for linear in (linear for block in blocks for linear in block):
-        pattern.check_width(linear.name, linear.shape[1])
+        if not entries:
+            pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
-    tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
-    stored, all_tokens = recipe.format == "packed", recipe.expert_tokens == "all"
-    return Job(
-        reader, skeleton, tasks, refine, refine_options, recipe.tune, stored, all_tokens, seq_len, recipe.seed, left_dense
-    ).check_experts()
+    refined = _refined(recipe, [linear.name for block in blocks for linear in block])
+    tasks = [[Task(linear, method, options, pattern, linear.name in refined) for linear in block] for block in blocks]
+    job = Job(
+        reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options, tune=recipe.tune,
+        packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len, seed=recipe.seed,
+        left_dense=left_dense, **allocation,
+    )  # fmt: skip
+    if not entries:
+        return job.check_experts()
+    goals = plan.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
+    if not any(goals.values()):
+        raise UsageError(f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense")
+    return job.assign(goals, "the plan")
+
+
+def _refined(recipe: Recipe, names: list[str]) -> set[str]:
+    """Names of the linears that the refinement is for."""
+    for glob in recipe.refine_only:
+        if not recipe.refine:
+            raise UsageError(f"--refine-only {glob!r} is for --refine, which is not given")
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UsageError(f"--refine-only {glob!r} matches no linear; names look like {names[0]!r}")
+    return {name for name in names if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)}
+
+
+def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
+    """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
+    if recipe.plan and (recipe.ratios or recipe.dense_fraction):
+        raise UsageError(
+            "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
+        )
+    if recipe.ratios and pattern.m:
+        raise UsageError(
+            f"--ratios shares out zeros, and {pattern} leaves none to share: "
+            "give a sparsity such as --pattern 50%, or let linears stay dense with --dense-fraction 10%"
+        )
+    if recipe.ratios:
+        if recipe.dense_fraction:
+            raise UsageError("--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself")
+        module = allocator(recipe.ratios)
+        options = check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
+        return {"ratios": module, "ratio_options": options}
+    if recipe.dense_fraction:
+        if not pattern.m:
+            raise UsageError(f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios")
+        from compressor.ratios import dense
+
+        options = check_options("--dense-fraction", dense.choose, recipe.ratio_options)
+        return {"dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction), "ratio_options": options}
+    if recipe.ratio_options:
+        raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given")
+    return {}
 
 
 def _rehearse(

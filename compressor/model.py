@@ -54,6 +54,11 @@ class Linear:
         """Name of the parameter that holds the weight; the experts of a block share theirs."""
         return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
 
+    @property
+    def size(self) -> int:
+        """Its number of weights."""
+        return self.module.weight.numel()
+
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
         weight = reader.read(self.tensor, self.at)
@@ -86,6 +91,7 @@ class Skeleton:
         model: the transformers model, in eval mode.
         blocks: its decoder blocks; `path` is their name, such as `model.layers`.
         dtype: what blocks are loaded and computed in.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
         CheckpointError: an architecture transformers does not know, no decoder stack, or tensors that do not fit it.
@@ -94,6 +100,7 @@ class Skeleton:
     def __init__(self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
         _return_large_allocations()
         self.reader = reader
+        self.trust_remote_code = trust_remote_code
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
         check_sizes(reader, self.config)
@@ -106,6 +113,10 @@ class Skeleton:
         self._experts = [self._find_experts(index) for index in range(len(self.blocks))]
         if any(self._experts):
             use_linears(self.model)
+
+    def in_dtype(self, dtype: torch.dtype) -> Skeleton:
+        """A skeleton of the same checkpoint that computes in `dtype`; this one, if it does."""
+        return self if self.dtype == dtype else Skeleton(self.reader, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
     def _check_tensors(self) -> None:
         """Raise CheckpointError unless the tensors on disk are those of this model."""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import calibration, data
+from compressor import calibration, data, plan
+from compressor.allocation import allocate
 from compressor.blocks import Progress, Store, compress_blocks, silent
 from compressor.checkpoint import Reader
 from compressor.errors import DataError, UsageError
@@ -39,10 +40,12 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     started = time.perf_counter()
     where = choose_device(device)
     job = make_job(recipe, output)
-    recipe = replace(recipe, seq_len=job.seq_len)
+    recipe = replace(recipe, seq_len=job.seq_len, plan=plan.FILE if recipe.plan else "")
     reader = job.reader
-    report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes, left_dense=job.left_dense)
+    report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
     states = _calibrate(job, recipe, where, progress) if job.needs_inputs else None
+    job = allocate(job, states, where, progress)
+    report.left_dense, report.allocation = job.left_dense, job.allocation
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     seconds, begun = [], time.perf_counter()
     with Writer(reader, output, {task.linear.tensor for task in job.every}) as writer:
@@ -54,11 +57,21 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
         stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
         report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
         files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
+        if recipe.plan or job.allocation:
+            files[plan.FILE] = plan.dumps(job)
         writer.finish(compressed_config(reader.config, stored), files, code=recipe.trust_remote_code)
     total = round(time.perf_counter() - started, 3)
     report.run = {"device": str(where), "seconds": total, "block_seconds": seconds, "peak_memory": peak_memory()}
     report_path(output).write_text(_json(report.everything()))
     return report
+
+
+def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = silent) -> Job:
+    """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
+    where = choose_device(device)
+    job = make_job(recipe, None)
+    states = _calibrate(job, recipe, where, progress) if job.measures else None
+    return allocate(job, states, where, progress)
 
 
 def _storing(job: Job, writer: Writer, report: Report) -> Store:

@@ -24,8 +24,13 @@ class Recipe:
         model: folder or Hub id; `revision` of the latter.
         method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
         refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
+        refine_only: globs over linear names that it is for; all of them if there are none.
         tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
+        ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
+        dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in `ratio_options` too.
+        plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file its path is relative to
+            that file, and inside its folder.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
         expert_tokens: what calibrates the experts of a mixture: `all` tokens, or those `routed` to each.
@@ -39,6 +44,9 @@ class Recipe:
     refine: str = ""
     tune: int = 0
     pattern: str = "2:4"
+    ratios: str = ""
+    dense_fraction: str = ""
+    plan: str = ""
     format: str = "packed"
     dataset: str = "self"
     num_samples: int = 128
@@ -48,8 +56,10 @@ class Recipe:
     expert_tokens: str = "all"
     trust_remote_code: bool = False
     ignore: list[str] = field(default_factory=list)
+    refine_only: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     refine_options: dict[str, Any] = field(default_factory=dict)
+    ratio_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -85,25 +95,30 @@ def load(path: Path) -> dict[str, Any]:
     for key in settings:
         if key not in known:
             raise UsageError(f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
+    if isinstance(plan := settings.get("plan"), str) and plan:
+        if Path(plan).is_absolute() or ".." in Path(plan).parts:
+            raise UsageError(f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another")
+        settings["plan"] = str(path.parent / plan)
     return settings
 
 
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
     """A Recipe from file settings, command-line values that are not None, and `--set` assignments.
 
-    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`.
+    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`, `ratios.name=value` one of the ratios.
     """
     asked = Recipe(**{**recipe, **{key: value for key, value in given.items() if value is not None}})
-    options, refine_options = dict(asked.options), dict(asked.refine_options)
+    options, refine_options, ratio_options = dict(asked.options), dict(asked.refine_options), dict(asked.ratio_options)
+    owners = {"": options, "ratios": ratio_options} | ({asked.refine: refine_options} if asked.refine else {})
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         owner, dot, own_name = name.strip().rpartition(".")
         if not equals or not own_name:
             raise UsageError(f"--set {assignment!r} is not of the form name=value")
-        if dot and (owner != asked.refine or not owner):
+        if owner not in owners or (dot and not owner):
             raise UsageError(f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}")
-        (refine_options if dot else options)[own_name] = text.strip()
-    return replace(asked, options=options, refine_options=refine_options)
+        owners[owner][own_name] = text.strip()
+    return replace(asked, options=options, refine_options=refine_options, ratio_options=ratio_options)
 
 
 def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

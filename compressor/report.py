@@ -52,7 +52,7 @@ class LeftDense:
 
 @dataclass
 class Report:
-    """Everything about one run of `prune`."""
+    """Everything about one run of `prune`. `allocation` is what chose the goals of the linears measured, if anything did."""
 
     recipe: dict[str, Any]
     architecture: str
@@ -61,6 +61,7 @@ class Report:
     linears: list[LinearRow] = field(default_factory=list)
     blocks: list[BlockRow] = field(default_factory=list)
     left_dense: list[LeftDense] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
     output_bytes: int = 0
     calibration_tokens: int = 0
     run: dict[str, Any] = field(default_factory=dict)

@@ -41,9 +41,22 @@ ALLOWED = {
     "compressor/calibration.py": BASE | {"compressor.model"},
     "compressor/head.py": BASE | {"compressor.calibration", "compressor.model"},
     "compressor/gradients.py": BASE | {"compressor", "compressor.calibration", "compressor.head", "compressor.model"},
+    "compressor/plan.py": {"compressor.errors", "compressor.pattern", "compressor.job", "compressor.model"},  # the last for types
     "compressor/job.py": LEAVES
-    | {f"compressor.{name}" for name in ("checkpoint", "experts", "methods", "model", "recipe", "refine", "report", "writer")}
+    | {
+        f"compressor.{name}"
+        for name in ("checkpoint", "experts", "methods", "model", "ratios", "ratios.dense", "recipe", "refine", "report", "writer")
+    }
     | {"compressor"},
+    "compressor/blocks.py": LEAVES
+    | FORMATS
+    | {f"compressor.{name}" for name in ("calibration", "experts", "job", "refine.tune", "report")}
+    | {"compressor"},
+    "compressor/trial.py": {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job")} | {"compressor"},
+    "compressor/ratios/": LEAVES
+    | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "head", "job", "model")}
+    | {"compressor"},
+    "compressor/allocation.py": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "job", "ratios", "trial")},
     "compressor/runtime.py": FORMATS
     | BASE
     | {"compressor.checkpoint", "compressor.layout", "compressor.packed_experts", "compressor_kernels.linear"},

@@ -33,12 +33,29 @@ def prune(
     refine: Annotated[
         str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
     ] = None,
+    refine_only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Linears to refine, such as '*attn*'; repeatable.", show_default="all"),
+    ] = None,
     tune: Annotated[
         int | None,
         typer.Option(help="Epochs of training the kept weights, block by block.", show_default="0"),
     ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
+    ] = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.", show_default="none"),
+    ] = None,
+    max_sparsity: Annotated[
+        str | None, typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own")
+    ] = None,
+    dense_fraction: Annotated[
+        str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What every linear becomes: a file of `compress plan`.", show_default=False)
     ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
     dataset: Annotated[
@@ -53,7 +70,7 @@ def prune(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Option of the method, or of the refinement: lsq.damping=0.1; repeatable.",
+            help="Option of the method, or of the refinement (lsq.damping=0.1) or the ratios; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -82,11 +99,17 @@ def prune(
     from compressor.recipe import load, merge
 
     given = {
-        "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
-        "format": format, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
+        "model": model, "revision": revision, "method": method, "refine": refine,
+        "refine_only": refine_only, "tune": tune, "pattern": pattern,
+        "ratios": ratios, "dense_fraction": dense_fraction,
+        "plan": str(plan) if plan else None, "format": format,
+        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
-    merged = merge(load(recipe) if recipe else {}, given, assign or [])
+    assign = [*(assign or []), *most(max_sparsity)]
+    merged = merge(load(recipe) if recipe else {}, given, assign)
+    if plan and pattern:
+        raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
@@ -109,6 +132,22 @@ def prune(
 
 
 prune.__doc__ = f"{prune.__doc__}\n\n{_EXAMPLES}"
+
+
+def most(max_sparsity: str | None) -> list[str]:
+    """`--max-sparsity` as an assignment, if it was given."""
+    from compressor.pattern import parse_fraction
+
+    return [f"ratios.max_sparsity={float(parse_fraction('max-sparsity', max_sparsity))}"] if max_sparsity else []
+
+
+def show_allocation(found: dict[str, Any]) -> None:
+    """What the allocation measured, a line each."""
+    if found.get("warning"):
+        err.print(f"warning: {found['warning']}")
+    if "divergence" in found:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
+        out.print(f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}")
 
 
 def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
@@ -138,6 +177,7 @@ def _show_report(report: Report) -> None:
         error = "-" if row.error is None else f"{row.error:.4f}"
         found.add_row(row.name, "×".join(map(str, row.shape)), row.format, f"{row.sparsity:.1%}", error, size(row.bytes))
     out.print(found)
+    show_allocation(report.allocation)
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
     out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")
@@ -146,6 +186,5 @@ def _show_report(report: Report) -> None:
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
     out.print(f"{report.run['seconds']:.0f} s on {report.run['device']}, peak memory {peak}")
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
-        out.print(
-            f"note: pattern {report.recipe['pattern']} has no packed form: zeros are stored in place, the size stays the same"
-        )
+        goals = "the plan" if report.recipe["plan"] else f"pattern {report.recipe['pattern']}"
+        out.print(f"note: {goals} has no packed form: zeros are stored in place, the size stays the same")

@@ -64,15 +64,15 @@ def _note(block: BlockRow | None) -> str:
 
 
 def _line_per_block(started: float) -> Any:
-    begun = {"blocks": 0.0}
+    begun = {"blocks": 0.0, "last": started}
 
     def line(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
         now = time.perf_counter()
-        begun.setdefault(step, now)
-        begun["blocks"] = begun["blocks"] or now
+        begun.setdefault(step, now if not done else begun["last"])
+        begun["blocks"], begun["last"] = begun["blocks"] or now, now
         if block is None:
-            if done and step == "calibration":
-                err.print(f"{step}: {now - begun[step]:.1f} s")
+            if done == total and step != "linears":
+                err.print(f"{step}: {now - begun.pop(step):.1f} s")
                 begun["blocks"] = now
             return
         left = (now - begun["blocks"]) / done * (total - done)

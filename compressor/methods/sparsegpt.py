@@ -44,7 +44,7 @@ def compress(weight: Tensor, stats: InputStats, pattern: Pattern, *, damp: float
     U = _inverse_factor(W, stats, damp)
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
-        errors = _prune_columns(W[:, start:stop], U[start:stop, start:stop], pattern)
+        errors = _prune_columns(W[:, start:stop], U[start:stop, start:stop], pattern.part(start, stop, W.shape[1]))
         W[:, stop:] -= errors @ U[start:stop, stop:]
     return Dense(W.to(weight.dtype))
 

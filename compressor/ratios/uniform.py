@@ -1,0 +1,28 @@
+"""Uniform: every linear gets the same sparsity, the total exact to one weight. What the other allocators have to beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from compressor.blocks import Progress
+from compressor.calibration import States
+from compressor.job import Job
+from compressor.ratios.apportion import evenly
+
+NEEDS_INPUTS = False
+
+
+def allocate(
+    job: Job, zeros: int, states: States | None, device: torch.device, progress: Progress
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """In proportion to the number of weights. Nothing is measured."""
+    return uniform(job, zeros), {}
+
+
+def uniform(job: Job, zeros: int) -> dict[str, int]:
+    """Weights to prune in each linear, by name."""
+    linears = [task.linear for task in job.every]
+    counts = evenly(zeros, [linear.size for linear in linears])
+    return {linear.name: count for linear, count in zip(linears, counts, strict=True)}
