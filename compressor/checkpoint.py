@@ -23,6 +23,7 @@ ITEM_BITS = {
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 _SIZE = re.compile("size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group")  # in keys of config.json
+_LENGTH = re.compile("chunk|window|image|patch|audio")  # in keys that measure the input, not the model
 _MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
 _MAX_NAME = 500  # characters of a tensor's name, which is printed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -210,7 +211,10 @@ def check_sizes(reader: Reader, config: Any) -> None:
         raise CheckpointError(f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors")
     largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
     for key, value in _numbers(reader.config):
-        most = _MOST_POSITIONS if "position" in key else max(4096, 4 * largest) if _SIZE.search(key) else math.inf
+        if "position" in key:
+            most = _MOST_POSITIONS
+        else:
+            most = max(4096, 4 * largest) if _SIZE.search(key) and not _LENGTH.search(key) else math.inf
         if value > most:
             raise CheckpointError(f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above {largest}")
 

@@ -267,6 +267,18 @@ def test_pack_takes_experts_together_or_lists_them(tiny, tmp_path):
     compressor.load(tmp_path / "out2")
 
 
+OFFLOAD = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+
+@pytest.mark.parametrize("device_map", ["auto", OFFLOAD], ids=["auto", "disk"])
+def test_packed_experts_generate_and_are_offloaded(tiny, tmp_path, device_map):
+    prune(Recipe(str(tiny("qwen3_moe")), method="magnitude"), tmp_path / "out")
+    plain = compressor.load(tmp_path / "out", dtype=torch.float32)
+    moved = compressor.load(tmp_path / "out", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload")
+    expected = plain.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False)
+    assert torch.equal(moved.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False), expected)
+
+
 def test_a_table_with_some_experts_only_is_refused(tiny, tmp_path):
     prune(Recipe(str(tiny("mixtral")), method="magnitude"), tmp_path / "out")
     path = tmp_path / "out" / "config.json"

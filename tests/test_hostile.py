@@ -152,6 +152,7 @@ def test_bitmasks_are_checked_group_by_group(masks, columns):
                 "max_position_embeddings": 10_485_760,
                 "rope_theta": 5e8,
                 "sliding_window": 131_072,
+                "attention_chunk_size": 8192,
                 "hidden_size": 64,
                 "eos_token_id": 1 << 30,
             },
