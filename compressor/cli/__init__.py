@@ -15,6 +15,8 @@ import typer
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
 from compressor.cli.prune import prune
+from compressor.cli.recipes import recipes
+from compressor.cli.report import report
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
 
@@ -31,6 +33,8 @@ app.command("prune", no_args_is_help=True)(prune)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
+app.command("report", no_args_is_help=True)(report)
+app.command("recipes")(recipes)
 
 
 def _version(asked: bool) -> None:
