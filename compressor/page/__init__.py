@@ -69,24 +69,28 @@ def draw(record: Record) -> list[Chart]:
         drawn.append(
             charts.columns("block-error", "Error by block", "relative squared error", record.block_errors, text.number)
         )
-    for name, (title, values, show) in _maps(record).items():
+    blocks = sorted({row.block for row in record.rows if row.block is not None} | record.block_errors.keys())
+    for name, (title, values, show, missing) in _maps(record).items():
         if values and min(values.values()) < max(values.values()):
-            drawn.append(charts.heat_map(name, title, values, show))
+            drawn.append(charts.heat_map(name, title, blocks, values, show, missing))
     if seconds := record.run.get("block_seconds"):
         drawn.append(charts.columns("block-seconds", "Time by block", "seconds", dict(enumerate(seconds)), text.number))
     return drawn
 
 
-def _maps(record: Record) -> dict[str, tuple[str, Mapping[tuple[int, str], float], Any]]:
+def _maps(record: Record) -> dict[str, tuple[str, Mapping[tuple[int, str], float], Any, str]]:
+    """Name -> title, cells, how to show a value, and what a cell without one is."""
+
+    def cells(value: Any) -> dict[tuple[int, str], float]:
+        return _cells(record.rows, value)
+
+    share = cells(lambda row: row.bytes / row.dense_bytes if row.dense_bytes else None)
+    zeros = cells(lambda row: row.sparsity if row.rank is None else None)
     return {
-        "error": ("Error by linear", _cells(record.rows, lambda row: row.error), text.number),
-        "sparsity": ("Zeros by linear", _cells(record.rows, lambda row: row.sparsity if row.rank is None else None), _percent),
-        "rank": ("Rank by linear", _cells(record.rows, lambda row: row.rank), text.number),
-        "bytes": (
-            "Bytes by linear, of dense",
-            _cells(record.rows, lambda row: row.bytes / row.dense_bytes if row.dense_bytes else None),
-            _percent,
-        ),
+        "error": ("Error by linear", cells(lambda row: row.error), text.number, "left dense"),
+        "sparsity": ("Zeros by linear", zeros, _percent, "left dense, or of low rank"),
+        "rank": ("Rank by linear", cells(lambda row: row.rank), text.number, "not of low rank"),
+        "bytes": ("Bytes by linear, of dense", share, _share, "left dense"),
     }
 
 
@@ -103,7 +107,7 @@ def _same(record: Record) -> list[str]:
     """A sentence for every map that would have one colour."""
     return [
         f"{title}: {show(next(iter(values.values())))} everywhere."
-        for title, values, show in _maps(record).values()
+        for title, values, show, _ in _maps(record).values()
         if values and min(values.values()) == max(values.values())
     ]
 
@@ -123,7 +127,7 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
         ("checkpoint", text.size(record.output_bytes), f"was {text.size(record.input_bytes)}"),
         (
             "compressed linears",
-            _percent(record.bytes / record.dense_bytes) if record.dense_bytes else "–",
+            _share(record.bytes / record.dense_bytes) if record.dense_bytes else "–",
             f"of their dense bytes: {text.size(record.bytes)} of {text.size(record.dense_bytes)}",
         ),
         ("zeros", _percent(record.sparsity), "of the weights of these linears"),
@@ -144,6 +148,10 @@ def _calibration(record: Record) -> str:
         return "no calibration"
     source = record.recipe.get("dataset")
     return f"{record.calibration_tokens:,} calibration tokens, " + ("written by the model" if source == "self" else f"of {source}")
+
+
+def _share(share: float) -> str:
+    return f"{share:.4f}"
 
 
 def _percent(share: float) -> str:

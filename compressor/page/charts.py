@@ -51,9 +51,15 @@ def columns(name: str, title: str, unit: str, values: Mapping[int, float], show:
     return Chart(name, title, text, svg)
 
 
-def heat_map(name: str, title: str, cells: Mapping[tuple[int, str], float], show: Callable[[float], str]) -> Chart:
-    """Rows are blocks, columns linears, `cells` by both; a cell that is missing was left dense."""
-    blocks = sorted({block for block, _ in cells})
+def heat_map(
+    name: str,
+    title: str,
+    blocks: Sequence[int],
+    cells: Mapping[tuple[int, str], float],
+    show: Callable[[float], str],
+    missing: str,
+) -> Chart:
+    """Rows are `blocks`, columns linears, `cells` by both; `missing` says what a cell without a value is."""
     parts = list(dict.fromkeys(part for _, part in cells))
     low, high = min(cells.values()), max(cells.values())
     logarithmic = low > 0 and high / low > 20
@@ -61,7 +67,8 @@ def heat_map(name: str, title: str, cells: Mapping[tuple[int, str], float], show
     text = f"{title}: from {show(low)} ({there} of block {best}) to {show(high)} ({where} of block {worst})."
     row, head = max(8.0, min(28.0, 560 / len(blocks))), 76
     foot = head + row * len(blocks)
-    svg = _canvas(foot + 46, text)
+    gaps = len(cells) < len(blocks) * len(parts)
+    svg = _canvas(foot + (64 if gaps else 46), text)
     left, width = 34, (WIDTH - 34 - 40) / len(parts)
     for place, label in enumerate(_short(parts)):
         _text(svg, left + (place + 0.5) * width, head - 8, label, "label", turn=-40)
@@ -73,12 +80,15 @@ def heat_map(name: str, title: str, cells: Mapping[tuple[int, str], float], show
         for place, part in enumerate(parts):
             value = cells.get((block, part))
             kind = "none" if value is None else f"r{_step(value, low, high, logarithmic)}"
-            said = f"{part} of block {block}: {'left dense' if value is None else show(value)}"
+            said = f"{part} of block {block}: {missing if value is None else show(value)}"
             gap = min(1.0, row / 10)
             _rect(svg, left + place * width, y, max(width - gap, 0.5), row - gap, kind, said)
             if value is not None and row >= 18 and width >= 34:
-                _text(svg, left + (place + 0.5) * width, y + row / 2 + 4, show(value), f"t{kind[1:]}", anchor="middle")
+                _text(svg, left + (place + 0.5) * width, y + row / 2 + 4, f"{value:.2g}", f"t{kind[1:]}", anchor="middle")
     _legend(svg, left, foot + 14, show(low), show(high), logarithmic)
+    if gaps:
+        _rect(svg, left, foot + 48, 18, 10, "none")
+        _text(svg, left + 26, foot + 57, missing, "label")
     return Chart(name, title, text, svg)
 
 
