@@ -29,10 +29,8 @@ def find(recipe: str | Path) -> Path:
     if path.is_file() or path.suffix == ".toml":
         return path
     if str(recipe) not in known:
-        names = list(known)
-        raise UsageError(
-            f"recipe {str(recipe)!r} is no file and no bundled recipe; bundled: {', '.join(names)}{did_you_mean(str(recipe), names)}"
-        )
+        names, hint = ", ".join(known), did_you_mean(str(recipe), list(known))
+        raise UsageError(f"recipe {str(recipe)!r} is no file and no bundled recipe; bundled: {names}{hint}")
     return known[str(recipe)]
 
 

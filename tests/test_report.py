@@ -49,7 +49,7 @@ def folder(tmp_path):
 class Page(HTMLParser):
     """Tags, attributes and text; fails on tags that are not closed in order."""
 
-    VOID = {"meta", "br", "rect", "line", "link", "img"}
+    VOID = frozenset({"meta", "br", "rect", "line", "link", "img"})
 
     def __init__(self, text):
         super().__init__()
@@ -246,5 +246,4 @@ def test_colours_have_contrast():
 
 def test_the_template_puts_nothing_in_unescaped():
     template = (ROOT / "compressor" / "page" / "page.html").read_text()
-    assert "safe" not in template
-    assert "autoescape" not in template
+    assert not re.search(r"\|\s*safe|autoescape", template)

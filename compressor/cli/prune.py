@@ -22,6 +22,8 @@ compress prune org/model -o out --method sparsegpt --pattern 2:4 --dataset text.
 
 compress prune ./model -o out --pattern 50% --format dense --ignore '*down_proj'
 
+compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
+
 compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 
 

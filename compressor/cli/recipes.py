@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from compressor.cli.show import out, table
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, description, settings.")] = False,
 ) -> None:
     """List the recipes that come with the package, or show one.
@@ -40,7 +41,7 @@ def recipes(
     out.print(found)
 
 
-def _facts(path: Any) -> dict[str, Any]:
+def _facts(path: Path) -> dict[str, Any]:
     from compressor.bundled import description
     from compressor.recipe import load
 

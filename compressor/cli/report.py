@@ -14,7 +14,9 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="File to make; must not exist.", show_default="DIR.report.html"),
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the charts as PNG files too.", show_default=False)] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the charts as PNG files too.", show_default=False)
+    ] = None,
 ) -> None:
     """Show a run on one HTML page: sizes, errors, scores, time, and what was left dense.
 

@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run: no scripts, nothing fetched, light and dark, narrow and wide.
 
-    record    what the page says, checked
-    charts    SVG trees; picture writes them as PNG files
-    page.html the template; every string passes through jinja2's escaping or the XML writer's, none is put in by hand
+record    what the page says, checked
+charts    SVG trees; picture writes them as PNG files
+page.html the template; every string passes through jinja2's escaping or the XML writer's, none is put in by hand
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def render(record: Record) -> str:
     )
     environment.filters.update(size=text.size, number=text.number, duration=text.duration)
     drawn = [
-        (chart, Markup(ElementTree.tostring(chart.svg, encoding="unicode")))  # noqa: S704  # escaped by the XML writer
+        (chart, Markup(ElementTree.tostring(chart.svg, encoding="unicode")))  # escaped by the XML writer
         for chart in draw(record)
     ]
     return environment.get_template("page.html").render(
@@ -66,9 +66,7 @@ def draw(record: Record) -> list[Chart]:
         )
     ]
     if record.block_errors:
-        drawn.append(
-            charts.columns("block-error", "Error by block", "relative squared error", record.block_errors, text.number)
-        )
+        drawn.append(charts.columns("block-error", "Error by block", "relative squared error", record.block_errors, text.number))
     blocks = sorted({row.block for row in record.rows if row.block is not None} | record.block_errors.keys())
     for name, (title, values, show, missing) in _maps(record).items():
         if values and min(values.values()) < max(values.values()):
