@@ -21,6 +21,8 @@ from compressor.cli.pack import pack
 from compressor.cli.plan import plan
 from compressor.cli.prune import prune
 from compressor.cli.push import push
+from compressor.cli.recipes import recipes
+from compressor.cli.report import report
 from compressor.cli.unpack import unpack
 from compressor.errors import CompressError
 
@@ -43,6 +45,8 @@ app.command("import", no_args_is_help=True)(import_legacy)
 app.command("push", no_args_is_help=True)(push)
 app.command("doctor")(doctor)
 app.command("bench")(bench)
+app.command("report", no_args_is_help=True)(report)
+app.command("recipes")(recipes)
 
 
 def _version(asked: bool) -> None:

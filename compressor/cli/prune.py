@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ compress prune org/model -o out --method sparsegpt --pattern 2:4 --dataset text.
 compress prune ./model -o out --pattern 50% --format dense --ignore '*down_proj'
 
 compress prune ./model -o out --pattern 60% --ratios curve --dataset text.jsonl
+
+compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
 
 compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 
@@ -66,7 +69,10 @@ def prune(
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,6 +103,8 @@ def prune(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
 ) -> None:
     """Prune a checkpoint, one decoder block in memory at a time."""
+    import compressor
+    from compressor.bundled import find
     from compressor.errors import UsageError
     from compressor.recipe import load, merge
 
@@ -109,22 +117,21 @@ def prune(
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]
-    merged = merge(load(recipe) if recipe else {}, given, assign)
+    merged = merge(load(find(recipe)) if recipe else {}, given, assign)
     if plan and pattern:
         raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
         err.print("loading libraries …", style="dim")
-    from compressor.job import make_job
-    from compressor.pipeline import prune as run
-
     quiet_libraries(verbose)
     if output is None or dry_run:
+        from compressor.job import make_job
+
         _show_job(make_job(merged, output), merged, as_json)
         return
     with pruning_progress(quiet) as progress:
-        report = run(merged, output, device=device, progress=progress)
+        report = compressor.prune(output=output, device=device, progress=progress, **asdict(merged))
     if as_json:
         print(json.dumps(report.everything(), indent=1))
     elif not quiet:

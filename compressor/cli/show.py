@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from compressor.text import size as size  # the commands take it from here
+
 if TYPE_CHECKING:
     from compressor.report import BlockRow
 
@@ -105,12 +107,3 @@ def table(title: str, columns: str) -> Table:
     for heading in columns.split():
         made.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
     return made
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.94 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
