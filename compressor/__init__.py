@@ -18,23 +18,24 @@ if TYPE_CHECKING:
 __all__ = ["load", "prune"]
 
 
-def prune(model: str | Path, output: str | Path, *, device: str = "auto", **settings: Any) -> Report:
-    """Compress the checkpoint `model` (a folder or a Hub id) into the new folder `output`.
+def prune(model: str | Path, output: str | Path, *, device: str = "auto", max_memory: str = "", **settings: Any) -> Report:
+    """Compress the checkpoint `model` (a folder or a Hub id) into the new folder `output`; a run that was cut off goes on.
 
     Args:
         model: what to compress.
         output: folder to be made.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        max_memory: of the host, such as `8GB`: hidden states that do not fit rest on disk.
         settings: fields of `compressor.recipe.Recipe`: method, pattern, format, dataset, num_samples, seq_len, seed,
             ignore, dtype, options, revision, trust_remote_code.
 
     Raises:
-        compressor.errors.CompressError: one clear line; nothing is left behind.
+        compressor.errors.CompressError: one clear line; nothing is left behind but what a run can go on from.
     """
     from compressor.pipeline import prune as run
     from compressor.recipe import merge
 
-    return run(merge({}, {"model": str(model), **settings}, []), Path(output), device=device)
+    return run(merge({}, {"model": str(model), **settings}, []), Path(output), device=device, max_memory=max_memory)
 
 
 def load(path: str | Path, **options: Any) -> Any:

@@ -5,7 +5,9 @@ CompressError            exit code 1; never shown with a traceback
 ├── CheckpointError      the model folder, its index, its shards or its architecture
 ├── DataError            calibration or test text
 ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
-└── OutputError          the output folder: exists, not writable, no space
+├── OutputError          the output folder: exists, not writable, no space; the work state: not this run's, damaged
+├── ProcessError         another process of a run on several devices is gone
+└── Interrupted          exit code 130 or 143; Ctrl-C or a signal, with what is left to go on from
 """
 
 
@@ -35,6 +37,18 @@ class NumericalError(CompressError):
 
 class OutputError(CompressError):
     """The output cannot be written."""
+
+
+class ProcessError(CompressError):
+    """A run of several processes lost one of them."""
+
+
+class Interrupted(CompressError):
+    """The run was told to end."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -15,8 +15,11 @@ import typer
 from compressor.cli.eval import evaluate
 from compressor.cli.inspect import inspect
 from compressor.cli.prune import prune
+from compressor.cli.resume import resume
+from compressor.cli.show import speaks
 from compressor.cli.unpack import unpack
-from compressor.errors import CompressError
+from compressor.cli.verify import verify
+from compressor.errors import CompressError, Interrupted, ProcessError
 
 app = typer.Typer(
     name="compress",
@@ -31,6 +34,8 @@ app.command("prune", no_args_is_help=True)(prune)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
+app.command("resume", no_args_is_help=True)(resume)
+app.command("verify", no_args_is_help=True)(verify)
 
 
 def _version(asked: bool) -> None:
@@ -56,7 +61,8 @@ def main() -> None:
     try:
         app()
     except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():
+            print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # what Typer makes of Ctrl-C

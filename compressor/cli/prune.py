@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, table
+from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, speaks, table
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -61,6 +61,12 @@ def prune(
         list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"
+        ),
+    ] = "",
     dtype: Annotated[
         str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")
     ] = None,
@@ -88,14 +94,28 @@ def prune(
     if not quiet:
         err.print("loading libraries …", style="dim")
     from compressor.job import make_job
-    from compressor.pipeline import prune as run
 
     quiet_libraries(verbose)
     if output is None or dry_run:
         _show_job(make_job(merged, output), merged, as_json)
         return
-    with pruning_progress(quiet) as progress:
-        report = run(merged, output, device=device, progress=progress)
+    run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
+
+
+def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool) -> None:
+    """Prune and print the result; of several processes the first one speaks."""
+    from compressor.errors import Interrupted
+    from compressor.journal import describe
+    from compressor.pipeline import prune as run
+
+    try:
+        with pruning_progress(quiet or not speaks()) as progress:
+            report = run(recipe, output, device=device, max_memory=max_memory, progress=progress)
+    except (KeyboardInterrupt, SystemExit) as end:
+        code = 130 if isinstance(end, KeyboardInterrupt) else end.code
+        raise Interrupted(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
+    if not speaks():
+        return
     if as_json:
         print(json.dumps(report.everything(), indent=1))
     elif not quiet:
@@ -140,7 +160,8 @@ def _show_report(report: Report) -> None:
     out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
-    out.print(f"{report.run['seconds']:.0f} s on {report.run['device']}, peak memory {peak}")
+    resumed = f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""
+    out.print(f"{report.run['seconds']:.0f} s{resumed} on {report.run['device']}, peak memory {peak}")
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
         out.print(
             f"note: pattern {report.recipe['pattern']} has no packed form: zeros are stored in place, the size stays the same"
