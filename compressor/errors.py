@@ -7,7 +7,7 @@ CompressError            exit code 1; never shown with a traceback
 ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
 ├── OutputError          the output folder: exists, not writable, no space; the work state: not this run's, damaged
 ├── ProcessError         another process of a run on several devices is gone
-└── Interrupted          exit code 130 or 143; Ctrl-C or a signal, with what is left to go on from
+└── InterruptedRun       exit code 130 or 143; Ctrl-C or a signal, with what is left to go on from
 """
 
 
@@ -43,7 +43,7 @@ class ProcessError(CompressError):
     """A run of several processes lost one of them."""
 
 
-class Interrupted(CompressError):
+class InterruptedRun(CompressError):  # noqa: N818  # no error: it was asked for
     """The run was told to end."""
 
     def __init__(self, message: str, exit_code: int) -> None:

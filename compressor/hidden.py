@@ -68,7 +68,8 @@ class Batches(Sequence[Tensor]):
         self._generation += 1
         if isinstance(self.home, Path):
             old, new = self._file, self._path()
-            assert old is not None and self._kind is not None
+            assert old is not None
+            assert self._kind is not None
             self._digest = hashlib.sha256()
             with new.open("wb") as file:
                 for number in range(self._count):
@@ -85,7 +86,8 @@ class Batches(Sequence[Tensor]):
             with self._file.open("wb") as file:
                 for batch in self._held:
                     self._put(file, batch)
-        assert self._file is not None and self._kind is not None
+        assert self._file is not None
+        assert self._kind is not None
         with self._file.open("rb") as file:
             os.fsync(file.fileno())
         shape, dtype = self._kind

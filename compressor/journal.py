@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from compressor.durable import sync, write_file
-from compressor.errors import CompressError, Interrupted, OutputError, ProcessError
+from compressor.errors import CompressError, InterruptedRun, OutputError, ProcessError
 from compressor.fingerprint import difference
 
 _BEGIN, _COMPLETE, _REPORT = "begin", "complete", "report.json"
@@ -137,7 +137,7 @@ class Journal:
         self.blocks = [_read(self.folder, f"block-{number:05}") for number in numbers]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        final = isinstance(error, CompressError) and not isinstance(error, OutputError | ProcessError | Interrupted)
+        final = isinstance(error, CompressError) and not isinstance(error, OutputError | ProcessError | InterruptedRun)
         if error is None or final or not self._worth():
             self._remove()
         os.close(self._lock)

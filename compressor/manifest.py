@@ -21,7 +21,7 @@ def manifest(hashes: Mapping[str, str]) -> str:
 
 
 def problems(folder: Path) -> list[str]:
-    """One line for each file of `folder` that is not as SHA256SUMS says: gone, changed, or unknown and of a kind that loaders read."""
+    """One line for each file that SHA256SUMS does not describe as it is: gone, changed, or added and read by loaders."""
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
     except FileNotFoundError:

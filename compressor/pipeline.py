@@ -80,7 +80,7 @@ def _prune(
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
     done, saved = group.agreed(_restore, journal, writer, report)
-    if states and saved:
+    if states and saved and saved[group.rank]:  # nothing is saved after the last block
         states.load(work, saved[group.rank])
     begun, spent = time.perf_counter(), 0.0
     for row in compress_blocks(job, states, device, _storing(writer, report), progress, first=done, group=group):
@@ -103,7 +103,8 @@ def _prune(
 
 def _restore(journal: Journal | None, writer: Writer | None, report: Report) -> tuple[int, list[Any] | None]:
     """Take up what the journal has; gives how many blocks are done, and what each process saved of the hidden states."""
-    assert journal and writer
+    assert journal
+    assert writer
     for record in journal.blocks:
         report.linears += [LinearRow(**row) for row in record["linears"]]
         report.blocks.append(BlockRow(**record["block"]))
@@ -115,7 +116,8 @@ def _record(
     journal: Journal | None, writer: Writer | None, report: Report, row: BlockRow, seconds: float, hidden: list[Any]
 ) -> None:
     """Note a finished block, once everything it wrote is on disk."""
-    assert journal and writer
+    assert journal
+    assert writer
     report.blocks.append(row)
     reported = sum(len(record["linears"]) for record in journal.blocks)
     linears = [asdict(one) for one in report.linears[reported:]]
@@ -126,7 +128,8 @@ def _record(
 
 def _publish(journal: Journal | None, writer: Writer | None, report: Report, recipe: Recipe) -> dict[str, Any]:
     """Write what is left to write, and give the folder its name; returns the whole report."""
-    assert journal and writer
+    assert journal
+    assert writer
     stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
     report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
     report.run["block_seconds"] = [record["seconds"] for record in journal.blocks]

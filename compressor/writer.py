@@ -117,7 +117,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         if error is not None:
-            for parent in self.made:
+            for parent in self.made or []:
                 with suppress(OSError):  # somebody else uses it by now
                     parent.rmdir()
         if isinstance(error, OSError):

@@ -19,7 +19,7 @@ from compressor.cli.resume import resume
 from compressor.cli.show import speaks
 from compressor.cli.unpack import unpack
 from compressor.cli.verify import verify
-from compressor.errors import CompressError, Interrupted, ProcessError
+from compressor.errors import CompressError, InterruptedRun
 
 app = typer.Typer(
     name="compress",
@@ -62,7 +62,7 @@ def main() -> None:
         app()
     except CompressError as error:
         if speaks():
-            print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+            print(error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # what Typer makes of Ctrl-C

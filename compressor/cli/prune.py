@@ -104,7 +104,7 @@ def prune(
 
 def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool) -> None:
     """Prune and print the result; of several processes the first one speaks."""
-    from compressor.errors import Interrupted
+    from compressor.errors import InterruptedRun
     from compressor.journal import describe
     from compressor.pipeline import prune as run
 
@@ -112,8 +112,8 @@ def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, 
         with pruning_progress(quiet or not speaks()) as progress:
             report = run(recipe, output, device=device, max_memory=max_memory, progress=progress)
     except (KeyboardInterrupt, SystemExit) as end:
-        code = 130 if isinstance(end, KeyboardInterrupt) else end.code
-        raise Interrupted(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
+        code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
+        raise InterruptedRun(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
     if not speaks():
         return
     if as_json:
