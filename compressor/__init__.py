@@ -50,9 +50,12 @@ def prune(
     ignore: Sequence[str] | None = None,
     trust_remote_code: bool | None = None,
     device: str = "auto",
+    max_memory: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """Compress the checkpoint `model` into the new folder `output`; what `compress prune` does.
+
+    A run that was cut off goes on where it was when the same is asked for again.
 
     A setting that is None is that of the `recipe`, or the default where the recipe does not have it either.
 
@@ -82,13 +85,14 @@ def prune(
         ignore: globs over the names of linears that stay dense.
         trust_remote_code: run Python code that the checkpoint brings; default False.
         device: "auto", "cpu", "cuda", "cuda:1", …
+        max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk.
         progress: called after each step, see `compressor.blocks.Progress`.
 
     Returns:
         The report that is also in the folder, with the cost of this run under `run`.
 
     Raises:
-        compressor.errors.CompressError: one clear line; nothing is left behind.
+        compressor.errors.CompressError: one clear line; nothing is left behind but what a run can go on from.
     """
     from compressor.bundled import find
     from compressor.recipe import load, merge
@@ -108,7 +112,7 @@ def prune(
     from compressor.blocks import silent
     from compressor.pipeline import prune as run
 
-    return run(merged, Path(output), device=device, progress=progress or silent)
+    return run(merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent)
 
 
 def load(

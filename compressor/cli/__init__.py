@@ -23,8 +23,11 @@ from compressor.cli.prune import prune
 from compressor.cli.push import push
 from compressor.cli.recipes import recipes
 from compressor.cli.report import report
+from compressor.cli.resume import resume
+from compressor.cli.show import speaks
 from compressor.cli.unpack import unpack
-from compressor.errors import CompressError
+from compressor.cli.verify import verify
+from compressor.errors import CompressError, InterruptedRun
 
 app = typer.Typer(
     name="compress",
@@ -47,6 +50,8 @@ app.command("doctor")(doctor)
 app.command("bench")(bench)
 app.command("report", no_args_is_help=True)(report)
 app.command("recipes")(recipes)
+app.command("resume", no_args_is_help=True)(resume)
+app.command("verify", no_args_is_help=True)(verify)
 
 
 def _version(asked: bool) -> None:
@@ -72,7 +77,8 @@ def main() -> None:
     try:
         app()
     except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():
+            print(error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # what Typer makes of Ctrl-C

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, markup=False)  # names come from files: no markup in them is ours
+
+
+def speaks() -> bool:
+    """Whether this process is the only one of its run, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries(verbose: bool) -> None:
