@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-_LIGHT_SCALE = ["#e3edf8", "#cbdff1", "#aacfe6", "#82badb", "#5ba3cf", "#3a89c1", "#2070b4", "#0e559f", "#08407f"]
-_DARK_SCALE = ["#17293b", "#1b3a56", "#1f4b71", "#255e8e", "#3274a8", "#4a8cbf", "#6ba6d2", "#94c1e2", "#c3dff2"]
+_LIGHT_SCALE = ["#e3edf8", "#cbdff1", "#aacfe6", "#82badb", "#5ba3cf", "#2b77b0", "#1d68a8", "#0e559f", "#08407f"]
+_DARK_SCALE = ["#17293b", "#1b3a56", "#1f4b71", "#255e8e", "#2d6a9c", "#4a8cbf", "#6ba6d2", "#94c1e2", "#c3dff2"]
 
 
 def _scale(colours: list[str], first: str, last: str, turn: int) -> dict[str, str]:
