@@ -8,6 +8,7 @@ Peak memory is one block, the calibration states and the statistics of one block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch

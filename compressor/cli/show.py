@@ -107,6 +107,17 @@ def scoring_progress(quiet: bool) -> Iterator[tuple[Any, Any]]:
         yield (lambda step, done, total: bar.update(task, description=step, completed=done, total=total)), note
 
 
+@contextmanager
+def counting(what: str, quiet: bool) -> Iterator[Any]:
+    """A `(done, total)` callback with a bar on a terminal."""
+    if quiet or not err.is_terminal:
+        yield lambda done, total: None
+        return
+    with _bar() as bar:
+        task = bar.add_task(what, total=None, note="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def table(title: str, columns: str) -> Table:
     """An empty table without borders; `columns` are headings, right-aligned where they begin with `>`."""
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -174,8 +174,6 @@ def _every(count: int, step: float, room: float) -> int:
 
 def _short(names: Sequence[str]) -> list[str]:
     """The last part of each dotted name, or as many as tell them apart; never longer than fits."""
-    for kept in range(1, 4):
-        found = [".".join(name.split(".")[-kept:]) for name in names]
-        if len(set(found)) == len(found):
-            break
+    lasts = [[".".join(name.split(".")[-kept:]) for name in names] for kept in range(1, 4)]
+    found = next((last for last in lasts if len(set(last)) == len(last)), lasts[-1])
     return [name if len(name) <= 16 else f"…{name[-15:]}" for name in found]

@@ -143,7 +143,7 @@ class _Checked:
         return value
 
     def real(self, key: str) -> float:
-        value = self.found.get(key)
+        value: Any = self.found.get(key)
         if not is_number(value) or value < 0:
             raise self.refuse(key)
         return float(value)
