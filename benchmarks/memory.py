@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                    # 22 blocks, the shape of TinyLlama, 2.2 GB
     python benchmarks/memory.py --blocks 4 8 16 32 --method sparsegpt --csv memory.csv
+    python benchmarks/memory.py --ratios ecoflap --seq-len 512    # compress plan instead: the pass that takes gradients
 
 Makes a random checkpoint of each depth (shard by shard, so that making it needs little memory too), prunes it in a process
 of its own and samples that process's anonymous memory; pages of the mapped input files are the kernel's to take back.
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[22])
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--ratios", default="", help="measure `compress plan --pattern 50%%` with these ratios instead of prune")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--csv", type=Path)
@@ -93,21 +95,18 @@ def main() -> None:
                 3, VOCAB, (arguments.samples, arguments.seq_len), generator=torch.Generator().manual_seed(1)
             ).tolist()
             ids.write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
-            command = [
-                sys.executable,
-                "-m",
-                "compressor",
-                "prune",
-                str(model),
-                "-o",
-                str(Path(scratch) / "out"),
-                "--method",
-                arguments.method,
-            ]
+            verb = ["plan", "--ratios", arguments.ratios, "--pattern", "50%"] if arguments.ratios else ["prune"]
+            command = [sys.executable, "-m", "compressor", *verb, str(model), "-o", str(Path(scratch) / "out")]
+            command += ["--method", arguments.method]
             command += ["--dataset", str(ids), "--num-samples", str(arguments.samples), "--seq-len", str(arguments.seq_len), "-q"]
             size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
             peak, seconds = watch([*command, "--device", "cpu"])
-        row = {"method": arguments.method, "blocks": blocks, "tokens": arguments.samples * arguments.seq_len}
+        row = {
+            "method": arguments.method,
+            "ratios": arguments.ratios,
+            "blocks": blocks,
+            "tokens": arguments.samples * arguments.seq_len,
+        }
         row |= {"checkpoint_gb": round(size, 3), "peak_anonymous_gb": round(peak, 3), "seconds": round(seconds, 1)}
         rows.append({**row, "torch": torch.__version__, "machine": platform.machine()})
         print(rows[-1], flush=True)

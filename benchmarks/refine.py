@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from compressor import calibration, data
 from compressor.checkpoint import Reader
 from compressor.evaluate import perplexity
+from compressor.formats.dense import Dense
 from compressor.methods import method_module
 from compressor.model import Skeleton
 from compressor.pattern import Pattern
@@ -92,8 +93,9 @@ def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
             if to_dense or tuned:
                 exact = [calibration.run(dense, batch, arguments) for batch in exact]
             if tuned:
-                weights = {name: linear.weight for name, linear in linears_of(block).items()}
-                tune(block, weights, hidden, exact, arguments, **TUNE)
+                forms = {f"{name}.weight": Dense(linear.weight.detach()) for name, linear in linears_of(block).items()}
+                for name, form in tune(block, forms, hidden, exact, arguments, **TUNE)[0].items():
+                    block.get_parameter(name).data = form.dense()
             hidden = [calibration.run(block, batch, arguments) for batch in hidden]
     seconds = time.process_time() - started
     score = perplexity(model, canary.test)

@@ -1,13 +1,15 @@
 """Which linear becomes what, chosen after the calibration and before the first block.
 
-Everything is compressed alike unless the recipe asks for ratios; an allocator (compressor/ratios/) then shares the same number
-of zeros out among the linears.
+Everything is compressed alike unless the recipe asks for more. With ratios, an allocator (compressor/ratios/) shares the zeros of
+a sparsity out among the linears; with a dense fraction, the linears that lose most under n:m stay dense. A plan made
+in one of these ways is only taken if it is better than the plain one when both are tried on a part of the calibration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ from compressor.blocks import Progress
 from compressor.calibration import States
 from compressor.job import Job
 from compressor.pattern import Pattern
+from compressor.ratios import dense, uniform
+from compressor.trial import Trial
 
 
 def allocate(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
@@ -27,15 +31,23 @@ def allocate(job: Job, states: States | None, device: torch.device, progress: Pr
         progress: told after each step.
     """
     if job.ratios:
-        job = _share_zeros(job, states, device, progress)
+        return _share_zeros(job, states, device, progress)
+    if job.dense_fraction:
+        return _leave_dense(job, states, device, progress)
     return job
 
 
 def _share_zeros(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
     assert job.ratios
     zeros = int(job.every[0].goal.sparsity * sum(task.linear.size for task in job.every))
+    even = sharing(job, uniform.uniform(job, zeros))
+    name = job.ratios.__name__.rpartition(".")[2]
+    if job.ratios is uniform:
+        return replace(even, allocation={"by": name, "zeros": zeros})
+    assert states
     shares, facts = job.ratios.allocate(job, zeros, states, device, progress, **job.ratio_options)
-    return replace(sharing(job, shares), allocation=facts)
+    facts = {"by": name, "zeros": zeros, **facts}
+    return better(Trial(job, states, device), {"uniform": even, name: sharing(job, shares)}, facts, progress)
 
 
 def sharing(job: Job, shares: Mapping[str, int]) -> Job:
@@ -45,3 +57,25 @@ def sharing(job: Job, shares: Mapping[str, int]) -> Job:
         for task in job.every
     }
     return job.assign(goals, "its share of the zeros is none")
+
+
+def _leave_dense(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
+    assert states
+    kept, facts = dense.choose(job, job.dense_fraction, states, device, progress, **job.ratio_options)
+    chosen = job.assign(
+        {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "--dense-fraction"
+    )
+    facts = {"by": "dense-fraction", "dense": sorted(kept), **facts}
+    return better(Trial(job, states, device), {"no linear dense": job, "dense-fraction": chosen}, facts, progress)
+
+
+def better(trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], progress: Progress) -> Job:
+    """The last of two jobs if its divergence on the calibration is lower than that of the first, else the first.
+
+    Both numbers are in the `allocation` of the job that is returned.
+    """
+    (plain, first), (name, second) = jobs.items()
+    divergences = {key: trial.divergence(job, progress) for key, job in jobs.items()}
+    taken = divergences[name] < divergences[plain]
+    found = {**facts, "divergence": divergences, "tokens": trial.tokens, "taken": name if taken else plain}
+    return replace(second if taken else first, allocation=found)

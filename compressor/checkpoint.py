@@ -22,6 +22,10 @@ ITEM_BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_SIZE = re.compile("size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group")  # in keys of config.json
+_LENGTH = re.compile("chunk|window|image|patch|audio")  # in keys that measure the input, not the model
+_MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
+_MAX_NAME = 500  # characters of a tensor's name, which is printed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -91,13 +95,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
-    """One header entry, checked: known dtype, whole shape, byte range as long as the shape says."""
+    """One header entry, checked: printable name, known dtype, whole shape, byte range as long as the shape says."""
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise CheckpointError(f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable characters")
     try:
         dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry") from None
     whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop))
-    if dtype not in ITEM_BITS or not whole:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS or not whole:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not understood")
     needed = math.prod(shape) * ITEM_BITS[dtype] // 8
     if stop - start != needed:
@@ -184,10 +190,45 @@ class Reader:
 
             yield lazy
 
-    def read(self, name: str) -> Any:
-        """One tensor, as a copy of its own in memory."""
+    def read(self, name: str, at: int | None = None) -> Any:
+        """One tensor, or only `tensor[at]`, as a copy of its own in memory."""
         with self.opened() as lazy:
-            return lazy(name)[...].clone()
+            return (lazy(name)[...] if at is None else lazy(name)[at]).clone()
+
+
+def check_sizes(reader: Reader, config: Any) -> None:
+    """Refuse a transformers config of a model that cannot be the checkpoint's, before it is built and takes the memory.
+
+    Args:
+        reader: the checkpoint.
+        config: made from its config.json, for the number of layers goes by many names there.
+
+    Raises:
+        CheckpointError: more layers than tensors, or a size or count far beyond every dimension of every tensor.
+    """
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth > len(reader.tensors):
+        raise CheckpointError(f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors")
+    largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
+    for key, value in _numbers(reader.config):
+        if "position" in key:
+            most = _MOST_POSITIONS
+        else:
+            most = max(4096, 4 * largest) if _SIZE.search(key) and not _LENGTH.search(key) else math.inf
+        if value > most:
+            raise CheckpointError(f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above {largest}")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers of a JSON document, each with the nearest key above it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float):
+        yield key, value
 
 
 def _no_weights(folder: Path) -> str:

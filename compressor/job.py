@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from compressor import data
+from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
+from compressor.experts import only_stacks
 from compressor.methods import method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
-from compressor.pattern import Pattern
+from compressor.pattern import Pattern, parse_fraction
 from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
@@ -27,12 +30,13 @@ from compressor.writer import check_output
 
 @dataclass(frozen=True)
 class Task:
-    """What one linear is to become: `method.compress(weight, stats, goal, **options)`."""
+    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or not by the job's refinement."""
 
     linear: Linear
     method: ModuleType
     options: dict[str, Any]
     goal: Pattern
+    refined: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,13 @@ class Job:
         refine, refine_options: what improves each pruned weight; refine may be None.
         tune: epochs of block tuning, 0 for none.
         packed: store in a packed form what has one.
+        all_tokens: experts are calibrated on all tokens, not only on those the router sends to them.
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
         left_dense: every other weight with two dimensions or more, and why.
-        ratios, ratio_options: what gives every linear a number of zeros of its own; ratios may be None.
+        ratios: what gives every linear a number of zeros of its own; may be None.
+        dense_fraction: of the weights, may stay dense where that helps most.
+        ratio_options: of either.
         allocation: what that measured; empty before it ran.
     """
 
@@ -58,10 +65,12 @@ class Job:
     refine_options: dict[str, Any]
     tune: int
     packed: bool
+    all_tokens: bool
     seq_len: int
     seed: int
     left_dense: list[LeftDense]
     ratios: ModuleType | None = None
+    dense_fraction: Fraction = Fraction(0)
     ratio_options: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
 
@@ -73,13 +82,62 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
-        asked = self.refine is not None or self.tune > 0 or self.ratios is not None
+        asked = self.refine is not None or self.tune > 0 or self.measures
         return asked or any(task.method.NEEDS_INPUTS for task in self.every)
+
+    @property
+    def measures(self) -> bool:
+        """Whether goals are chosen by what is measured on the calibration."""
+        return self.dense_fraction > 0 or (self.ratios is not None and self.ratios.NEEDS_INPUTS)
 
     @property
     def needs_gram(self) -> bool:
         """Whether the statistics need the Gram matrix."""
         return any(task.method.NEEDS_GRAM for task in self.every) or (self.refine is not None and self.refine.NEEDS_GRAM)
+
+    def packs(self, task: Task) -> bool:
+        """Whether the pruned weight of a task is stored packed."""
+        return self.packed and self.fits_2_4(task) and task.linear.experts not in self._unpackable
+
+    @staticmethod
+    def fits_2_4(task: Task) -> bool:
+        """Whether the pruned weight of a task could be stored packed."""
+        return isinstance(task.goal, Pattern) and task.goal.fits_2_4
+
+    @cached_property
+    def _partial(self) -> set[str]:
+        """Names of the modules of which some experts' matrices are tasks and others are not."""
+        tasks = {task.linear.name for task in self.every}
+        chosen = {task.linear.experts for task in self.every} - {""}
+        return {linear.experts for linear in self._linears if linear.experts in chosen and linear.name not in tasks}
+
+    @cached_property
+    def _unpackable(self) -> set[str]:
+        """Names of the modules whose experts are stored as plain weights: a loader needs all their matrices packed, or none."""
+
+        def plain(task: Task) -> bool:
+            form = self.fits_2_4(task) or not task.method.REFINABLE
+            return not form or task.linear.at is not None or not only_stacks(task.linear.module.owner)
+
+        return self._partial | {task.linear.experts for task in self.every if task.linear.experts and plain(task)}
+
+    @property
+    def _linears(self) -> list[Linear]:
+        return [linear for index in range(len(self.tasks)) for linear in self.skeleton.linears(index)]
+
+    def check_experts(self) -> Job:
+        """The job itself. Raises UsageError where experts would have to be stored in a way that they cannot be."""
+        for task in self.every:
+            name = task.linear.experts
+            if not task.method.REFINABLE and name in self._unpackable:
+                shared = task.linear.at is not None
+                why = "keeps all experts in one tensor" if shared else "has some experts that stay dense, or biases"
+                glob = f"*{task.linear.name.split('.')[-2]}.*" if shared else "*experts*"
+                raise UsageError(
+                    f"{name} {why}: factors cannot be stored for {task.linear.name}; "
+                    f"use a method that prunes, or leave them all dense with --ignore '{glob}'"
+                )
+        return self
 
     def assign(self, goals: Mapping[str, Pattern | None], reason: str) -> Job:
         """The job with these goals, by linear name; a linear whose goal is None stays dense, for `reason`."""
@@ -89,7 +147,7 @@ class Job:
         tasks = [
             [replace(task, goal=goal) for task in block if (goal := goals[task.linear.name]) is not None] for block in self.tasks
         ]
-        return replace(self, tasks=tasks, left_dense=left + self.left_dense)
+        return replace(self, tasks=tasks, left_dense=left + self.left_dense).check_experts()
 
 
 def make_job(recipe: Recipe, output: Path | None) -> Job:
@@ -99,11 +157,19 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     options = check_options(f"method {recipe.method}", method.compress, recipe.options)
     refine = refinement(recipe.refine) if recipe.refine else None
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
-    if (refine or recipe.tune) and not method.REFINABLE:
-        raise UsageError(f"--refine and --tune improve a plain pruned weight; method {recipe.method} stores another form")
-    _rehearse(method, options, refine, refine_options, pattern)
-    ratios, ratio_options = _allocator(recipe, pattern)
-    if method.NEEDS_INPUTS or refine or recipe.tune or ratios:
+    if refine and not method.REFINABLE:
+        raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
+    entries = plan.read(Path(recipe.plan)) if recipe.plan else {}
+    for each in plan.patterns(entries) if entries else [pattern]:
+        _rehearse(method, options, refine, refine_options, each)
+    allocation = _allocation(recipe, pattern)
+    if (
+        method.NEEDS_INPUTS
+        or refine
+        or recipe.tune
+        or recipe.dense_fraction
+        or ("ratios" in allocation and allocation["ratios"].NEEDS_INPUTS)
+    ):
         data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
@@ -113,37 +179,62 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     seq_len = _sequence_length(recipe.seq_len, data.context_length(skeleton.config))
     blocks, left_dense = _choose(skeleton, recipe.ignore)
     for linear in (linear for block in blocks for linear in block):
-        pattern.check_width(linear.name, linear.shape[1])
+        if not entries:
+            pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
-    tasks = [[Task(linear, method, options, pattern) for linear in block] for block in blocks]
-    packed = recipe.format == "packed"
-    return Job(
-        reader,
-        skeleton,
-        tasks,
-        refine,
-        refine_options,
-        recipe.tune,
-        packed,
-        seq_len,
-        recipe.seed,
-        left_dense,
-        ratios,
-        ratio_options,
-    )
+    refined = _refined(recipe, [linear.name for block in blocks for linear in block])
+    tasks = [[Task(linear, method, options, pattern, linear.name in refined) for linear in block] for block in blocks]
+    job = Job(
+        reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options, tune=recipe.tune,
+        packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len, seed=recipe.seed,
+        left_dense=left_dense, **allocation,
+    )  # fmt: skip
+    if not entries:
+        return job.check_experts()
+    goals = plan.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
+    if not any(goals.values()):
+        raise UsageError(f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense")
+    return job.assign(goals, "the plan")
 
 
-def _allocator(recipe: Recipe, pattern: Pattern) -> tuple[ModuleType | None, dict[str, Any]]:
-    """The allocator of ratios that was asked for, if any, and its options."""
-    if not recipe.ratios:
-        if recipe.ratio_options:
-            raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios, which is not given")
-        return None, {}
-    module = allocator(recipe.ratios)
-    if pattern.m:
-        raise UsageError(f"--ratios shares out zeros, and {pattern} leaves none to share; give a sparsity such as --pattern 50%")
-    return module, check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
+def _refined(recipe: Recipe, names: list[str]) -> set[str]:
+    """Names of the linears that the refinement is for."""
+    for glob in recipe.refine_only:
+        if not recipe.refine:
+            raise UsageError(f"--refine-only {glob!r} is for --refine, which is not given")
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UsageError(f"--refine-only {glob!r} matches no linear; names look like {names[0]!r}")
+    return {name for name in names if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)}
+
+
+def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
+    """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
+    if recipe.plan and (recipe.ratios or recipe.dense_fraction):
+        raise UsageError(
+            "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
+        )
+    if recipe.ratios and pattern.m:
+        raise UsageError(
+            f"--ratios shares out zeros, and {pattern} leaves none to share: "
+            "give a sparsity such as --pattern 50%, or let linears stay dense with --dense-fraction 10%"
+        )
+    if recipe.ratios:
+        if recipe.dense_fraction:
+            raise UsageError("--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself")
+        module = allocator(recipe.ratios)
+        options = check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
+        return {"ratios": module, "ratio_options": options}
+    if recipe.dense_fraction:
+        if not pattern.m:
+            raise UsageError(f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios")
+        from compressor.ratios import dense
+
+        options = check_options("--dense-fraction", dense.choose, recipe.ratio_options)
+        return {"dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction), "ratio_options": options}
+    if recipe.ratio_options:
+        raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given")
+    return {}
 
 
 def _rehearse(
@@ -184,14 +275,14 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
                 left.append(LeftDense(linear.name, list(linear.shape), f"--ignore {glob}"))
             else:
                 blocks[-1].append(linear)
-        for name, shape in skeleton.others(index):
+        for name, shape, reason in skeleton.others(index):
             glob = matching(name)
-            if len(shape) > 2 and not glob:
+            if len(shape) > 2 and min(shape) > 1 and not glob:  # a convolution over time is [channels, 1, width]
                 raise CheckpointError(
-                    f"{name} has shape {list(shape)}: stacked expert weights are not supported; "
+                    f"{name} has shape {list(shape)}: weights stacked in this way are not supported; "
                     f"leave them dense with --ignore '*{name.split('.')[-1]}'"
                 )
-            left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else "not a linear layer"))
+            left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else reason))
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
         raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {example!r}")

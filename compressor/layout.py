@@ -13,6 +13,7 @@ from compressor.errors import CheckpointError
 
 QUANT_METHOD = "compress-llm"
 VERSION = 1
+TRANSPOSED = "transposed"  # key of an entry whose dense weight is stored [in, out]
 GUARD = "this checkpoint is compressed: `pip install compress-llm` and `import compressor.runtime` before loading it"
 
 
@@ -22,6 +23,11 @@ def compressed_config(config: Mapping[str, Any], modules: Mapping[str, Mapping[s
         return dict(config)
     described = {"quant_method": QUANT_METHOD, "version": VERSION, "modules": dict(modules)}
     return {**config, "quantization_config": described, "transformers_weights": GUARD}
+
+
+def module_entry(entry: Mapping[str, Any], *, transposed: bool) -> dict[str, Any]:
+    """A form's entry as the table of modules has it: what turns it back into a dense checkpoint must know of gpt2's layout."""
+    return {**entry, TRANSPOSED: True} if transposed else dict(entry)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,24 @@
 """A model that is never in memory whole: a skeleton on the meta device, loaded and freed one decoder block at a time.
 
-Names and layouts on disk are turned into the modules' by transformers' own conversion machinery, applied to a subset of
-the tensors. That machinery is not a documented interface: pyproject.toml declares the range of versions it was tested with.
+Names and layouts on disk are turned into the modules' by `conversion`; the matrices of stacked experts are linears by `experts`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Reader
+from compressor import conversion
+from compressor.checkpoint import Reader, check_sizes
 from compressor.errors import CheckpointError, NumericalError
+from compressor.experts import attach, entering, expert_modules, matrices, use_linears
 
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -27,16 +28,20 @@ class Linear:
     """One weight matrix of a block.
 
     Attributes:
-        name: of the module, such as `model.layers.0.self_attn.q_proj`.
+        name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that of its tensor on disk.
         tensor: its weight's name on disk.
-        module: the module that computes with it.
-        transposed: the stored weight is `[in, out]` (gpt2's Conv1D).
+        module: the module that computes with it; its `weight` is the stored matrix.
+        transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
+        at: its place along the first dimension of a tensor that holds the matrices of all experts; None otherwise.
+        experts: name of the module whose expert it belongs to; empty for a linear of its own.
     """
 
     name: str
     tensor: str
-    module: Any  # nn.Linear or Conv1D
+    module: Any  # nn.Linear, Conv1D or ExpertLinear
     transposed: bool
+    at: int | None = None
+    experts: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,13 +50,18 @@ class Linear:
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the weight; the experts of a block share theirs."""
+        return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
+
+    @property
     def size(self) -> int:
         """Its number of weights."""
         return self.module.weight.numel()
 
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
-        weight = reader.read(self.tensor)
+        weight = reader.read(self.tensor, self.at)
         return weight.T.contiguous() if self.transposed else weight
 
     def get(self) -> Tensor:
@@ -81,6 +91,7 @@ class Skeleton:
         model: the transformers model, in eval mode.
         blocks: its decoder blocks; `path` is their name, such as `model.layers`.
         dtype: what blocks are loaded and computed in.
+        trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
         CheckpointError: an architecture transformers does not know, no decoder stack, or tensors that do not fit it.
@@ -89,64 +100,62 @@ class Skeleton:
     def __init__(self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
         _return_large_allocations()
         self.reader = reader
+        self.trust_remote_code = trust_remote_code
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
-        depth = getattr(self.config.get_text_config(decoder=True), "num_hidden_layers", 0)
-        if not isinstance(depth, int) or depth > len(reader.tensors):
-            raise CheckpointError(f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors")
+        check_sizes(reader, self.config)
         self.model = _on_meta(self.config, self.dtype, trust_remote_code)
         self.path, self.blocks = _decoder_blocks(self.model, self.config)
-        self.on_disk = self._names_on_disk()
+        self.sources = conversion.sources(self.model, reader.tensors)
+        self.on_disk = {parameter: [name for name, _ in found] for parameter, found in self.sources.items()}
+        self._check_tensors()
+        self._order = conversion.order(self.model)
+        self._experts = [self._find_experts(index) for index in range(len(self.blocks))]
+        if any(self._experts):
+            use_linears(self.model)
 
-    def _names_on_disk(self) -> dict[str, list[str]]:
-        """Parameter name -> the tensors on disk it is made from."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    def in_dtype(self, dtype: torch.dtype) -> Skeleton:
+        """A skeleton of the same checkpoint that computes in `dtype`; this one, if it does."""
+        return self if self.dtype == dtype else Skeleton(self.reader, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-        converters = [step for step in mapping if isinstance(step, WeightConverter)]
-        state = self.model.state_dict()
-        found: dict[str, list[str]] = {}
-        for name, entry in self.reader.tensors.items():
-            target, converter = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
-            target = name if target not in state and name in state else target
-            found.setdefault(target, []).append(name)
-            if converter is None and target in state and tuple(state[target].shape) != entry.shape:
-                expected = f"a {self.config.model_type} model with this config.json has {list(state[target].shape)}"
-                raise CheckpointError(f"{self.reader.folder}: {name} has shape {list(entry.shape)}, {expected}")
-        tied = (
-            set(getattr(self.model, "_tied_weights_keys", None) or {})
-            if self.config.get_text_config().tie_word_embeddings
-            else set()
-        )
-        missing = sorted(name for name, _ in self.model.named_parameters() if name not in found and name not in tied)
+    def _check_tensors(self) -> None:
+        """Raise CheckpointError unless the tensors on disk are those of this model."""
+        state, kind = self.model.state_dict(), self.config.model_type
+        for parameter, found in self.sources.items():
+            for name, pattern in found:
+                shape = self.reader.tensors[name].shape
+                if pattern is None and parameter in state and tuple(state[parameter].shape) != shape:
+                    expected = f"a {kind} model with this config.json has {list(state[parameter].shape)}"
+                    raise CheckpointError(f"{self.reader.folder}: {name} has shape {list(shape)}, {expected}")
+        ties = self.config.get_text_config().tie_word_embeddings
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or {}) if ties else set()
+        missing = sorted(name for name, _ in self.model.named_parameters() if name not in self.on_disk and name not in tied)
         if missing:
-            raise CheckpointError(
-                f"{self.reader.folder} lacks {len(missing)} tensors of a {self.config.model_type} model, {missing[0]} among them"
-            )
-        return found
+            raise CheckpointError(f"{self.reader.folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]} among them")
+
+    def _find_experts(self, index: int) -> list[Linear]:
+        """The experts' matrices of block `index`; none where their layout on disk is not understood."""
+        linears = []
+        shapes = {name: entry.shape for name, entry in self.reader.tensors.items()}
+        for local, module in expert_modules(self.blocks[index]):
+            full, stacks = f"{self.path}.{index}.{local}", (entering(module), "down_proj")
+            found = {}
+            for stack in stacks:
+                shape, tensors = tuple(getattr(module, stack).shape), self.sources[f"{full}.{stack}"]
+                found[stack] = matrices(shape, module.is_transposed, tensors, shapes, self._order)
+            if all(found.values()):
+                named = attach(module, found)
+                places = [place for stack in stacks for place in found[stack]]
+                linears += [Linear(p.name, p.tensor, named[p.name], module.is_transposed, p.at, full) for p in places]
+        return linears
 
     def _load(self, parameters: Iterable[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         names = [name for parameter in parameters for name in self.on_disk[parameter]]
-        mapping: Any = get_model_conversion_mapping(self.model)
-        with self.reader.opened() as lazy, _quiet():
-            info, _ = convert_and_load_state_dict_in_model(
-                self.model,
-                {name: lazy(name) for name in names},
-                LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=mapping),
-                disk_offload_index=None,
-            )
-        for what, found in (("does not fit", info.mismatched_keys), ("cannot be converted", info.conversion_errors)):
-            if found:
-                raise CheckpointError(
-                    f"{self.reader.folder}: {str(next(iter(found)))[:200]} {what} the {self.config.model_type} model of config.json"
-                )
-        self.model.tie_weights()  # parameters were replaced, so ties made earlier are gone
+        with self.reader.opened() as lazy:
+            try:
+                conversion.load(self.model, {name: lazy(name) for name in names}, self.dtype)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.reader.folder}: {error}") from None
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """Block `index` with its weights, on `device`. Raises NumericalError for a weight that is not finite."""
@@ -154,6 +163,9 @@ class Skeleton:
         self._load(name for name in self.on_disk if name.startswith(prefix))
         for name, tensor in self.blocks[index].named_parameters():
             require_finite(prefix + name, tensor)
+        for linear in self._experts[index][-1:]:  # that the layout was understood shows on one matrix as well as on all
+            if not torch.equal(linear.get(), linear.read(self.reader).to(self.dtype)):
+                raise CheckpointError(f"{linear.name} is not where it was expected in {linear.experts}; leave its experts dense")
         return self.blocks[index].to(device)
 
     def free_block(self, index: int) -> None:
@@ -183,24 +195,41 @@ class Skeleton:
         _parameters_to_meta(self.model, lambda name: not name.startswith(f"{self.path}."))
 
     def linears(self, index: int) -> list[Linear]:
-        """The weight matrices of block `index`: nn.Linear (and its subclasses) and Conv1D."""
+        """The weight matrices of block `index`: nn.Linear (and its subclasses), Conv1D, and the matrices of experts. No routers."""
         from transformers.pytorch_utils import Conv1D
 
-        found = []
+        found, routers = [], self._routers(index)
         for name, module in self.blocks[index].named_modules():
             if isinstance(module, nn.Linear | Conv1D):
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
-                if len(tensors) == 1:
+                if len(tensors) == 1 and f"{name}.weight" not in routers:
                     found.append(Linear(full, tensors[0], module, isinstance(module, Conv1D)))
+        return found + self._experts[index]
+
+    def _routers(self, index: int) -> set[str]:
+        """Names within the block of the matrices beside experts that choose or weigh them: a row for each expert, or one row."""
+        block, found = self.blocks[index], set()
+        for inside, experts in expert_modules(block):
+            beside = inside.rpartition(".")[0]
+            for name, parameter in block.get_submodule(beside).named_parameters(beside):
+                if parameter.dim() == 2 and len(parameter) in (1, experts.num_experts) and not name.startswith(f"{inside}."):
+                    found.add(name)
         return found
 
-    def others(self, index: int) -> list[tuple[str, tuple[int, ...]]]:
-        """Parameters of block `index` with two dimensions or more that are no weight of `linears(index)`."""
-        ours = {f"{linear.name}.weight" for linear in self.linears(index)}
-        prefix = f"{self.path}.{index}."
-        named = ((prefix + name, tuple(parameter.shape)) for name, parameter in self.blocks[index].named_parameters())
-        return [(name, shape) for name, shape in named if len(shape) >= 2 and name not in ours]
+    def others(self, index: int) -> list[tuple[str, tuple[int, ...], str]]:
+        """Parameters of block `index` with two dimensions or more that are no weight of `linears(index)`, and what they are."""
+        routers, inside = self._routers(index), [f"{name}." for name, _ in expert_modules(self.blocks[index])]
+        ours = {linear.parameter for linear in self.linears(index)}
+        found = []
+        for name, parameter in self.blocks[index].named_parameters():
+            full, shape = f"{self.path}.{index}.{name}", tuple(parameter.shape)
+            if len(shape) < 2 or full in ours:
+                continue
+            bias = name.endswith("_bias") and name.startswith(tuple(inside))
+            reason = "router" if name in routers else "biases of experts" if bias else "not a linear layer"
+            found.append((full, shape, reason))
+        return found
 
 
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:
@@ -220,20 +249,6 @@ def _return_large_allocations() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar of transformers' own for each block."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:

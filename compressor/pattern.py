@@ -57,10 +57,9 @@ class Pattern:
             if not 0 < n < m:
                 raise UsageError(f"pattern {text!r} keeps {n} of every {m} weights; {_ACCEPTED}")
             return cls(Fraction(m - n, m), n, m)
-        number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text)
-        if not number:
+        sparsity = _fraction(text)
+        if sparsity is None:
             raise UsageError(f"pattern {text!r} is not understood; {_ACCEPTED}")
-        sparsity = Fraction(number[1]) / (100 if number[2] else 1)
         if not 0 < sparsity < 1:
             raise UsageError(f"pattern {text!r} asks for a sparsity of {float(sparsity):g}; {_ACCEPTED}")
         return cls(sparsity)
@@ -117,18 +116,34 @@ class Pattern:
         return self.mask(score) if self.m else self.mask(score.reshape(1, -1)).reshape(score.shape)
 
     def _mask_rows(self, score: Tensor) -> Tensor:
+        import torch
+
         rows, columns = score.shape
         if self.m:
             return _keep_groups(score.reshape(-1, self.m), self.n).reshape(rows, columns)
         if self.zeros is None:
             return _keep_rows(score, math.floor(columns * self.sparsity))
-        return _keep_spread(score, self.zeros)
+        return keep_counts(score, torch.tensor(_spread(self.zeros, rows), device=score.device))
 
     def is_legal(self, weight: Tensor) -> bool:
         """True where no group of m consecutive weights has more than n non-zeros (always, if unstructured)."""
         if not self.m:
             return True
         return bool(((weight != 0).reshape(-1, self.m).sum(-1) <= self.n).all())
+
+
+def parse_fraction(name: str, text: str) -> Fraction:
+    """Option `name`, such as `"10%"` or `"0.1"`. Raises UsageError where it is no number between 0 and 1."""
+    fraction = _fraction(text.strip())
+    if fraction is None or not 0 < fraction < 1:
+        raise UsageError(f"{name} is {text!r}; accepted: a fraction between 0 and 1 such as 10%")
+    return fraction
+
+
+def _fraction(text: str) -> Fraction | None:
+    """The number in `"50%"` or `"0.5"`, None for any other text."""
+    number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text)
+    return Fraction(number[1]) / (100 if number[2] else 1) if number else None
 
 
 def _keep_groups(score: Tensor, n: int) -> Tensor:
@@ -139,18 +154,19 @@ def _keep_groups(score: Tensor, n: int) -> Tensor:
     return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[:, : score.shape[1] - n], False)
 
 
-def _keep_spread(score: Tensor, zeros: int) -> Tensor:
-    """Mask without `zeros` weights, the same number in every row but for the remainder: one more in evenly spaced rows."""
+def keep_counts(score: Tensor, zeros: Tensor) -> Tensor:
+    """Mask without the `zeros[r]` smallest of row r, int64 `[rows]`, by a sort; same rule for ties."""
     import torch
 
-    rows = len(score)
-    ends = [zeros * row // rows for row in range(rows + 1)]
-    quota = torch.tensor([stop - start for start, stop in pairwise(ends)], device=score.device)
-    mask = torch.empty_like(score, dtype=torch.bool)
-    for pruned in sorted(set(quota.tolist())):  # one number or two that differ by one
-        chosen = quota == pruned
-        mask[chosen] = _keep_rows(score[chosen], pruned)
-    return mask
+    quota = zeros[:, None]
+    threshold = score.sort(dim=1).values.gather(1, (quota - 1).clamp_min(0))
+    threshold = torch.where(quota > 0, threshold, -torch.inf)
+    return _keep_above(score, threshold, quota)
+
+
+def _spread(zeros: int, rows: int) -> list[int]:
+    """`zeros` over `rows`: the same in each, and one more in evenly spaced ones."""
+    return [stop - start for start, stop in pairwise(zeros * row // rows for row in range(rows + 1))]
 
 
 def _keep_rows(score: Tensor, pruned: int) -> Tensor:
@@ -159,7 +175,13 @@ def _keep_rows(score: Tensor, pruned: int) -> Tensor:
 
     if not pruned:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
+    return _keep_above(score, score.kthvalue(pruned, dim=1, keepdim=True).values, pruned)
+
+
+def _keep_above(score: Tensor, threshold: Tensor, pruned: Tensor | int) -> Tensor:
+    """Mask without what is below the threshold of its row, and without as many equal to it as makes `pruned`, the first ones."""
+    import torch
+
     below, tied = score < threshold, score == threshold
     quota = pruned - below.sum(1, keepdim=True)
     return ~(below | (tied & (tied.cumsum(1, dtype=torch.int32) <= quota)))

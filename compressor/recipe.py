@@ -24,11 +24,16 @@ class Recipe:
         model: folder or Hub id; `revision` of the latter.
         method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
         refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
+        refine_only: globs over linear names that it is for; all of them if there are none.
         tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
-        ratios: name of a file in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
+        ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
+        dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in `ratio_options` too.
+        plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file its path is relative to
+            that file, and inside its folder.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
+        expert_tokens: what calibrates the experts of a mixture: `all` tokens, or those `routed` to each.
         ignore: globs over linear names that stay dense.
         dtype: of the forward passes; `auto` is the checkpoint's. Stored dtypes never change.
     """
@@ -40,14 +45,18 @@ class Recipe:
     tune: int = 0
     pattern: str = "2:4"
     ratios: str = ""
+    dense_fraction: str = ""
+    plan: str = ""
     format: str = "packed"
     dataset: str = "self"
     num_samples: int = 128
     seq_len: int = 0
     seed: int = 0
     dtype: str = "auto"
+    expert_tokens: str = "all"
     trust_remote_code: bool = False
     ignore: list[str] = field(default_factory=list)
+    refine_only: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     refine_options: dict[str, Any] = field(default_factory=dict)
     ratio_options: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +65,7 @@ class Recipe:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), str(entry.type))
         _one_of("format", self.format, ["packed", "dense"])
+        _one_of("expert-tokens", self.expert_tokens, ["all", "routed"])
         _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
         if self.num_samples < 1:
             raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")
@@ -85,6 +95,10 @@ def load(path: Path) -> dict[str, Any]:
     for key in settings:
         if key not in known:
             raise UsageError(f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
+    if isinstance(plan := settings.get("plan"), str) and plan:
+        if Path(plan).is_absolute() or ".." in Path(plan).parts:
+            raise UsageError(f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another")
+        settings["plan"] = str(path.parent / plan)
     return settings
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 
 @dataclass
@@ -17,6 +18,8 @@ class LinearRow:
     Attributes:
         error: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none.
         entry: what config.json says of it.
+        tokens: calibration tokens it was given, None where there were none.
+        note: what else there is to know.
     """
 
     name: str
@@ -27,6 +30,8 @@ class LinearRow:
     dense_bytes: int
     bytes: int
     entry: dict[str, Any]
+    tokens: int | None = None
+    note: str = ""
 
 
 @dataclass
@@ -61,6 +66,13 @@ class Report:
     output_bytes: int = 0
     calibration_tokens: int = 0
     run: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, everything: Mapping[str, Any]) -> Self:
+        """The report that `everything()` described."""
+        known = {entry.name: everything[entry.name] for entry in fields(cls)}
+        rows = {"linears": LinearRow, "blocks": BlockRow, "left_dense": LeftDense}
+        return cls(**{**known, **{name: [row(**facts) for facts in known[name]] for name, row in rows.items()}})
 
     def facts(self) -> dict[str, Any]:
         """All that the input, the recipe and the versions determine."""

@@ -3,27 +3,34 @@
     import compressor.runtime
     model = AutoModelForCausalLM.from_pretrained("out")
 
-It registers a quantiser that swaps each linear named in config.json for a module holding its packed form. Without a GPU
-the weights are unpacked once after loading and the model runs dense; its state stays the packed one.
+It registers a quantiser that swaps each linear named in config.json for a module holding its packed form. On a GPU it then
+computes from the packed weight; without one the weights are unpacked once after loading and the model runs dense
+(arrange.py). Its state stays the packed one either way.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor.errors import CheckpointError
+from compressor import arrange
+from compressor.checkpoint import Reader, check_sizes
+from compressor.errors import CheckpointError, CompressError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
-from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
+from compressor.packed_experts import PackedExperts, swap_experts
+from compressor_kernels.linear import ArmorLinear, Sparse24Linear
+
+_RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -46,6 +53,7 @@ class CompressedQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: CompressedConfig
+    paths: dict[str, str]  # module of each packed linear
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before the weight files are looked for, in transformers 5.23; the plug-in is here, so the guard may go."""
@@ -56,19 +64,21 @@ class CompressedQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # its place in transformers 5.17
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, entry in self.quantization_config.modules.items():
-            try:
-                parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
-            except AttributeError:
-                raise CheckpointError(f"config.json names the packed linear {name!r}, which this model does not have") from None
-            setattr(parent, name.rpartition(".")[2], packed_module(name, module, entry))
+        entries, modules = self.quantization_config.modules, dict(model.named_modules())
+        self.paths = {name: name for name in entries if name in modules}
+        for name in self.paths:
+            setattr(
+                model.get_submodule(name.rpartition(".")[0]),
+                name.rpartition(".")[2],
+                packed_module(name, modules[name], entries[name]),
+            )
+        stacked = [name for name in entries if name not in modules]
+        if stacked:
+            self.paths |= swap_experts(model, stacked, lambda name, module: packed_module(name, module, entries[name]))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name in self.quantization_config.modules:
-            module = model.get_submodule(name)
-            if next(module.parameters()).device.type == "cpu" and not hasattr(module, "_hf_hook"):
-                _unpack(name, module)
+        model._compress_runtime = arrange.arrange(model, self.paths, _RUNTIME.get())
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -90,21 +100,28 @@ class CompressedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
-        """2:4 weights are frozen; low-rank factors are plain matrices and may be trained (`compress export --trainable lrc`)."""
-        return any(entry["format"] == "lowrank" for entry in self.quantization_config.modules.values())
-
-    is_qat_trainable = is_trainable
+        """Packed weights are frozen."""
+        return False
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        for name in self.quantization_config.modules:
-            module = model.get_submodule(name)
+        for name, path in self.paths.items():
+            module = model.get_submodule(path)
             _unpack(name, module)
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
-            if dtype is not None:
-                linear.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
+            if path == name:
+                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+                linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
+                _replace(model, path, linear, dtype)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                _replace(model, path, module.dense(), dtype)
         return model
+
+
+def _replace(model: Any, path: str, module: nn.Module, dtype: torch.dtype | str | None) -> None:
+    if dtype is not None:
+        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module:
@@ -124,13 +141,8 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
         ):
             return ArmorLinear(in_features, out_features, **blocks, **common)
         raise CheckpointError(f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}")
-    if entry["format"] == "lowrank":
-        rank = entry.get("rank")
-        if type(rank) is int and 0 < rank <= min(in_features, out_features):
-            return LowRankLinear(in_features, out_features, rank=rank, **common)
-        raise CheckpointError(f"config.json gives {name} the rank {rank!r}; accepted: 1 to {min(in_features, out_features)}")
     raise CheckpointError(
-        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, armor and lowrank: update it"
+        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24 and armor: update it"
     )
 
 
@@ -141,18 +153,39 @@ def _unpack(name: str, module: Any) -> None:
         raise CheckpointError(f"{name} is damaged: {error}") from None
 
 
-def load(path: str | Path, **options: Any) -> Any:
+def runtimes(model: Any) -> dict[str, str]:
+    """How each packed linear of a loaded model computes, by name; nothing for a plain model."""
+    return dict(getattr(model, "_compress_runtime", {}))
+
+
+def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     """A compressed (or plain) checkpoint as a transformers causal language model, ready to generate.
 
     Args:
         path: folder or Hub id.
+        runtime: `packed` computes from the packed weights, `dense` unpacks them, `auto` takes what is faster (`runtimes`
+            lists it). On the CPU `auto` is dense, and `packed` unpacks at every call.
         options: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to the stored one.
 
     Raises:
-        CheckpointError: weights are missing, or packed tensors are there that config.json does not list. Transformers
-            would go on with random weights and a warning.
+        CheckpointError: files that do not hold together, weights that are missing, or packed tensors that config.json
+            does not list. Transformers would go on with random weights and a warning.
+        UsageError: an unknown `runtime`.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **options}, output_loading_info=True)
+    arrange.check(runtime)
+    options = {"dtype": "auto", **options}
+    asked = _RUNTIME.set(runtime)
+    try:
+        if Path(path).is_dir():
+            reader = Reader(Path(path))
+            check_sizes(reader, AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False)))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+    except CompressError:
+        raise
+    except Exception as error:  # transformers raises many kinds on a folder it cannot load
+        raise CheckpointError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        _RUNTIME.reset(asked)
     model, info = loaded
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     stray = [name for name in info["unexpected_keys"] if ".weight_" in name]

@@ -15,45 +15,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.families import build
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "books-1m"
 SHARED = Path(os.environ.get("COMPRESS_SHARED", ROOT.parent / "shared"))
-
-_LLAMA = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-FAMILIES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": {**_LLAMA, "head_dim": 16},
-    "gemma2": {**_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
-    "phi3": {**_LLAMA, "pad_token_id": 0},
-    "opt": dict(
-        hidden_size=64,
-        ffn_dim=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        word_embed_proj_dim=64,
-        max_position_embeddings=256,
-        pad_token_id=1,
-    ),
-    "gpt_neox": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256),
-    "falcon": dict(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True, alibi=False
-    ),
-    "gpt2": dict(n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1),
-}
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["COMPRESS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -75,16 +51,7 @@ def tiny(tmp_path_factory):
 
     def make(family: str) -> Path:
         if family not in made:
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(family, vocab_size=128, **FAMILIES[family])
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-            made[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(made[family], max_shard_size="60KB")
+            made[family] = build(family, tmp_path_factory.mktemp(family.replace(" ", "-")))
         return made[family]
 
     return make

@@ -130,7 +130,7 @@ def test_bad_models(refuse, copy, tmp_path):
     assert "architecture 'lamma' cannot be used with transformers" in prune()
     for field, value, message in [
         ("hidden_size", 128, "a llama model with this config.json has"),
-        ("vocab_size", 0, "a llama model with this config.json has"),
+        ("vocab_size", 7, "a llama model with this config.json has"),
         ("num_hidden_layers", 10**9, "config.json has 1000000000 layers"),
         ("num_hidden_layers", -1, "no stack of -1 decoder blocks"),
         ("num_hidden_layers", "three", "cannot be used with transformers"),

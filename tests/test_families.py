@@ -1,19 +1,24 @@
 """Architectures: streaming block by block is exactly `from_pretrained`, and every family prunes, packs and reloads."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compressor.runtime
 from compressor import calibration
 from compressor.checkpoint import Reader
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, CompressError
 from compressor.model import Skeleton
 from compressor.pipeline import prune
 from compressor.recipe import Recipe
-from tests.conftest import FAMILIES
+from compressor.unpack import unpack
+from tests.families import CORE, EVERY, MORE, REFUSED, build
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+FAMILIES = [*CORE, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
 
 
 def blocks_output(model, path):
@@ -26,10 +31,21 @@ def blocks_output(model, path):
     return caught[0][0] if isinstance(caught[0], tuple) else caught[0]
 
 
+def score(model):
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits
+
+
+def tensors_of(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streams_to_the_same_bits(family, tiny, monkeypatch):
+def test_streams_to_the_same_bits(family, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 48)  # two batches of two
-    skeleton = Skeleton(Reader(tiny(family)))
+    # from_pretrained computes a table of gptj's in float32, whatever the dtype: there only float32 can agree
+    folder = build(family, tmp_path, torch.float32) if family == "gptj" else tiny(family)
+    skeleton = Skeleton(Reader(folder))
     cpu = torch.device("cpu")
     states = calibration.capture(skeleton, IDS, cpu)
     for index, arguments in enumerate(states.arguments):
@@ -37,35 +53,52 @@ def test_streams_to_the_same_bits(family, tiny, monkeypatch):
         block = skeleton.load_block(index, cpu)
         states.hidden = [calibration.run(block, hidden, arguments) for hidden in states.hidden]
         skeleton.free_block(index)
-    whole = AutoModelForCausalLM.from_pretrained(tiny(family)).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert torch.equal(torch.cat(states.hidden), blocks_output(whole, skeleton.path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prunes_packs_and_reloads(family, tiny, rows, tmp_path):
-    packed = prune(Recipe(str(tiny(family)), dataset=str(rows), num_samples=8, seq_len=32), tmp_path / "packed")
-    prune(Recipe(str(tiny(family)), dataset=str(rows), num_samples=8, seq_len=32, format="dense"), tmp_path / "dense")
-    assert {row.format for row in packed.linears} == {"sparse24"}
-    assert all(row.sparsity == pytest.approx(0.5, abs=0.01) for row in packed.linears)
-    ours = compressor.runtime.load(tmp_path / "packed")
+@pytest.mark.parametrize("method", ["wanda", "armor"])
+def test_prunes_packs_and_reloads(family, method, rows, tmp_path):
+    """In float32: packed and dense models add up in different orders, and in bfloat16 a router may then choose otherwise."""
+    options = {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0} if method == "armor" else {}
+    folder = build(family, tmp_path / "model", torch.float32)
+    recipe = Recipe(str(folder), method=method, options=options, dataset=str(rows), num_samples=8, seq_len=32)
+    if method in REFUSED.get(family, {}):
+        with pytest.raises(CompressError, match=REFUSED[family][method]):
+            prune(recipe, tmp_path / "out")
+        return
+    report = prune(recipe, tmp_path / "out")
+    together = {row.name for row in report.linears if "all experts share one tensor" in row.note}
+    assert {row.format for row in report.linears if row.name not in together} <= {"sparse24", "armor"}
+    assert all(row.sparsity == pytest.approx(0.5, abs=0.01) for row in report.linears)
+    ours = compressor.runtime.load(tmp_path / "out")
+    logits = score(ours)
+    ours.save_pretrained(tmp_path / "again")
+    stored, again = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+    assert torch.equal(score(compressor.runtime.load(tmp_path / "again")), logits)
+    unpack(tmp_path / "out", tmp_path / "dense")
+    assert tensors_of(tmp_path / "dense").keys() == tensors_of(folder).keys()
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    with torch.no_grad():
-        assert torch.equal(ours(IDS).logits, plain.eval()(IDS).logits)
-    assert sum(row.bytes for row in packed.linears) < sum(row.dense_bytes for row in packed.linears)
+    torch.testing.assert_close(score(plain), logits, rtol=0, atol=0 if method == "wanda" else 1e-4)
+    ours.dequantize()
+    torch.testing.assert_close(score(ours), logits, rtol=0, atol=0 if method == "wanda" else 1e-4)
+    assert sum(row.bytes for row in report.linears) < sum(row.dense_bytes for row in report.linears)
 
 
-def test_stacked_experts_are_refused_by_name_or_left_dense_on_request(tmp_path, rows):
-    from transformers import AutoConfig
+def test_every_family_is_named():
+    assert len(EVERY) >= 33
 
-    config = AutoConfig.for_model("mixtral", vocab_size=128, num_local_experts=4, num_experts_per_tok=2, **FAMILIES["llama"])
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    recipe = Recipe(str(tmp_path / "moe"), dataset=str(rows), num_samples=8, seq_len=32)
-    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj has shape \[4, 192, 64\]: stacked expert weights"):
+
+def test_unknown_stacks_are_refused_by_name_or_left_dense_on_request(tmp_path, rows):
+    recipe = Recipe(str(build("llama4_text", tmp_path / "moe")), dataset=str(rows), num_samples=8, seq_len=32)
+    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj has shape \[4, 64, 192\]: weights stacked in this way"):
         prune(recipe, tmp_path / "out")
     report = prune(Recipe(**{**recipe.__dict__, "ignore": ["*experts*"]}), tmp_path / "out")
     reasons = {left.name: left.reason for left in report.left_dense}
-    assert reasons["model.layers.0.mlp.experts.down_proj"] == "--ignore *experts*"
-    assert reasons["model.layers.0.mlp.gate.weight"] == "not a linear layer"
-    assert compressor.runtime.load(tmp_path / "out").generate(IDS[:1, :4], max_new_tokens=2, do_sample=False).shape == (1, 6)
+    assert reasons["model.layers.0.feed_forward.experts.down_proj"] == "--ignore *experts*"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]

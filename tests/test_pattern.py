@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import UsageError
-from compressor.pattern import Pattern
+from compressor.pattern import Pattern, keep_counts
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,39 @@ def test_chunks_do_not_change_the_mask(monkeypatch):
 )
 def test_fits_2_4(text, fits):
     assert Pattern.parse(text).fits_2_4 is fits
+
+
+@given(st.integers(1, 9), st.integers(1, 24), st.integers(0, 2**31), st.booleans(), st.data())
+def test_exact_counts(rows, columns, seed, ties, data):
+    zeros = data.draw(st.integers(0, rows * columns))
+    generator = torch.Generator().manual_seed(seed)
+    score = (
+        torch.randint(0, 3, (rows, columns), generator=generator).float()
+        if ties
+        else torch.rand(rows, columns, generator=generator)
+    )
+    pattern = Pattern.exact(zeros, rows * columns)
+    pruned = (~pattern.mask(score)).sum(1)
+    assert int(pruned.sum()) == zeros
+    assert int(pruned.max() - pruned.min()) <= 1
+    expected = torch.cat(
+        [literal_mask(row[None], Pattern(Fraction(int(count), columns))) for row, count in zip(score, pruned, strict=True)]
+    )
+    assert torch.equal(pattern.mask(score), expected)
+    assert torch.equal(keep_counts(score, pruned), expected)
+    assert int((~pattern.mask_matrix(score)).sum()) == zeros
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.data())
+def test_parts_have_the_zeros_of_the_whole(columns, step, data):
+    pattern = Pattern.exact(data.draw(st.integers(0, 7 * columns)), 7 * columns)
+    parts = [pattern.part(start, start + step, columns) for start in range(0, columns, step)]
+    assert sum(part.zeros for part in parts) == pattern.zeros
+    sizes = [7 * (min(start + step, columns) - start) for start in range(0, columns, step)]
+    assert all(0 <= part.zeros <= size for part, size in zip(parts, sizes, strict=True))
+    assert Pattern.parse("50%").part(0, 1, 9) == Pattern.parse("50%")
+
+
+def test_chunks_keep_an_exact_count(monkeypatch):
+    monkeypatch.setattr("compressor.pattern._CHUNK", 48)
+    assert int((~Pattern.exact(331, 800).mask(torch.rand(50, 16))).sum()) == 331

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compressor.cli.show import counting, err, quiet_libraries
+from compressor.cli.show import err, quiet_libraries, scoring_progress
 
 
 def evaluate(
@@ -16,7 +17,7 @@ def evaluate(
         list[str], typer.Argument(metavar="MODEL…", help="Folders or Hub ids, compressed or plain.", show_default=False)
     ],
     baseline: Annotated[
-        str | None, typer.Option(help="One more model, shown first, such as the original.", show_default=False)
+        str | None, typer.Option(help="What they are compared with, shown first, such as the original.", show_default=False)
     ] = None,
     dataset: Annotated[
         list[str] | None,
@@ -27,6 +28,7 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(help="Window of the perplexity; 0: min(2048, the model's limit).")] = 0,
     num_samples: Annotated[int, typer.Option(help="Sequences sampled for --dataset self.")] = 32,
     seed: Annotated[int, typer.Option(help="Of --dataset self.")] = 1,
+    kl: Annotated[bool, typer.Option("--kl/--no-kl", help="KL divergence from the baseline; both models are in memory.")] = True,
     limit: Annotated[int | None, typer.Option(help="At most so many rows, and examples per task.", show_default=False)] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt of each task.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Of the tasks.")] = 8,
@@ -35,6 +37,10 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality over size, .png or .svg; must not exist.", show_default=False)
+    ] = None,
+    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Take numbers that are known from the cache.")] = True,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the JSON here as well; must not exist.", show_default=False)
     ] = None,
@@ -42,7 +48,11 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
 ) -> None:
-    """Score models side by side: perplexity and lm-eval tasks."""
+    """Score models side by side: perplexity, KL divergence from the baseline, lm-eval tasks, bytes.
+
+    What is known is kept: an evaluation that was interrupted goes on, a further model costs that model only.
+    The scores of a folder DIR are stored beside it, in DIR.eval.json.
+    """
     from compressor.errors import OutputError, UsageError
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -54,30 +64,34 @@ def evaluate(
         raise OutputError(f"output {output} cannot be written: {output.resolve().parent} is not a folder")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype is {dtype!r}; accepted: auto, float32, bfloat16, float16")
-    if not quiet:
+    if plot is not None:
+        from compressor.evaluate.plot import check_plot
+
+        check_plot(plot)
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
+    else:
         err.print("loading libraries …", style="dim")
-    from compressor.checkpoint import Reader, resolve
-    from compressor.evaluate import evaluate as run
-    from compressor.evaluate import table
+    from compressor.evaluate import evaluate_all, table
     from compressor.pipeline import choose_device
 
     quiet_libraries(verbose)
     where = str(choose_device(device))
     settings: dict[str, Any] = {
-        "datasets": dataset or [], "tasks": names, "text_from": baseline, "include_path": include_path, "seq_len": seq_len,
+        "datasets": dataset or [], "tasks": names, "divergence": kl, "include_path": include_path, "seq_len": seq_len,
         "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size,
-        "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code,
+        "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cached,
     }  # fmt: skip
-    for name in models:
-        Reader(resolve(name))  # all of them are there before the first is scored
-    scored: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(([baseline] if baseline else []) + models):
-        with counting(f"scoring {Path(name).name}", quiet) as progress:
-            scored[name] = run(name, **settings, progress=progress)
+    with scoring_progress(quiet) as (progress, note):
+        scored = dict(evaluate_all(models, baseline=baseline, **settings, progress=progress, note=note))
     result = scored[models[0]] if len(models) == 1 else {"models": {name: scored[name] for name in models}}
     text = json.dumps({**result, **({"baseline": scored[baseline]} if baseline else {})}, indent=1, default=str)
     if output is not None:
         output.write_text(text + "\n")
+    if plot is not None:
+        from compressor.evaluate.plot import draw
+
+        draw(scored, plot, baseline=baseline)
     print(text if as_json else table(scored))
 
 
@@ -86,5 +100,7 @@ evaluate.__doc__ = f"""{evaluate.__doc__}
 [bold]Examples[/bold]
 
 compress eval out --baseline org/model --dataset wikitext2-test.txt
+
+compress eval out out-armor out-50 --baseline org/model --dataset wikitext2-test.txt --plot quality.png
 
 compress eval out --tasks arc_easy,piqa --json -o scores.json"""

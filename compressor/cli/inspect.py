@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from compressor.cli.show import out, size, table
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Any checkpoint folder.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Any checkpoint folder, or a Hub id.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show architecture, shards, and format, sparsity and bytes of every linear.
@@ -22,9 +21,9 @@ def inspect(
 
     compress inspect out
     """
-    from compressor.checkpoint import Reader
+    from compressor.checkpoint import Reader, resolve
 
-    found = describe(Reader(folder))
+    found = describe(Reader(resolve(model)))
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -68,7 +67,7 @@ def describe(reader: Any) -> dict[str, Any]:
     dense = reader.nbytes + sum(row["dense_bytes"] - row["bytes"] for row in linears)
     return {
         "folder": str(reader.folder),
-        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type")])[0],
+        "architecture": _architecture(reader.config),
         "shards": shards,
         "tensors": len(reader.tensors),
         "bytes": reader.nbytes,
@@ -76,6 +75,12 @@ def describe(reader: Any) -> dict[str, Any]:
         "ratio": reader.nbytes / dense if dense else 1.0,
         "linears": linears,
     }
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    named = config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else config.get("model_type")
+    return found if isinstance(found, str) and found.isprintable() else None
 
 
 def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored: int, bits: int) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored:
 
 
 def _show(found: dict[str, Any]) -> None:
-    out.print(f"{found['architecture']}, {found['tensors']} tensors in {len(found['shards'])} shards")
+    out.print(f"{found['architecture'] or 'no architecture named'}, {found['tensors']} tensors in {len(found['shards'])} shards")
     for shard in found["shards"]:
         out.print(f"  {shard['name']}  {size(shard['bytes'])}")
     rows = table("", "matrix >shape format >zeros >bytes >of-dense")

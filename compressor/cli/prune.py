@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, table
+from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, speaks, table
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -20,6 +21,10 @@ _EXAMPLES = """[bold]Examples[/bold]
 compress prune org/model -o out --method sparsegpt --pattern 2:4 --dataset text.jsonl
 
 compress prune ./model -o out --pattern 50% --format dense --ignore '*down_proj'
+
+compress prune ./model -o out --pattern 60% --ratios curve --dataset text.jsonl
+
+compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
 
 compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 
@@ -33,6 +38,10 @@ def prune(
     refine: Annotated[
         str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
     ] = None,
+    refine_only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Linears to refine, such as '*attn*'; repeatable.", show_default="all"),
+    ] = None,
     tune: Annotated[
         int | None,
         typer.Option(help="Epochs of training the kept weights, block by block.", show_default="0"),
@@ -42,7 +51,16 @@ def prune(
     ] = None,
     ratios: Annotated[
         str | None,
-        typer.Option(help="uniform: share the zeros of a sparsity out among the linears.", show_default="none"),
+        typer.Option(help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.", show_default="none"),
+    ] = None,
+    max_sparsity: Annotated[
+        str | None, typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own")
+    ] = None,
+    dense_fraction: Annotated[
+        str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What every linear becomes: a file of `compress plan`.", show_default=False)
     ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
     dataset: Annotated[
@@ -51,7 +69,10 @@ def prune(
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,8 +86,18 @@ def prune(
         list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"
+        ),
+    ] = "",
     dtype: Annotated[
         str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")
+    ] = None,
+    expert_tokens: Annotated[
+        str | None,
+        typer.Option(help="What calibrates the experts of a mixture: all tokens, or those routed to each.", show_default="all"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)] = None,
     trust_remote_code: Annotated[
@@ -78,29 +109,49 @@ def prune(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
 ) -> None:
     """Prune a checkpoint, one decoder block in memory at a time."""
+    from compressor.bundled import find
     from compressor.errors import UsageError
     from compressor.recipe import load, merge
 
     given = {
-        "model": model, "revision": revision, "method": method, "refine": refine, "tune": tune, "pattern": pattern,
-        "ratios": ratios, "format": format,
+        "model": model, "revision": revision, "method": method, "refine": refine,
+        "refine_only": refine_only, "tune": tune, "pattern": pattern,
+        "ratios": ratios, "dense_fraction": dense_fraction,
+        "plan": str(plan) if plan else None, "format": format,
         "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
-        "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
-    merged = merge(load(recipe) if recipe else {}, given, assign or [])
+    assign = [*(assign or []), *most(max_sparsity)]
+    merged = merge(load(find(recipe)) if recipe else {}, given, assign)
+    if plan and pattern:
+        raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
         err.print("loading libraries …", style="dim")
-    from compressor.job import make_job
-    from compressor.pipeline import prune as run
-
     quiet_libraries(verbose)
     if output is None or dry_run:
+        from compressor.job import make_job
+
         _show_job(make_job(merged, output), merged, as_json)
         return
-    with pruning_progress(quiet) as progress:
-        report = run(merged, output, device=device, progress=progress)
+    run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
+
+
+def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool) -> None:
+    """Prune and print the result; of several processes the first one speaks."""
+    import compressor
+    from compressor.errors import InterruptedRun
+    from compressor.journal import describe
+
+    try:
+        with pruning_progress(quiet or not speaks()) as progress:
+            report = compressor.prune(output=output, device=device, max_memory=max_memory, progress=progress, **asdict(recipe))
+    except (KeyboardInterrupt, SystemExit) as end:
+        code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
+        raise InterruptedRun(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
+    if not speaks():
+        return
     if as_json:
         print(json.dumps(report.everything(), indent=1))
     elif not quiet:
@@ -110,6 +161,22 @@ def prune(
 
 
 prune.__doc__ = f"{prune.__doc__}\n\n{_EXAMPLES}"
+
+
+def most(max_sparsity: str | None) -> list[str]:
+    """`--max-sparsity` as an assignment, if it was given."""
+    from compressor.pattern import parse_fraction
+
+    return [f"ratios.max_sparsity={float(parse_fraction('max-sparsity', max_sparsity))}"] if max_sparsity else []
+
+
+def show_allocation(found: dict[str, Any]) -> None:
+    """What the allocation measured, a line each."""
+    if found.get("warning"):
+        err.print(f"warning: {found['warning']}")
+    if "divergence" in found:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
+        out.print(f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}")
 
 
 def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
@@ -128,7 +195,7 @@ def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
         out.print(f"{recipe.method} {task.goal}  {task.linear.name}  {list(task.linear.shape)}")
     for left in job.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
-    packed = sum(job.packed and task.goal.fits_2_4 for task in job.every)
+    packed = sum(map(job.packs, job.every))
     stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
     out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written")
 
@@ -139,14 +206,15 @@ def _show_report(report: Report) -> None:
         error = "-" if row.error is None else f"{row.error:.4f}"
         found.add_row(row.name, "×".join(map(str, row.shape)), row.format, f"{row.sparsity:.1%}", error, size(row.bytes))
     out.print(found)
+    show_allocation(report.allocation)
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
     out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")
     out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
-    out.print(f"{report.run['seconds']:.0f} s on {report.run['device']}, peak memory {peak}")
+    resumed = f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""
+    out.print(f"{report.run['seconds']:.0f} s{resumed} on {report.run['device']}, peak memory {peak}")
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
-        out.print(
-            f"note: pattern {report.recipe['pattern']} has no packed form: zeros are stored in place, the size stays the same"
-        )
+        goals = "the plan" if report.recipe["plan"] else f"pattern {report.recipe['pattern']}"
+        out.print(f"note: {goals} has no packed form: zeros are stored in place, the size stays the same")

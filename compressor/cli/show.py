@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,11 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from compressor.text import size as size  # the commands take it from here
+
 if TYPE_CHECKING:
     from compressor.report import BlockRow
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, markup=False)  # names come from files: no markup in them is ours
+
+
+def speaks() -> bool:
+    """Whether this process is the only one of its run, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries(verbose: bool) -> None:
@@ -64,21 +72,39 @@ def _note(block: BlockRow | None) -> str:
 
 
 def _line_per_block(started: float) -> Any:
-    begun = {"blocks": 0.0}
+    begun = {"blocks": 0.0, "last": started}
 
     def line(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
         now = time.perf_counter()
-        begun.setdefault(step, now)
-        begun["blocks"] = begun["blocks"] or now
+        begun.setdefault(step, now if not done else begun["last"])
+        begun["blocks"], begun["last"] = begun["blocks"] or now, now
         if block is None:
-            if done and step == "calibration":
-                err.print(f"{step}: {now - begun[step]:.1f} s")
+            if done == total and step != "linears":
+                err.print(f"{step}: {now - begun.pop(step):.1f} s")
                 begun["blocks"] = now
             return
         left = (now - begun["blocks"]) / done * (total - done)
         err.print(f"block {done}/{total}  {now - started:.1f} s  {_note(block)}  eta {left:.0f} s")
 
     return line
+
+
+@contextmanager
+def scoring_progress(quiet: bool) -> Iterator[tuple[Any, Any]]:
+    """An evaluation's Progress and what takes its notes: a live bar on a terminal, a line for every number that is known."""
+    if quiet:
+        yield (lambda step, done, total: None), (lambda text: None)
+        return
+
+    def note(text: str) -> None:
+        err.print(text, markup=False, soft_wrap=True)
+
+    if not err.is_terminal:
+        yield (lambda step, done, total: None), note
+        return
+    with _bar() as bar:
+        task = bar.add_task("", total=None, note="")
+        yield (lambda step, done, total: bar.update(task, description=step, completed=done, total=total)), note
 
 
 @contextmanager
@@ -98,12 +124,3 @@ def table(title: str, columns: str) -> Table:
     for heading in columns.split():
         made.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
     return made
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.94 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

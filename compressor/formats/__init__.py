@@ -1,7 +1,8 @@
 """Stored forms of a weight, one file each; the file name is the format's name in config.json.
 
 A form has three verbs: `dense()` gives the weight `[out, in]`, `pack()` the tensors that are stored, by the suffix that
-replaces `weight` in the tensor's name, and the class method `unpack(tensors)` the form again.
+replaces `weight` in the tensor's name, and the class method `unpack(tensors)` the form again. For training it comes apart:
+`factors()` are plain matrices, `product` multiplies them, differentiably, and `from_factors` makes a form of them again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,20 @@ class Form(Protocol):
 
     def pack(self) -> dict[str, Tensor]:
         """The stored tensors, by suffix."""
+        ...
+
+    def factors(self) -> dict[str, Tensor]:
+        """What the weight is a product of, by the argument names of `product`; zeros of the pattern are zeros in it."""
+        ...
+
+    @staticmethod
+    def product(*args: Any, **factors: Any) -> Tensor:
+        """The weight `[out, in]` of these factors, differentiable in each."""
+        ...
+
+    @classmethod
+    def from_factors(cls, *args: Any, **factors: Any) -> Self:
+        """The form of these factors, in their dtype."""
         ...
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from compressor_kernels.packing import check24, pack24, unpack24
@@ -42,11 +43,16 @@ class Armor:
 
     def dense(self) -> Tensor:
         """A S B, `[out, in]`, multiplied in float32 (or wider) and rounded once."""
-        core = self.core()
-        wide = core if core.itemsize >= 4 else core.float()
-        half = wide.view(-1, len(self.b), self.b.shape[1]).transpose(0, 1) @ self.b.to(wide.dtype)
-        rows = half.transpose(0, 1).reshape(len(self.a), self.a.shape[1], -1)
-        return (self.a.to(wide.dtype) @ rows).view(core.shape).to(core.dtype)
+        wide = torch.promote_types(self.values.dtype, torch.float32)
+        return self.product(**{name: factor.to(wide) for name, factor in self.factors().items()}).to(self.values.dtype)
+
+    def factors(self) -> dict[str, Tensor]:
+        return {"a": self.a, "core": self.core(), "b": self.b}
+
+    @staticmethod
+    def product(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
+        half = core.view(-1, len(b), b.shape[1]).transpose(0, 1) @ b
+        return (a @ half.transpose(0, 1).reshape(len(a), a.shape[1], -1)).view(core.shape)
 
     def pack(self) -> dict[str, Tensor]:
         """The four stored tensors, by suffix."""

@@ -29,6 +29,17 @@ class Dense:
     def pack(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
 
+    def factors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    @staticmethod
+    def product(weight: Tensor) -> Tensor:
+        return weight
+
+    @classmethod
+    def from_factors(cls, weight: Tensor) -> Self:
+        return cls(weight)
+
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor]) -> Self:
         return cls(tensors["weight"])

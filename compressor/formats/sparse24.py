@@ -34,6 +34,17 @@ class Sparse24:
     def dense(self) -> Tensor:
         return unpack24(self.values, self.metadata)
 
+    def factors(self) -> dict[str, Tensor]:
+        return {"weight": self.dense()}
+
+    @staticmethod
+    def product(weight: Tensor) -> Tensor:
+        return weight
+
+    @classmethod
+    def from_factors(cls, weight: Tensor) -> Self:
+        return cls.from_dense(weight)
+
     def pack(self) -> dict[str, Tensor]:
         return {"weight_values": self.values, "weight_metadata": self.metadata}
 

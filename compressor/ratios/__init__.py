@@ -1,12 +1,12 @@
 """Ratios: how many of the zeros each linear gets; one file per allocator, the file name is the option's value.
 
-An allocator is a module: docstring with the paper, its URL and formula; and a function
-`allocate(job, zeros, states, device, progress, *, option=default, …) -> (shares, facts)`, whose keyword-only parameters
-are its options.
+An allocator is a module: docstring with the paper, its URL and formula; `NEEDS_INPUTS`, whether it needs calibration; and
+a function `allocate(job, zeros, states, device, progress, *, option=default, …) -> (shares, facts)`, whose keyword-only
+parameters are its options.
 
     job       the job with the same goal for every linear
     zeros     weights to prune in all its linears together
-    states    calibration on entering block 0, left as it is
+    states    calibration on entering block 0, left as it is; None where NEEDS_INPUTS is false
     shares    weights to prune in each linear, by name; `zeros` in all
     facts     what it measured, for the report
 """
@@ -18,7 +18,7 @@ from types import ModuleType
 
 from compressor.errors import UsageError, did_you_mean
 
-ALLOCATORS = ["uniform"]
+ALLOCATORS = ["uniform", "ecoflap", "owl", "curve"]
 
 
 def allocator(name: str) -> ModuleType:

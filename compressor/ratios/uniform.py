@@ -11,6 +11,8 @@ from compressor.calibration import States
 from compressor.job import Job
 from compressor.ratios.apportion import evenly
 
+NEEDS_INPUTS = False
+
 
 def allocate(
     job: Job, zeros: int, states: States | None, device: torch.device, progress: Progress

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.pattern import Pattern
+from compressor.pattern import Pattern, keep_counts
 from compressor.refine.lsq import solve
 from compressor.refine.quadratic import Quadratic, better_rows, row_chunks
 from compressor.stats import InputStats
@@ -48,7 +48,7 @@ def refine(
         weight: `[out, in]`, before pruning.
         pruned: `[out, in]`, same dtype, legal: the start.
         stats: with `gram`.
-        pattern: n:m or unstructured; of every row, unstructured, the share it says is pruned.
+        pattern: n:m or unstructured; of every row, unstructured, the share it says is pruned; as many as in `pruned` if exact.
         stages: values of ρ.
         steps: ADMM iterations a stage.
         iterations: conjugate-gradient steps at the end.
@@ -63,15 +63,7 @@ def refine(
     quadratic = Quadratic(stats, damping)
     scale = quadratic.diagonal.sqrt()
     scaled = _scaled_gram(quadratic, scale)
-    states = [
-        _State(
-            weight[rows].float() * scale,
-            pruned[rows].float() * scale,
-            scaled,
-            pattern.part(rows.start, rows.stop, len(weight)),
-        )
-        for rows in row_chunks(weight)
-    ]
+    states = [_State(weight[rows].float() * scale, pruned[rows].float() * scale, scaled, pattern) for rows in row_chunks(weight)]
     for stage in range(stages):
         penalty = _penalty(stage, stages)
         inverse = _inverse(scaled, penalty)
@@ -93,7 +85,7 @@ class _State:
         product: float32 `[rows, in]`, WH.
         legal: float32 `[rows, in]`, Z.
         dual: float32 `[rows, in]`, V.
-        pattern: of these rows.
+        zeros: int64 `[rows]`, of the start; kept in every row where the pattern is an exact one.
     """
 
     def __init__(self, weight: Tensor, start: Tensor, gram: Tensor, pattern: Pattern) -> None:
@@ -101,12 +93,14 @@ class _State:
         self.legal = start
         self.dual = torch.zeros_like(start)
         self.pattern = pattern
+        self.zeros = (start == 0).sum(1)
 
     def step(self, inverse: Tensor, penalty: float) -> None:
         """One iteration, given (H + ρI)⁻¹ and ρ."""
         right = torch.add(self.product - self.dual, self.legal, alpha=penalty)
         pulled = torch.add(right @ inverse, self.dual, alpha=1 / penalty)  # X + V/ρ
-        self.legal = pulled * self.pattern.mask(pulled.abs())
+        exact = self.pattern.zeros is not None
+        self.legal = pulled * (keep_counts(pulled.abs(), self.zeros) if exact else self.pattern.mask(pulled.abs()))
         self.dual = (pulled - self.legal).mul_(penalty)  # = V + ρ(X - Z)
 
 

@@ -1,4 +1,4 @@
-"""Block tuning: the kept weights of all linears of a block are trained together until its output is that of the dense model.
+"""Block tuning: what is left of all linears of a block is trained together until its output is that of the dense model.
 
 Guo et al., EBFT, https://arxiv.org/abs/2402.12419: with the masks fixed, minimise over the kept weights of one block f
 
@@ -6,91 +6,117 @@ Guo et al., EBFT, https://arxiv.org/abs/2402.12419: with the masks fixed, minimi
 
 by Adam on the block's own gradients, h the hidden states that enter it in the compressed model. The target t is the output
 of the dense block *on the hidden states of the dense model* (EBFT: of the dense block on h), so that a block also
-corrects what the blocks before it got wrong. It comes after the linears were pruned and refined one by one, sees what
+corrects what the blocks before it got wrong. It comes after the linears were compressed one by one, sees what
 these cannot (attention, the gate, the residual), costs backward passes through one block at a time, and adds no bytes.
+A weight that is stored as a product is trained in its factors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from compressor.formats import Form
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
+Factors = dict[str, dict[str, nn.Parameter]]
+Place = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Call = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 _BETAS = (0.9, 0.95)
 
 
 def tune(
     block: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    forms: Mapping[str, Form],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor],
     arguments: Arguments = ((), {}),
     *,
+    place: Place = dict,
     epochs: int = 4,
     rate: float = 0.05,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Train the non-zeros of `weights` in place; zeros stay zero, everything else in the block stays as it is.
+) -> tuple[dict[str, Form], float, float]:
+    """Train the non-zeros of the factors of `forms`; zeros stay zero, everything else in the block stays as it is.
 
     Args:
-        block: decoder block, called as `block(hidden, *positional, **keywords)`; returns a tensor, or a tuple that begins with it.
-        weights: those of its parameters to train, by any name; their non-zeros are the masks.
+        block: decoder block, called as `block(hidden, *positional, **keywords)`; returns a tensor, or a tuple that begins
+            with it. It is left as it was.
+        forms: what to train, by a name of each.
         hidden: batches `[batch, seq, dim]` entering the block.
         targets: what should leave it, same shapes.
         arguments: positional and keyword arguments of every call.
+        place: turns weights `[out, in]`, by the names of their forms, into parameters of the block, by theirs, such as
+            `mlp.up_proj.weight`; differentiable. Without it the names are those of parameters.
         epochs: passes over the batches; 0 changes nothing.
-        rate: Adam's first step size in units of each weight's root mean square over its non-zeros; falls to 0 along a cosine.
+        rate: Adam's first step size in units of each factor's root mean square over its non-zeros; falls to 0 along a cosine.
         seed: of the order of the batches.
 
     Returns:
-        Relative squared error of the block's output before and after, both in the storage dtype. Where the
-        training did not lower it the weights are left as they were.
+        The trained forms, and the relative squared error of the block's output before and after, both in the storage
+        dtype. Where the training did not lower it these are the forms that were given.
     """
-    before = _error(block, hidden, targets, arguments)
+    given = dict(forms)
+    call = _caller(block, arguments, place)
+    before = _error(call, given, hidden, targets)
     if not epochs:
-        return before, before
-    stored = {name: weight.detach().clone() for name, weight in weights.items()}
+        return given, before, before
     kinds = {name: parameter.dtype for name, parameter in block.named_parameters()}
     flags = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
-    block.float()
-    block.requires_grad_(False)
+    block.float().requires_grad_(False)
     try:
-        _train(block, weights, hidden, targets, _in_float(arguments), epochs, rate, seed)
+        wide = _caller(block, _in_float(arguments), place)
+        factors = _train(wide, given, hidden, targets, epochs, rate, seed)
     finally:
         for name, parameter in block.named_parameters():
             parameter.data = parameter.data.to(kinds[name])
-            parameter.grad = None
             parameter.requires_grad_(flags[name])
-    after = _error(block, hidden, targets, arguments)
-    if after < before:
-        return before, after
-    for name, weight in weights.items():
-        weight.data = stored[name]
-    return before, before
+    trained = {name: _rebuilt(form, factors[name]) for name, form in given.items()}
+    after = _error(call, trained, hidden, targets)
+    return (trained, before, after) if after < before else (given, before, before)
+
+
+def _caller(block: nn.Module, arguments: Arguments, place: Place) -> Call:
+    """`call(weights, hidden)`: the block with `weights` `[out, in]` in place of its own."""
+    positional, keywords = arguments
+
+    def call(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        placed = {name: weight.to(block.get_parameter(name).dtype) for name, weight in place(weights).items()}
+        output = functional_call(block, placed, (hidden, *positional), keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+    return call
+
+
+def _rebuilt(form: Form, factors: Mapping[str, Tensor]) -> Form:
+    """A form like `form`, of `factors` rounded to its dtype."""
+    kinds = {part: tensor.dtype for part, tensor in form.factors().items()}
+    return type(form).from_factors(**{part: factor.detach().to(kinds[part]) for part, factor in factors.items()})
 
 
 def _train(
-    block: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    call: Call,
+    forms: Mapping[str, Form],
     hidden: Sequence[Tensor],
     targets: Sequence[Tensor],
-    arguments: Arguments,
     epochs: int,
     rate: float,
     seed: int,
-) -> None:
-    masks = {name: weight != 0 for name, weight in weights.items()}
-    groups = []
-    for name, weight in weights.items():
-        weight.requires_grad_(True)
-        size = weight.detach().square().sum() / masks[name].sum().clamp_min(1)
-        groups.append({"params": [weight], "lr": rate * size.sqrt().item()})
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+) -> Factors:
+    """The factors of `forms` after Adam on `call`, float32."""
+    factors: Factors = {
+        name: {part: nn.Parameter(factor.detach().float().clone()) for part, factor in form.factors().items()}
+        for name, form in forms.items()
+    }
+    every = [factor for parts in factors.values() for factor in parts.values()]
+    masks = [factor.detach() != 0 for factor in every]
+    optimizer = torch.optim.Adam([{"params": [factor], "lr": rate * _size(factor)} for factor in every], betas=_BETAS)
     total = epochs * len(hidden)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)))
     scale = _scale(hidden, targets)
@@ -98,15 +124,22 @@ def _train(
     for _ in range(epochs):
         for index in torch.randperm(len(hidden), generator=generator).tolist():
             with torch.enable_grad():
-                output = _call(block, hidden[index].float(), arguments)
+                output = call({name: forms[name].product(**parts) for name, parts in factors.items()}, hidden[index].float())
                 loss = (output - targets[index].float()).square().mean() / scale
                 loss.backward()
-            for name, weight in weights.items():
-                assert weight.grad is not None, name
-                weight.grad.mul_(masks[name])  # a gradient of zero moves nothing in Adam: pruned weights stay zero
+            for factor, mask in zip(every, masks, strict=True):
+                assert factor.grad is not None
+                factor.grad.mul_(mask)  # a gradient of zero moves nothing in Adam: pruned weights stay zero
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    return factors
+
+
+def _size(factor: Tensor) -> float:
+    """Root mean square over the non-zeros."""
+    factor = factor.detach()
+    return (factor.square().sum() / factor.count_nonzero().clamp_min(1)).sqrt().item()
 
 
 def _scale(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -116,17 +149,12 @@ def _scale(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _error(block: nn.Module, hidden: Sequence[Tensor], targets: Sequence[Tensor], arguments: Arguments) -> float:
+def _error(call: Call, forms: Mapping[str, Form], hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
     """‖f(h) - t‖² / ‖t - h‖² over all batches."""
+    weights = {name: form.dense() for name, form in forms.items()}
     pairs = zip(hidden, targets, strict=True)
-    missed = [(_call(block, batch, arguments).float() - target.float()).square().mean() for batch, target in pairs]
+    missed = [(call(weights, batch).float() - target.float()).square().mean() for batch, target in pairs]
     return (torch.stack(missed).mean() / _scale(hidden, targets)).item()
-
-
-def _call(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-    positional, keywords = arguments
-    output = block(hidden, *positional, **keywords)
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _in_float(value: Any) -> Any:

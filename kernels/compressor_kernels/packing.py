@@ -92,7 +92,7 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not belong together.
     """
-    _check_shapes(values, metadata)
+    check_shapes(values, metadata)
     rows, half = values.shape
     weight = torch.empty(rows, half * 2, dtype=values.dtype, device=values.device)
     step = max(1, _CHUNK // max(1, 2 * half))
@@ -108,7 +108,8 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     return weight
 
 
-def _check_shapes(values: Tensor, metadata: Tensor) -> None:
+def check_shapes(values: Tensor, metadata: Tensor) -> None:
+    """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]` belong together."""
     if values.dim() != 2 or values.shape[1] % 2 or not values.is_floating_point():
         raise ValueError(f"values are {values.dtype} {tuple(values.shape)}, not a float matrix with an even number of columns")
     expected = (len(values), -(-values.shape[1] // 8))
@@ -120,7 +121,7 @@ def _check_shapes(values: Tensor, metadata: Tensor) -> None:
 
 def check24(values: Tensor, metadata: Tensor) -> None:
     """Raise ValueError unless the two belong together and every group names two distinct columns in ascending order."""
-    _check_shapes(values, metadata)
+    check_shapes(values, metadata)
     nibble = _to_nibbles(metadata, values.shape[1] // 2)
     bad = (nibble & 3) >= (nibble >> 2)
     if bool(bad.any()):

@@ -1,0 +1,219 @@
+"""Perplexity of layer ratios on real trained models: the tables of docs/ratios.md.
+
+    python benchmarks/ratios.py --results ratios.jsonl               # all rows; needs the canary models
+    python benchmarks/ratios.py --model books-1m --method wanda      # some of them
+    python benchmarks/ratios.py --results ratios.jsonl --table       # the tables from the rows that are there
+
+Protocol: 128 calibration rows of full context, everything in float32, statistics of a block from the compressed blocks before it;
+perplexity on held-out text. Every plan has the same number of zeros. `KL` is what the guard of the command line
+compares: calibration divergence from the dense model; plans that it would refuse are marked with ×.
+One JSON line a row goes to the results file; rows that it holds already are not run again, so a run can be
+interrupted, and several may share a file.
+The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED names their parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import data
+from compressor.allocation import sharing
+from compressor.blocks import compress_blocks, silent
+from compressor.calibration import States
+from compressor.evaluate import perplexity
+from compressor.job import Job, make_job
+from compressor.pattern import Pattern
+from compressor.pipeline import _calibrate
+from compressor.ratios import allocator, dense
+from compressor.recipe import Recipe
+from compressor.refine import refinement
+from compressor.trial import Trial
+
+SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
+TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}
+RATIOS: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform": ("uniform", {}),
+    "owl": ("owl", {}),
+    "ecoflap first": ("ecoflap", {}),
+    "ecoflap zeroth": ("ecoflap", {"score": "zeroth"}),
+    "curve": ("curve", {}),
+}
+FRACTIONS = ["", "10%", "20%"]
+CPU = torch.device("cpu")
+KEY = ("model", "method", "refine", "pattern", "ratios")
+
+
+@dataclass
+class Case:
+    """One model and method, loaded once; plans and divergences of uniform are shared by the rows."""
+
+    name: str
+    method: str
+    job: Job
+    states: States
+    model: nn.Module
+    test: list[Tensor]
+    trial: Trial
+    shares: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    plain: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+def load(name: str, method: str, models: Path, rows: Path) -> Case:
+    from transformers import AutoModelForCausalLM
+
+    folder = models / name
+    recipe = Recipe(str(folder), method=method, pattern="50%", dtype="float32", dataset=str(rows / f"{name}-calib.jsonl"))
+    job = make_job(recipe, None)
+    states = _calibrate(job, recipe, CPU, silent)
+    test = data.evaluation_rows(
+        str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, job.skeleton.config.vocab_size, seq_len=job.seq_len
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Case(name, method, job, states, model, test, Trial(job, states, CPU))
+
+
+def run(case: Case, refine: str, pattern: str, ratios: str) -> dict[str, Any]:
+    """One row: plan, compress, score."""
+    started = time.process_time()
+    job = replace(case.job, refine=refinement(refine) if refine else None)
+    goal = Pattern.parse(pattern)
+    even = job.assign({task.linear.name: goal for task in job.every}, "")
+    if goal.m:
+        plain, planned = even, left_dense(case, even, ratios)
+    else:
+        plain, planned = (sharing(even, shares(case, even, goal, name)) for name in ("uniform", ratios))
+    if (refine, pattern) not in case.plain:
+        case.plain[refine, pattern] = case.trial.divergence(plain)
+    first = case.plain[refine, pattern]
+    found = first if ratios in ("uniform", "") else case.trial.divergence(planned)
+    return {
+        "kl": found,
+        "kl_plain": first,
+        "ppl": score(case, planned),
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+def shares(case: Case, job: Job, goal: Pattern, ratios: str) -> dict[str, int]:
+    key = (str(goal), ratios)
+    if key not in case.shares:
+        name, options = RATIOS[ratios]
+        zeros = int(goal.sparsity * sum(task.linear.size for task in job.every))
+        case.shares[key], _ = allocator(name).allocate(job, zeros, case.states, CPU, silent, **options)
+        assert sum(case.shares[key].values()) == zeros
+    return case.shares[key]
+
+
+def left_dense(case: Case, job: Job, fraction: str) -> Job:
+    if not fraction:
+        return job
+    kept, _ = dense.choose(job, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent)
+    return job.assign({task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "")
+
+
+def score(case: Case, job: Job) -> float:
+    """Perplexity of the model with the linears of `job` compressed."""
+    parameters = {name: module.weight for name, module in case.model.named_modules() if isinstance(module, nn.Linear)}
+    original = {task.linear.name: parameters[task.linear.name].data for task in case.job.every}
+    states = case.states.first(len(case.states.hidden))
+
+    def store(task: Any, weight: Tensor, form: Any, stats: Any) -> None:
+        parameters[task.linear.name].data = form.dense().float()
+
+    for _ in compress_blocks(job, states, CPU, store, silent):
+        pass
+    found = perplexity(case.model, case.test)
+    for name, weight in original.items():
+        parameters[name].data = weight
+    return found
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, str, str]]:
+    for model in arguments.model:
+        for method in arguments.method:
+            for pattern in arguments.pattern:
+                for refine in arguments.refine if ":" not in pattern else [""]:
+                    for ratios in FRACTIONS if ":" in pattern else arguments.ratios:
+                        yield model, method, refine, pattern, ratios
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    case: Case | None = None
+    for row in rows(arguments):
+        if row in read(arguments.results):
+            continue
+        if case is None or (case.name, case.method) != row[:2]:
+            case = load(*row[:2], arguments.models, arguments.data)
+        found = dict(zip(KEY, row, strict=True)) | run(case, *row[2:])
+        found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+        with arguments.results.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+
+
+def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {tuple(row[key] for key in KEY): row for row in map(json.loads, lines)}
+
+
+def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
+    """Per model: a row for method, refinement and ratios, a column for each pattern; and the n:m rows."""
+    lines: list[str] = []
+    for model in [name for name in TESTS if any(key[0] == name for key in found)]:
+        for grouped in (False, True):
+            mine = {key: row for key, row in found.items() if key[0] == model and (":" in key[3]) is grouped}
+            if not mine:
+                continue
+            patterns = sorted({key[3] for key in mine})
+            lines += ["", f"**{model}**" + (", linears left dense" if grouped else ""), ""]
+            heads = [f"{pattern} {what}" for pattern in patterns for what in ("ppl", "KL")]
+            lines += [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+            order = [*FRACTIONS, *RATIOS]
+            cases = {(key[1], key[2], key[4]) for key in mine}
+            for method, refine, ratios in sorted(cases, key=lambda case: (case[0], case[1], order.index(case[2]))):
+                cells = [cell for pattern in patterns for cell in _cells(mine.get((model, method, refine, pattern, ratios)))]
+                name = f"{method}{'+' * bool(refine)}{refine}, {ratios or 'none'}"
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["–", "–"]
+    refused = row["ratios"] not in ("uniform", "") and row["kl"] >= row["kl_plain"]
+    return [f"{row['ppl']:.2f}", f"{row['kl']:.3f}{' ×' * refused}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(TESTS), choices=list(TESTS))
+    parser.add_argument("--method", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument("--refine", nargs="+", default=["", "dsnot"])
+    parser.add_argument("--pattern", nargs="+", default=["50%", "60%", "70%", "2:4"])
+    parser.add_argument("--ratios", nargs="+", default=list(RATIOS), choices=list(RATIOS))
+    parser.add_argument("--results", type=Path, default=Path("ratios.jsonl"))
+    parser.add_argument("--models", type=Path, default=SHARED / "models")
+    parser.add_argument("--data", type=Path, default=SHARED / "data" / "canary")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="print the tables of the results file and do nothing else")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not arguments.table:
+        measure(arguments)
+    print(tables(read(arguments.results)))
+
+
+if __name__ == "__main__":
+    main()

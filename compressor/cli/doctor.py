@@ -1,0 +1,47 @@
+"""`compress doctor`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compressor.cli.show import err, out
+
+if TYPE_CHECKING:
+    from compressor.doctor import Finding
+
+_MARKS = {"ok": "[green]ok[/green]     ", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken[/red] "}
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Look at this machine: versions, devices, whether the kernels work, room. Exit code 1 if something is broken.
+
+    [bold]Example[/bold]
+
+    compress doctor
+    """
+    from compressor.doctor import examine
+
+    if not as_json and err.is_terminal:
+        err.print("loading libraries …", style="dim")
+    found = examine()
+    broken = any(finding.state == "broken" for finding in found)
+    if as_json:
+        print(json.dumps([vars(finding) for finding in found], indent=1))
+    else:
+        _show(found)
+    raise typer.Exit(1 if broken else 0)
+
+
+def _show(found: list[Finding]) -> None:
+    from rich.markup import escape
+
+    group = ""
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        if finding.group != group:
+            group = finding.group
+            out.print(f"[bold]{group}[/bold]")
+        out.print(f"  {_MARKS[finding.state]}  {finding.name:<{width}}  {escape(finding.text)}")

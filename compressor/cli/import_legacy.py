@@ -1,0 +1,31 @@
+"""`compress import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.show import err
+
+
+def import_legacy(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A compressed-tensors checkpoint, sparse-24-bitmask.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
+) -> None:
+    """Bring a compressed-tensors checkpoint in its retired `sparse-24-bitmask` format into the packed format, without loss.
+
+    [bold]Example[/bold]
+
+    compress import Llama-2of4 -o out
+    """
+    from compressor.legacy import import_bitmask
+
+    packed, dense = import_bitmask(folder, output)
+    if not quiet:
+        err.print(f"{packed} linears packed, {dense} outside the decoder blocks written dense")
+    print(output)

@@ -1,0 +1,81 @@
+"""Names and layouts on disk against those of transformers' modules: its own conversion machinery, applied to some of the tensors.
+
+That machinery is not a documented interface: pyproject.toml declares the range of versions it was tested with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from compressor.errors import CheckpointError
+
+Sources = dict[str, list[tuple[str, str | None]]]
+"""Parameter -> the tensors on disk it is made from, each with the pattern of the conversion that it matched, or None."""
+
+
+def sources(model: Any, names: Iterable[str]) -> Sources:
+    """Where the tensors `names` on disk go; one that no parameter of `model` takes is listed under the name it would have."""
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _steps(model)
+    state = model.state_dict()
+    found: Sources = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, pattern = name, None
+        found.setdefault(target, []).append((name, pattern))
+    return found
+
+
+def order(model: Any) -> list[str]:
+    """The patterns of all conversions; those of one conversion in the order in which it puts their tensors together."""
+    return [pattern for converter in _steps(model)[1] for pattern in converter.source_patterns]
+
+
+def _steps(model: Any) -> tuple[list[Any], list[Any]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    return [step for step in mapping if isinstance(step, WeightRenaming)], [
+        step for step in mapping if isinstance(step, WeightConverter)
+    ]
+
+
+def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Load `tensors` (name on disk -> lazy slice) into the parameters they belong to. Raises CheckpointError."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping: Any = get_model_conversion_mapping(model)
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(
+            model,
+            dict(tensors),
+            LoadStateDictConfig(device_map={"": "cpu"}, dtype=dtype, weight_mapping=mapping),
+            disk_offload_index=None,
+        )
+    for what, found in (("does not fit", info.mismatched_keys), ("cannot be converted", info.conversion_errors)):
+        if found:
+            raise CheckpointError(f"{str(next(iter(found)))[:200]} {what} the {model.config.model_type} model of config.json")
+    model.tie_weights()  # parameters were replaced, so ties made earlier are gone
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers' own for each block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,100 @@
+"""Experts whose matrices are stored packed: a module that calls them one by one, in place of transformers' stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import conversion
+from compressor.errors import CheckpointError
+from compressor.experts import Expert, Matrix, entering, expert_modules, matrices, only_stacks, run_experts
+
+Make = Callable[[str, nn.Module], nn.Module]
+"""Name of a linear and a plain one of its shape -> an empty packed one."""
+
+
+class PackedExperts(nn.Module):
+    """The experts of one block; `experts.3.up_proj` is the packed `up_proj` of expert 3.
+
+    Args:
+        original: the module it takes the place of; kept for its activation, its parameters stay empty.
+        found: the matrices of its stacked parameters.
+        packed: the packed linears, by name.
+    """
+
+    original: Any
+
+    def __init__(self, original: Any, found: Mapping[str, Sequence[Matrix]], packed: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        object.__setattr__(self, "original", original)  # not a submodule: its parameters are no longer there
+        self.leaves = {stack: [p.name.rpartition(".")[2] for p in pieces if not p.expert] for stack, pieces in found.items()}
+        for expert in range(original.num_experts):
+            own = [piece for pieces in found.values() for piece in pieces if piece.expert == expert]
+            self.add_module(str(expert), nn.ModuleDict({piece.name.rpartition(".")[2]: packed[piece.name] for piece in own}))
+
+    def matrices(self, stack: str, expert: int) -> list[Any]:
+        """The packed linears that make up one expert's part of the stacked parameter `stack`."""
+        return [self.get_submodule(f"{expert}.{leaf}") for leaf in self.leaves[stack]]
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """`[tokens, dim]`, the experts of each token `[tokens, k]` and their weights -> `[tokens, dim]`."""
+        stack, number = entering(self.original), self.original.num_experts
+        experts = [Expert(self.matrices(stack, one), self.matrices("down_proj", one)[0]) for one in range(number)]
+        return run_experts(self.original, experts, hidden, index, weights)
+
+    @torch.no_grad()
+    def dense(self) -> Any:
+        """The original module with its stacked parameters, unpacked."""
+        for stack in self.leaves:
+            rows = [torch.cat([part.weight for part in self.matrices(stack, one)]) for one in range(self.original.num_experts)]
+            setattr(self.original, stack, nn.Parameter(torch.stack(rows), requires_grad=False))
+        return self.original
+
+
+def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]:
+    """Put PackedExperts where the packed linears `names` are experts' matrices.
+
+    Args:
+        model: on the meta device, before its weights are loaded.
+        names: linears that are no modules of `model`.
+        make: of an empty packed linear.
+
+    Returns:
+        The name of each linear's module.
+
+    Raises:
+        CheckpointError: a name that is none of an expert, or some experts of a block that are packed and others that are not.
+    """
+    sources, order, paths = conversion.sources(model, [f"{name}.weight" for name in names]), conversion.order(model), {}
+    for inside, module in expert_modules(model):
+        stacks = (entering(module), "down_proj")
+        if not any(f"{inside}.{stack}" in sources for stack in stacks):
+            continue
+        found = {stack: _pieces(module, stack, sources.get(f"{inside}.{stack}", []), order) for stack in stacks}
+        if not all(found.values()) or not only_stacks(module):
+            raise CheckpointError(f"config.json lists matrices of {inside} as packed, but not those of all its experts")
+        packed = {}
+        for stack, pieces in found.items():
+            columns, dtype = getattr(module, stack).shape[2], getattr(module, stack).dtype
+            for piece in pieces:
+                rows = piece.rows.stop - piece.rows.start
+                packed[piece.name] = make(piece.name, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype))
+                paths[piece.name] = f"{inside}.{piece.expert}.{piece.name.rpartition('.')[2]}"
+        parent, _, leaf = inside.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, PackedExperts(module, found, packed))
+    if unknown := [name for name in names if name not in paths]:
+        raise CheckpointError(f"config.json names the packed linear {unknown[0]!r}, which this model does not have")
+    return paths
+
+
+def _pieces(module: Any, stack: str, tensors: Sequence[tuple[str, str | None]], order: Sequence[str]) -> list[Matrix]:
+    """The matrices that a stacked parameter is made of, equal parts of its rows; none where they are not complete."""
+    number, rows, columns = getattr(module, stack).shape
+    parts = len(tensors) // max(1, number)
+    if not parts or len(tensors) != parts * number or rows % parts:
+        return []
+    shapes = {name: (rows // parts, columns) for name, _ in tensors}
+    return matrices((number, rows, columns), module.is_transposed, tensors, shapes, order) or []

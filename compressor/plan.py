@@ -1,0 +1,140 @@
+"""The plan of a run as a file: what every linear becomes. TOML, one line a linear, made to be read and edited.
+
+    version = 1
+
+    [linears]
+    "model.layers.0.self_attn.q_proj" = { zeros = 8192 }  # 50.00% of 128×128
+    "model.layers.0.self_attn.k_proj" = { pattern = "2:4" }
+    "model.layers.0.self_attn.v_proj" = { dense = true }
+
+`zeros` is met exactly. Every linear of the decoder blocks has an entry, no other name does.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import UsageError, did_you_mean
+from compressor.pattern import Pattern
+
+if TYPE_CHECKING:
+    from compressor.job import Job
+    from compressor.model import Linear
+
+FILE = "plan.toml"
+_LARGEST = 1 << 24  # bytes of a plan that is read: a hundred thousand linears
+_KINDS = 'accepted: { pattern = "2:4" }, { zeros = N } or { dense = true }'
+
+Entries = dict[str, dict[str, Any]]
+
+
+def dumps(job: Job) -> str:
+    """The plan of `job`, comments and all."""
+    goals = {task.linear.name: task.goal for task in job.every}
+    reasons = {left.name: left.reason for left in job.left_dense}
+    lines = ["# What every linear becomes. Edit it, then: compress prune MODEL -o OUT --plan THIS", "version = 1", "", "[linears]"]
+    for index in range(len(job.skeleton.blocks)):
+        lines += [
+            f"{_quoted(linear.name)} = {_entry(goals.get(linear.name), linear, reasons.get(linear.name, ''))}"
+            for linear in job.skeleton.linears(index)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(name: str) -> str:
+    """A TOML key."""
+    import tomli_w
+
+    return tomli_w.dumps({"k": name}).removeprefix("k = ").strip()
+
+
+def _entry(goal: Pattern | None, linear: Linear, reason: str) -> str:
+    rows, columns = linear.shape
+    if goal is None:
+        return "{ dense = true }" + f"  # {' '.join(reason.split())}" * bool(reason)
+    if goal.zeros is not None:
+        return f"{{ zeros = {goal.zeros} }}  # {float(goal.sparsity):.2%} of {rows}×{columns}"
+    return f'{{ pattern = "{goal}" }}'
+
+
+def read(path: Path) -> Entries:
+    """The entries of a plan file, their form checked but not whether they fit a model.
+
+    Raises:
+        UsageError: the file cannot be read, or is no plan.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UsageError(f"plan {path} has {path.stat().st_size} bytes; a plan has one short line for each linear")
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"plan {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"plan {path} is not readable TOML: {str(error)[:200]}") from None
+    if type(content.get("version")) is not int or content["version"] != 1:
+        raise UsageError(f"plan {path} has version {str(content.get('version'))[:50]!r}; version = 1 is accepted")
+    if unknown := set(content) - {"version", "linears"}:
+        raise UsageError(f"plan {path} has an unknown key {min(unknown)[:100]!r}; known: version, linears")
+    entries = content.get("linears")
+    if not isinstance(entries, dict) or not entries:
+        raise UsageError(f"plan {path} has no [linears]")
+    for name, entry in entries.items():
+        _check_entry(path, name, entry)
+    return entries
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    """Raise UsageError where an entry is none of the known kinds."""
+    kinds = {"pattern": str, "zeros": int, "dense": bool}
+    kind = next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else ""
+    if kind not in kinds or type(entry[kind]) is not kinds[kind] or entry == {"dense": False}:
+        raise UsageError(f"plan {path}: the entry of {name[:100]!r} is {str(entry)[:100]}; {_KINDS}")
+    if kind == "pattern":
+        try:
+            Pattern.parse(entry[kind])
+        except UsageError as error:
+            raise UsageError(f"plan {path}: {name[:100]!r}: {error}") from None
+
+
+def patterns(entries: Entries) -> list[Pattern]:
+    """The different patterns of a plan; a half stands for all numbers of zeros."""
+    texts = [entry.get("pattern", "50%") for entry in entries.values() if "dense" not in entry]
+    return [Pattern.parse(text) for text in dict.fromkeys(texts)]
+
+
+def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -> dict[str, Pattern | None]:
+    """The goal of every linear, None for one that stays dense.
+
+    Args:
+        entries: of a plan.
+        linears: that may be compressed.
+        dense: linears that stay dense whatever the plan says, and why.
+
+    Raises:
+        UsageError: a linear without an entry, a name that is none, zeros or a pattern that a linear cannot have.
+    """
+    names = [linear.name for linear in linears]
+    for name, entry in entries.items():
+        if name in dense and "dense" not in entry:
+            raise UsageError(f"the plan has a goal for {name}, which stays dense ({dense[name]}); make one of the two agree")
+        if name not in names and name not in dense:
+            raise UsageError(f"the plan names {name[:100]!r}, which is no linear of this model{did_you_mean(name, names)}")
+    if missing := [name for name in names if name not in entries]:
+        raise UsageError(
+            f"the plan lacks {len(missing)} linears of this model, {missing[0]} among them; leave one out as {{ dense = true }}"
+        )
+    return {linear.name: _goal(entries[linear.name], linear) for linear in linears}
+
+
+def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | None:
+    if "pattern" in entry:
+        pattern = Pattern.parse(entry["pattern"])
+        pattern.check_width(linear.name, linear.shape[1])
+        return pattern
+    zeros = entry.get("zeros", 0)
+    if not 0 <= zeros <= linear.size:
+        raise UsageError(f"the plan asks for {zeros} zeros in {linear.name}, which has {linear.size} weights")
+    return Pattern.exact(zeros, linear.size) if zeros else None

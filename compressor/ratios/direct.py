@@ -1,0 +1,65 @@
+"""How far the predictions really move when one linear is compressed: KL(dense ‖ changed), linear by linear and level by level.
+
+The slow, exact twin of fisher.py: no second order, no gradients, forward passes only, and for every linear and level a pass
+through the blocks after it (what is before it has not changed). Two blocks are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compressor import calibration
+from compressor.blocks import Progress
+from compressor.calibration import States
+from compressor.head import divergence, head
+from compressor.job import Job
+from compressor.model import Skeleton
+from compressor.ratios.fisher import Levels
+from compressor.ratios.precise import in_float32
+from compressor.stats import InputStats, collecting
+
+
+@torch.no_grad()
+def divergence_curves(
+    job: Job, levels: Levels, states: States, device: torch.device, progress: Progress, *, tokens: int
+) -> dict[str, list[float]]:
+    """Divergence, nats a token, for every linear and each of its levels; arguments as for `fisher.error_curves`."""
+    skeleton, part = in_float32(job, states, tokens, device)
+    exact = _through(skeleton, part, [list(part.hidden)], 0, device)[0]
+    hidden, curves = list(part.hidden), {}
+    for index, tasks in enumerate(job.tasks):
+        block, arguments = skeleton.load_block(index, device), part.arguments[index]
+        linears = {linear.name: linear for linear in skeleton.linears(index)}
+        modules = {task.linear.name: linears[task.linear.name].module for task in tasks}
+        with collecting(modules, gram=any(task.method.NEEDS_GRAM for task in tasks)) as stats:
+            leaving = [calibration.run(block, batch, arguments) for batch in hidden]
+        for task in tasks:
+            stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
+            linear, weight = linears[task.linear.name], task.linear.read(job.reader).to(device)
+            variants = []
+            for goal in levels(task):
+                linear.set(task.method.compress(weight, stats[linear.name], goal, **task.options).dense())
+                variants.append([calibration.run(block, batch, arguments) for batch in hidden])
+            linear.set(weight)
+            variants = _through(skeleton, part, variants, index + 1, device)
+            with head(skeleton, part, device) as logits:
+                curves[linear.name] = [divergence(logits, exact, variant) for variant in variants]
+        skeleton.free_block(index)
+        hidden = leaving
+        progress("divergence curves", index + 1, len(job.tasks))
+    return curves
+
+
+def _through(
+    skeleton: Skeleton, states: States, variants: Sequence[list[Tensor]], start: int, device: torch.device
+) -> list[list[Tensor]]:
+    """Each variant, batches that enter block `start`, after the last block."""
+    found = [list(variant) for variant in variants]
+    for index in range(start, len(skeleton.blocks)):
+        block = skeleton.load_block(index, device)
+        found = [[calibration.run(block, batch, states.arguments[index]) for batch in variant] for variant in found]
+        skeleton.free_block(index)
+    return found

@@ -1,0 +1,45 @@
+"""What allocators share: linears in groups of one sparsity each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from compressor.errors import UsageError
+from compressor.job import Job
+from compressor.model import Linear
+from compressor.ratios.apportion import evenly
+
+Groups = Mapping[str, Sequence[Linear]]
+
+
+def groups(job: Job, granularity: str) -> dict[str, list[Linear]]:
+    """The linears to prune: those of a `block` together, or each `linear` by itself. Raises UsageError for another word."""
+    if granularity == "linear":
+        return {task.linear.name: [task.linear] for task in job.every}
+    if granularity != "block":
+        raise UsageError(f"granularity is {granularity!r}; accepted: block, linear")
+    named = {f"{job.skeleton.path}.{index}": [task.linear for task in tasks] for index, tasks in enumerate(job.tasks)}
+    return {name: linears for name, linears in named.items() if linears}
+
+
+def inside(grouped: Groups, counts: Sequence[int]) -> dict[str, int]:
+    """Zeros of every linear, by name, from those of the groups: the same sparsity inside a group."""
+    found = {}
+    for linears, count in zip(grouped.values(), counts, strict=True):
+        found |= dict(zip([linear.name for linear in linears], evenly(count, [linear.size for linear in linears]), strict=True))
+    return found
+
+
+def ceiling(asked: float, zeros: int, weights: int, default: float) -> Fraction:
+    """The largest sparsity of a group: what was asked for, or, if that is 0, the default, at most 1.
+
+    Raises:
+        UsageError: it is out of range, or below the sparsity of the whole.
+    """
+    if not 0 <= asked <= 1:
+        raise UsageError(f"max_sparsity is {asked:g}; accepted: a sparsity up to 1, or 0 for the allocator's own")
+    most = Fraction(asked or min(default, 1.0)).limit_denominator(10**6)
+    if most * weights < zeros:
+        raise UsageError(f"max_sparsity {float(most):g} is below the sparsity asked for, {zeros / weights:.4g}")
+    return most

@@ -1,0 +1,29 @@
+"""The model in float32, for measurements that bfloat16 would bury in rounding."""
+
+from __future__ import annotations
+
+import torch
+
+from compressor import calibration
+from compressor.calibration import States
+from compressor.errors import NumericalError
+from compressor.gradients import Taps
+from compressor.job import Job
+from compressor.model import Skeleton
+
+
+def check_seen(name: str, tap: Taps) -> None:
+    """Raise NumericalError where no token of the calibration reached a linear."""
+    if not tap.inputs:
+        raise NumericalError(
+            f"{name} saw no tokens of the calibration that ratios are measured on: "
+            f"raise ratios.tokens or leave it dense with --ignore {name!r}"
+        )
+
+
+def in_float32(job: Job, states: States, tokens: int, device: torch.device) -> tuple[Skeleton, States]:
+    """A skeleton that computes in float32, and the first batches of the calibration with at least so many tokens in it."""
+    skeleton, part = job.skeleton.in_dtype(torch.float32), states.at_least(tokens)
+    if skeleton is not job.skeleton:
+        part = calibration.capture(skeleton, torch.cat(part.ids), device)
+    return skeleton, part

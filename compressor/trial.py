@@ -1,0 +1,42 @@
+"""Try a job: compress for real on a part of the calibration, keep nothing, and see how far the predictions moved."""
+
+from __future__ import annotations
+
+import torch
+
+from compressor import calibration
+from compressor.blocks import Progress, compress_blocks, silent
+from compressor.calibration import States
+from compressor.head import divergence, head
+from compressor.job import Job
+
+TOKENS = 16_384  # of the calibration that a trial compresses and measures with, if there are so many
+
+
+class Trial:
+    """The dense model's predictions on a part of the calibration, to compare jobs with.
+
+    Args:
+        job: any job of the model.
+        states: calibration on entering block 0, left as it is.
+        device: where blocks are computed.
+        tokens: of the part, at least.
+    """
+
+    def __init__(self, job: Job, states: States, device: torch.device, tokens: int = TOKENS) -> None:
+        self.states = states.at_least(tokens)
+        self.device = device
+        self.exact = list(self.states.hidden)
+        self.tokens = sum(ids.numel() for ids in self.states.ids)
+        for index, arguments in enumerate(self.states.arguments):
+            block = job.skeleton.load_block(index, device)
+            self.exact = [calibration.run(block, hidden, arguments) for hidden in self.exact]
+            job.skeleton.free_block(index)
+
+    def divergence(self, job: Job, progress: Progress = silent) -> float:
+        """Mean KL(dense ‖ compressed) over the tokens, in nats."""
+        states = self.states.first(len(self.states.hidden))
+        for row in compress_blocks(job, states, self.device, lambda *_: None, silent):
+            progress("trial", row.index + 1, len(job.tasks))
+        with head(job.skeleton, states, self.device) as logits:
+            return divergence(logits, self.exact, states.hidden)

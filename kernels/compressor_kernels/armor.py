@@ -1,0 +1,110 @@
+"""y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked function, the op, the launches.
+
+Up to 96 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a multiple of 64 and both
+blocks are powers of two from 16 to 256. Everything else is the product of sparse24.py between two of torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor_kernels import backend, reference
+from compressor_kernels.backend import launch, words
+from compressor_kernels.choice import choose
+from compressor_kernels.fragments import Fragments, from_fragments
+from compressor_kernels.sparse24 import check_call, check_fragments, sparse24, sparse24_fragments
+
+_SIZES = (16, 32, 64, 128, 256)
+
+
+def armor(
+    x: Tensor,
+    core: tuple[Tensor, Tensor] | Fragments,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    semaphore: Tensor | None = None,
+) -> Tensor:
+    """y = A (S (B x)) + bias.
+
+    Args:
+        x: `[..., in]`.
+        core: S, `[out, in]`, as values and metadata or in fragment order; the dtype of x.
+        a: `[out / bA, bA, bA]`, the dtype of x.
+        b: `[in / bB, bB, bB]`, the dtype of x.
+        bias: `[out]` or None.
+        semaphore: int32 zeros of the weight's own (`sparse24.new_semaphore`), which the two launches need.
+
+    Returns:
+        `[..., out]` in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+    """
+    for name, blocks in (("a", a), ("b", b)):
+        if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]:
+            raise ValueError(f"{name} is {tuple(blocks.shape)}, not a stack of square blocks")
+    out_features, in_features = a.shape[0] * a.shape[1], b.shape[0] * b.shape[1]
+    check_call(x, in_features, out_features, a.dtype, {"a": a, "b": b}, bias)
+    if not isinstance(core, Fragments) or (x.requires_grad and torch.is_grad_enabled()):
+        inner = reference.block_diagonal(x, b)
+        z = _core(inner, core, out_features, semaphore)
+        y = reference.block_diagonal(z, a)
+        return y if bias is None else y + bias
+    check_fragments(x, core, out_features)
+    return torch.ops.compressor_kernels.armor(x, *core, a, b, bias, semaphore)
+
+
+def _core(x: Tensor, core: tuple[Tensor, Tensor] | Fragments, out_features: int, semaphore: Tensor | None) -> Tensor:
+    if isinstance(core, Fragments):
+        return sparse24_fragments(x, core, out_features, None, semaphore)
+    return sparse24(x, *core, None, semaphore)
+
+
+@torch.library.custom_op("compressor_kernels::armor", mutates_args=())
+def _armor(
+    x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor | None
+) -> Tensor:
+    core, n, k = Fragments(values, metadata), a.shape[0] * a.shape[1], x.shape[-1]
+    if not x.numel() or not backend.runs(x):
+        return reference.armor(x, *from_fragments(core, n, k), a, b, bias)
+    config = choose("armor", x.device, n, k, x.numel() // k)
+    if config["kernel"] == "dense" or semaphore is None or k % 64 or a.shape[1] not in _SIZES or b.shape[1] not in _SIZES:
+        y = reference.block_diagonal(_core(reference.block_diagonal(x, b), core, n, semaphore), a)
+        return y if bias is None else y + bias
+    return run_armor(x, core, a, b, bias, semaphore, config)
+
+
+@_armor.register_fake
+def _(x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], a.shape[0] * a.shape[1])
+
+
+def run_armor(
+    x: Tensor, core: Fragments, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor, config: dict[str, Any]
+) -> Tensor:
+    """One call with settings of one's own choosing, unchecked: for benchmarks and tests."""
+    from compressor_kernels import wrapped
+
+    n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
+    nt, kt = core.words.shape[:2]
+    tiles, warps, split, pdl = -(-m // 8), config["warps"], config["split"], config.get("pdl", False)
+    programs = -(-nt // warps)
+    common: dict[str, Any] = {
+        "TILES": tiles, "BM": max(16, 1 << (8 * tiles - 1).bit_length()), "WIDE": backend.interpreting(), "PDL": pdl,
+    }  # fmt: skip
+    inner = torch.empty(kt, tiles, 2, 32, 8, dtype=x.dtype, device=x.device)
+    partial = torch.empty(split * programs * tiles * 128 * warps, dtype=torch.float32, device=x.device)
+    y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
+    launch(wrapped.apply_b, (k // size_b, -(-size_b // 32)),
+        x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
+    )  # fmt: skip
+    launch(wrapped.product, (programs, split),
+        words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, SIZE=size_a,
+        PART=min(size_a, 64), UNROLL=config["unroll"], BF16=x.dtype == torch.bfloat16, BIAS=bias is not None,
+        num_warps=warps, **common, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], n)

@@ -1,0 +1,88 @@
+"""Where the Triton kernels run. Asked at the first call, never at import: this package loads without a GPU and without Triton."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs(x: Tensor) -> bool:
+    """The kernels can compute with `x`: 16-bit, and on a GPU that Triton compiles for, or in the interpreter."""
+    if x.dtype not in DTYPES:
+        return False
+    return interpreting() if x.device.type == "cpu" else x.device.type == "cuda" and works(x.device)
+
+
+@cache
+def works(device: torch.device) -> bool:
+    """A kernel was compiled and run on this CUDA device; if not, a warning says why, once, and plain torch computes instead."""
+    try:
+        from compressor_kernels.expand import unpack_stored
+
+        values = torch.zeros(1, 8, dtype=torch.float16, device=device)
+        dense = torch.empty(1, 16, dtype=torch.float16, device=device)
+        metadata = torch.full((1, 1), 0x4444, dtype=torch.int16, device=device)
+        launch(unpack_stored, (1, 1), words(values), metadata, words(dense), 1, 16, BN=16, BK=64, ASM=nvidia())
+    except Exception as error:  # no Triton, no C compiler, an unknown GPU: anything may be thrown
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"the kernels of compress-llm do not run on {device}, which computes with torch: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+def nvidia() -> bool:
+    """PTX can be used."""
+    return torch.version.cuda is not None or interpreting()
+
+
+@cache
+def sparse_tensor_cores(device: torch.device) -> bool:
+    """`mma.sp` exists (compute capability 8.0 and later) and gave the right result for a small product, tried once."""
+    if device.type != "cuda":
+        return interpreting()
+    if not nvidia() or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from compressor_kernels.sparse24 import fragments_are_right
+
+    try:
+        right, reason = fragments_are_right(device), "a small product came out wrong"
+    except Exception as error:  # a Triton that cannot compile it
+        right, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not right:
+        warnings.warn(f"the sparse tensor cores of {device} are not used, a slower kernel is: {reason}", stacklevel=2)
+    return right
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """As the table of choices names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Start a kernel on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **settings)
+
+
+def words(x: Tensor) -> Tensor:
+    """The same memory as int32."""
+    return x.view(torch.int32)

@@ -1,0 +1,69 @@
+"""Which kernel runs, and how: measured rows from table.json, shipped as data, or a rule where nothing was measured.
+
+A row is {"device", "op", "out", "in", "rows", "kernel", …}: on that device and shape it holds for every call of at most `rows`
+rows of x (and more than the row before it). `speedup` is what it measured against dense cuBLAS. `benchmarks/gpu.py` writes
+the rows. Nothing is tuned while a model runs: a choice is a function of the shape, so CUDA graphs may capture any call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from compressor_kernels.backend import device_name, multiprocessors
+
+MOST_ROWS = 96  # beyond, multiplying limits the speed, not reading: the dense weight is written once, for cuBLAS
+
+
+@cache
+def table() -> dict[tuple[str, str, int, int], list[dict[str, Any]]]:
+    """The measured rows by device, op, out and in; those for few rows of x first."""
+    rows = json.loads(files("compressor_kernels").joinpath("table.json").read_text())
+    found: dict[tuple[str, str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["rows"]):
+        found[row["device"], row["op"], row["out"], row["in"]].append(row)
+    return dict(found)
+
+
+def measured(op: str, device: torch.device, out_features: int, in_features: int, rows: int) -> dict[str, Any] | None:
+    """The row of the table for a call, or None."""
+    for row in table().get((device_name(device), op, out_features, in_features), ()):
+        if rows <= row["rows"]:
+            return row
+    return None
+
+
+def choose(op: str, device: torch.device, out_features: int, in_features: int, rows: int) -> dict[str, Any]:
+    """`kernel` and its settings for one call of an op."""
+    return measured(op, device, out_features, in_features, rows) or rule(
+        op, out_features, in_features, rows, multiprocessors(device)
+    )
+
+
+def rule(op: str, out_features: int, in_features: int, rows: int, processors: int) -> dict[str, Any]:
+    """What runs where nothing was measured: settings that keep every multiprocessor at work and partial sums small.
+
+    ops: `stored` (2:4 as on disk), `fragments` (2:4 in fragment order), `armor` (all of it; `dense` is its core by itself
+    between the wrappers by torch) and `skinny` (a factor of a low-rank weight).
+    """
+    if rows > (64 if op == "armor" else MOST_ROWS):  # A times more columns than 64 does not fit into the registers
+        return {"kernel": "dense"}
+    if op in ("fragments", "armor"):
+        tiles = -(-rows // 8)
+        programs = -(-out_features // 128)
+        split = _split(4 * processors, programs, in_features, 256 * tiles)
+        return {"kernel": "mma", "warps": 8, "split": split, "unroll": 2, "ordered": rows > 16}
+    block = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    programs = -(-out_features // 64) * -(-rows // block)
+    split = _split(3 * processors, programs, in_features, 16 * block)
+    return {"kernel": "dot", "bm": block, "bn": 64, "bk": 128, "split": split, "warps": 4, "stages": 3}
+
+
+def _split(wanted: int, programs: int, in_features: int, least: int) -> int:
+    """Parts of K: about `wanted` programs in all, each with at least `least` columns."""
+    return max(1, min(round(wanted / programs), in_features // least))

@@ -1,0 +1,69 @@
+"""y = U (V x) + bias: the checked function, the op, and its two launches of the product in skinny.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from compressor_kernels import backend, reference
+from compressor_kernels.backend import launch
+from compressor_kernels.choice import choose
+from compressor_kernels.sparse24 import check_call, workspace
+
+
+def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None) -> Tensor:
+    """y = U (V x) + bias.
+
+    Args:
+        x: `[..., in]`.
+        u: `[out, r]`, the dtype of x.
+        v: `[r, in]`, the dtype of x.
+        bias: `[out]` or None.
+        semaphore: int32 zeros of the weight's own (`sparse24.new_semaphore(max(out, r))`); without it K is not split.
+
+    Returns:
+        `[..., out]` in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+    """
+    if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or u.dtype != v.dtype:
+        raise ValueError(f"u {u.dtype} {tuple(u.shape)} and v {v.dtype} {tuple(v.shape)} are not the factors of one weight")
+    check_call(x, v.shape[1], u.shape[0], u.dtype, {"u": u, "v": v}, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        return reference.lowrank(x, u, v, bias)
+    return torch.ops.compressor_kernels.lowrank(x, u, v, bias, semaphore)
+
+
+@torch.library.custom_op("compressor_kernels::lowrank", mutates_args=())
+def _lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+    if not x.numel() or not u.shape[1] or not backend.runs(x):
+        return reference.lowrank(x, u, v, bias)
+    rows, rank = x.numel() // x.shape[-1], len(v)
+    inner = run_skinny(x, v, None, semaphore, choose("skinny", x.device, rank, x.shape[-1], rows))
+    return run_skinny(inner, u, bias, semaphore, choose("skinny", x.device, len(u), rank, rows))
+
+
+@_lowrank.register_fake
+def _(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], u.shape[0])
+
+
+def run_skinny(x: Tensor, w: Tensor, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]) -> Tensor:
+    """x Wᵀ + bias with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    from compressor_kernels import skinny
+
+    if config["kernel"] == "dense":
+        return linear(x, w, bias)
+    (n, k), m = w.shape, x.numel() // x.shape[-1]
+    y, bm, bn = x.new_empty(m, n), config["bm"], config["bn"]
+    programs = (-(-n // bn), -(-m // bm))
+    split, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
+    launch(skinny.product, (programs[0], split, programs[1]),
+        x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split > 1,
+        BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], n)

@@ -1,0 +1,236 @@
+"""y = x Wᵀ + bias for a packed 2:4 weight: the checked functions, the torch ops behind them, and the launches.
+
+Up to 96 rows of x the kernels read the packed weight, 0.5625 of the dense bytes: `mma` or `gemv` in fragment order, `dot` in
+the stored layout. With more rows the dense weight is written once and cuBLAS multiplies. Where no kernel runs the twin in
+reference.py computes, and it also defines the gradient of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from compressor_kernels import backend, reference
+from compressor_kernels.backend import launch, words
+from compressor_kernels.choice import choose
+from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
+from compressor_kernels.packing import check_shapes, pack24
+
+
+def sparse24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias for a weight in the stored layout.
+
+    Args:
+        x: `[..., in]`.
+        values: `[out, in / 2]`, the dtype of x.
+        metadata: int16 `[out, ceil(in / 16)]`; every group names two ascending columns (`packing.check24`).
+        bias: `[out]` or None.
+        semaphore: int32 zeros of the weight's own, see `new_semaphore`; without it K is not split over programs.
+
+    Returns:
+        `[..., out]` in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+    """
+    check_shapes(values, metadata)
+    check_call(x, 2 * values.shape[1], len(values), values.dtype, {"values": values, "metadata": metadata}, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        return reference.sparse24(x, values, metadata, bias)
+    return torch.ops.compressor_kernels.sparse24_stored(x, values, metadata, bias, semaphore)
+
+
+def sparse24_fragments(
+    x: Tensor, fragments: Fragments, out_features: int, bias: Tensor | None = None, semaphore: Tensor | None = None
+) -> Tensor:
+    """y = x Wᵀ + bias for a weight `[out_features, in]` in fragment order; otherwise as `sparse24`."""
+    check_fragments(x, fragments, out_features)
+    check_call(x, x.shape[-1], out_features, fragments.values.dtype, {}, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        return reference.sparse24(x, *from_fragments(fragments, out_features, x.shape[-1]), bias)
+    return torch.ops.compressor_kernels.sparse24_fragments(x, *fragments, out_features, bias, semaphore)
+
+
+def check_fragments(x: Tensor, fragments: Fragments, out_features: int) -> None:
+    """Raise ValueError unless the fragments are those of a weight `[out_features, in]`, contiguous on the device of x."""
+    tiles, ktiles = fragments.words.shape[:2]
+    if fragments.values.shape != (tiles, ktiles, 2, 32, 8) or tiles != -(-out_features // 16):
+        raise ValueError(f"fragments {tuple(fragments.values.shape)} are not those of {out_features} outputs")
+    if ktiles != -(-x.shape[-1] // 64) or x.shape[-1] % 4:
+        raise ValueError(f"x has {x.shape[-1]} features; the fragments hold {64 * ktiles - 60} to {64 * ktiles}, a multiple of 4")
+    _check_placed(x, {"values": fragments.values, "words": fragments.words})
+
+
+def check_call(
+    x: Tensor, in_features: int, out_features: int, dtype: torch.dtype, weights: dict[str, Tensor], bias: Tensor | None
+) -> None:
+    """Raise ValueError unless x and bias fit a weight of that shape and dtype, all of it contiguous on the device of x."""
+    if x.dim() == 0 or x.shape[-1] != in_features or x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not {dtype} [..., {in_features}]")
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != dtype):
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, not {dtype} [{out_features}]")
+    _check_placed(x, {**weights, **({} if bias is None else {"bias": bias})})
+
+
+def _check_placed(x: Tensor, weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+
+
+def new_semaphore(out_features: int, device: torch.device | str) -> Tensor:
+    """Zeros that the programs of one weight count in; they are zero again after every call.
+
+    A weight needs its own, and must not be in two streams at once.
+    """
+    return torch.zeros(2 * -(-out_features // 16), dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("compressor_kernels::sparse24_stored", mutates_args=())
+def _stored(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+    if not x.numel() or not backend.runs(x):
+        return reference.sparse24(x, values, metadata, bias)
+    config = choose("stored", x.device, len(values), x.shape[-1], x.numel() // x.shape[-1])
+    return run_stored(x, values, metadata, bias, semaphore, config)
+
+
+@_stored.register_fake
+def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@torch.library.custom_op("compressor_kernels::sparse24_fragments", mutates_args=())
+def _fragments(
+    x: Tensor, values: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None, semaphore: Tensor | None
+) -> Tensor:
+    fragments = Fragments(values, metadata)
+    if not x.numel() or not backend.runs(x):
+        return reference.sparse24(x, *from_fragments(fragments, out_features, x.shape[-1]), bias)
+    config = choose("fragments", x.device, out_features, x.shape[-1], x.numel() // x.shape[-1])
+    return run_fragments(x, fragments, out_features, bias, semaphore, config)
+
+
+@_fragments.register_fake
+def _(x: Tensor, values: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def run_stored(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
+) -> Tensor:
+    """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    from compressor_kernels import expand
+
+    (n, k), m = (len(values), x.shape[-1]), x.numel() // x.shape[-1]
+    if config["kernel"] == "dense":
+        return linear(x, unpack_stored(values, metadata), bias)
+    x2, y = x.reshape(m, k).contiguous(), x.new_empty(m, n)
+    bm, bn = config["bm"], config["bn"]
+    programs = (-(-n // bn), -(-m // bm))
+    split, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
+    launch(expand.product, (programs[0], split, programs[1]),
+        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split > 1,
+        BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(), num_warps=config["warps"],
+        num_stages=config["stages"],
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], n)
+
+
+def run_fragments(
+    x: Tensor, fragments: Fragments, out_features: int, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
+) -> Tensor:
+    """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    from compressor_kernels import gemv, mma
+
+    n, k, m = out_features, x.shape[-1], x.numel() // x.shape[-1]
+    nt, kt = fragments.words.shape[:2]
+    if config["kernel"] == "dense":
+        return linear(x, unpack_fragments(fragments, n, k), bias)
+    x2, y = x.reshape(m, k).contiguous(), x.new_empty(m, n)
+    warps, tiles = config["warps"], -(-m // 8)
+    programs = -(-nt // warps)
+    common: dict[str, Any] = {
+        "WARPS": warps, "BF16": x.dtype == torch.bfloat16, "BIAS": bias is not None, "num_warps": warps,
+    }  # fmt: skip
+    if config["kernel"] == "gemv":
+        split, partial = workspace(x, semaphore, config["split"], programs, 16 * warps)
+        launch(gemv.product, (programs, split),
+            words(x2), words(fragments.values), fragments.words, bias, partial, semaphore, y, n, k, kt, nt,
+            SPLIT=split > 1, **common,
+        )  # fmt: skip
+    else:
+        split, partial = workspace(x, semaphore, config["split"], programs, 128 * warps * tiles)
+        x2 = ordered(x2, tiles) if config["ordered"] else words(x2)
+        launch(mma.product, (programs, split),
+            x2, words(fragments.values), fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, TILES=tiles,
+            SPLIT=split > 1, UNROLL=config["unroll"], ORDERED=config["ordered"], EVEN=k % 64 == 0, **common,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], n)
+
+
+def fragments_are_right(device: torch.device) -> bool:
+    """Whether `mma` gives on `device` what the twin gives, for a small weight: both steps, both halves, two parts of K."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 256, generator=generator).view(48, 64, 4)
+    weight = (weight * (weight.argsort(-1).argsort(-1) > 1)).view(48, 256).to(device, torch.float16)
+    x = torch.randn(11, 256, generator=generator).to(device, torch.float16)
+    config = {"kernel": "mma", "warps": 4, "split": 2, "unroll": 2, "ordered": False}
+    y = run_fragments(x, to_fragments(*pack24(weight)), 48, None, new_semaphore(48, device), config).double()
+    expected = x.double() @ weight.double().T
+    return bool((y - expected).norm() < 1e-3 * expected.norm())
+
+
+def ordered(x: Tensor, tiles: int) -> Tensor:
+    """x `[rows, in]` in fragment order, int32 `[ktiles, tiles, 2, 32, 4]`, filled up with zeros."""
+    from compressor_kernels import mma
+
+    m, k = x.shape
+    result = torch.empty(-(-k // 64), tiles, 2, 32, 4, dtype=torch.int32, device=x.device)
+    launch(mma.order, result.shape[:2], words(x), result, m, k, TILES=tiles, num_warps=2)
+    return result
+
+
+def workspace(x: Tensor, semaphore: Tensor | None, split: int, programs: int, size: int) -> tuple[int, Tensor]:
+    """How often K is split, and room for the partial sums: once where `semaphore` does not hold all programs."""
+    if semaphore is None or programs > len(semaphore):
+        split = 1
+    return split, torch.empty(split * programs * size if split > 1 else 1, dtype=torch.float32, device=x.device)
+
+
+def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
+    """The dense weight `[out, in]`, as `packing.unpack24`, by one kernel."""
+    from compressor_kernels import expand
+
+    n, k = len(values), 2 * values.shape[1]
+    dense = values.new_empty(n, k)
+    launch(
+        expand.unpack_stored,
+        (-(-n // 16), -(-k // 256)),
+        words(values),
+        metadata,
+        words(dense),
+        n,
+        k,
+        BN=16,
+        BK=256,
+        ASM=backend.nvidia(),
+    )
+    return dense
+
+
+def unpack_fragments(fragments: Fragments, out_features: int, in_features: int) -> Tensor:
+    """The dense weight `[out, in]` of one in fragment order, by one kernel."""
+    from compressor_kernels import expand
+
+    dense = fragments.values.new_empty(out_features, in_features)
+    grid = fragments.words.shape[:2]
+    launch(expand.unpack_fragments, grid,
+        words(fragments.values), fragments.words, words(dense), out_features, in_features, grid[1],
+        ASM=backend.nvidia(), num_warps=2,
+    )  # fmt: skip
+    return dense

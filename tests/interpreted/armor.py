@@ -1,0 +1,63 @@
+"""ARMOR in two launches and the low-rank product against float64 at awkward sizes."""
+
+import pytest
+import torch
+
+from compressor_kernels import armor as ops
+from compressor_kernels.fragments import to_fragments
+from compressor_kernels.lowrank import lowrank, run_skinny
+from compressor_kernels.packing import pack24
+from compressor_kernels.sparse24 import new_semaphore
+from tests.interpreted.sparse24 import DTYPES, ROWS
+from tests.interpreted.tolerance import assert_close
+from tests.test_packing import sparse
+
+
+def problem(rows, out_features, in_features, size_a, size_b, dtype):
+    torch.manual_seed(rows)
+    a = torch.randn(out_features // size_a, size_a, size_a).to(dtype) / size_a**0.5
+    b = torch.randn(in_features // size_b, size_b, size_b).to(dtype) / size_b**0.5
+    core = sparse(out_features, in_features, rows, dtype)
+    x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(out_features).to(dtype)
+    expected = x.double() @ torch.block_diag(*b.double()).T @ core.double().T @ torch.block_diag(*a.double()).T + bias.double()
+    return x, core, a, b, bias, expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("shape", "warps", "split"),
+    [
+        ((64, 128, 16, 32), 4, 1),  # several blocks of A in a program
+        ((256, 192, 128, 64), 2, 3),  # several programs for a block of A
+        ((96, 64, 32, 64), 4, 2),  # a last program that is not full
+    ],
+)
+def test_two_launches(rows, shape, warps, split, dtype):
+    x, core, a, b, bias, expected = problem(rows, *shape, dtype)
+    semaphore, config = new_semaphore(len(core), "cpu"), {"warps": warps, "split": split, "unroll": 2}
+    assert_close(ops.run_armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore, config), expected)
+    assert not semaphore.any()
+
+
+@pytest.mark.parametrize("shape", [(256, 256, 256, 128), (24, 36, 12, 18), (64, 128, 16, 32)], ids=str)
+@pytest.mark.parametrize("rows", [2, 65])
+def test_the_public_function_chooses(shape, rows):
+    x, core, a, b, bias, expected = problem(rows, *shape, torch.float16)
+    packed, semaphore = pack24(core), new_semaphore(shape[0], "cpu")
+    assert_close(ops.armor(x[None], to_fragments(*packed), a, b, bias, semaphore)[0], expected)
+    assert_close(ops.armor(x[None], packed, a, b, bias, semaphore)[0], expected)
+    assert not semaphore.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_low_rank(rows, dtype):
+    torch.manual_seed(rows)
+    u, v, bias = torch.randn(100, 36) / 6, torch.randn(36, 130) / 11, torch.randn(100)
+    u, v, bias, x = u.to(dtype), v.to(dtype), bias.to(dtype), torch.randn(rows, 130).to(dtype)
+    semaphore = new_semaphore(100, "cpu")
+    assert_close(lowrank(x, u, v, bias, semaphore), x.double() @ v.double().T @ u.double().T + bias.double())
+    config = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 64, "split": 3, "warps": 4, "stages": 3}
+    assert_close(run_skinny(x, v, None, semaphore, config), x.double() @ v.double().T)
+    assert not semaphore.any()
