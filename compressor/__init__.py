@@ -39,6 +39,9 @@ def prune(
     ratios: str | None = None,
     dense_fraction: str | None = None,
     ratio_options: Mapping[str, Any] | None = None,
+    keep: str | None = None,
+    ranks: str | None = None,
+    rank_options: Mapping[str, Any] | None = None,
     plan: str | Path | None = None,
     format: str | None = None,
     dataset: str | Path | None = None,
@@ -64,7 +67,8 @@ def prune(
         output: folder to be made; it must not exist. `<output>.report.json` is written beside it.
         recipe: TOML file, or the name of a bundled recipe such as "armor-24".
         revision: branch, tag or commit of a Hub id.
-        method: "magnitude", "wanda" (default), "nowag", "sparsegpt" or "armor".
+        method: "magnitude", "wanda" (default), "nowag", "sparsegpt" or "armor"; with `keep` "kfac", "svd_llm", "asvd", "welore"
+            or "svd".
         options: of the method, such as {"damp": 0.05}.
         refine: "dsnot", "lsq", "swap" or "admm"; nothing by default.
         refine_options: of the refinement, such as {"damping": 0.1}.
@@ -74,6 +78,9 @@ def prune(
         ratios: "uniform", "ecoflap", "owl" or "curve": shares out the zeros of a sparsity; nothing by default.
         dense_fraction: such as "10%": of the weights, may stay dense under n:m.
         ratio_options: of either, such as {"max_sparsity": 0.8}.
+        keep: such as "70%": of the linears' parameters, by thin factors in place of a pattern.
+        ranks: "uniform", "welore" or "threshold": shares them out; by default what suits the method.
+        rank_options: of the ranks, such as {"align": 16}.
         plan: file that says what every linear becomes, in place of `pattern`.
         format: "packed" (default), or "dense" for zeros in place.
         dataset: calibration text: a .txt, .jsonl or .parquet file, a Hub data set, or "self" (default), text the model writes.
@@ -100,11 +107,12 @@ def prune(
     settings: dict[str, Any] = {
         "model": str(model), "revision": revision, "method": method, "options": options, "refine": refine,
         "refine_options": refine_options, "refine_only": refine_only, "tune": tune, "pattern": pattern, "ratios": ratios,
-        "dense_fraction": dense_fraction, "ratio_options": ratio_options, "plan": plan and str(plan), "format": format,
+        "dense_fraction": dense_fraction, "ratio_options": ratio_options, "keep": keep, "ranks": ranks,
+        "rank_options": rank_options, "plan": plan and str(plan), "format": format,
         "dataset": dataset and str(dataset), "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    for name in ("options", "refine_options", "ratio_options"):
+    for name in ("options", "refine_options", "ratio_options", "rank_options"):
         settings[name] = dict(settings[name]) if settings[name] else None
     for name in ("refine_only", "ignore"):
         settings[name] = None if settings[name] is None else list(settings[name])

@@ -39,7 +39,9 @@ def allocate(job: Job, states: States | None, device: torch.device, progress: Pr
 
 def _share_zeros(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
     assert job.ratios
-    zeros = int(job.every[0].goal.sparsity * sum(task.linear.size for task in job.every))
+    goal = job.every[0].goal
+    assert isinstance(goal, Pattern)
+    zeros = int(goal.sparsity * sum(task.linear.size for task in job.every))
     even = sharing(job, uniform.uniform(job, zeros))
     name = job.ratios.__name__.rpartition(".")[2]
     if job.ratios is uniform:

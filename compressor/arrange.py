@@ -60,6 +60,8 @@ def _arrange_one(module: Any, runtime: str) -> str:
     weight = module.weight_u if isinstance(module, LowRankLinear) else module.weight_values
     if _moved(module, weight):
         return "packed, unpacked at every call: accelerate moves its tensors"
+    if isinstance(module, LowRankLinear) and not backend.runs(weight):
+        return "two thin products"
     on_cpu = weight.device.type == "cpu"
     if runtime == "dense" or (runtime == "auto" and on_cpu):
         module.unpack_()

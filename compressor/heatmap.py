@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def sparsities(job: Job) -> tuple[list[str], list[list[float | None]]]:
     """Names of the linears inside a block, and per block their sparsity; 0 for one left dense, None for one it has not."""
-    goals = {task.linear.name: task.goal for task in job.every}
+    removed = {task.linear.name: task.removed for task in job.every}
     blocks = []
     for index in range(len(job.skeleton.blocks)):
         prefix = f"{job.skeleton.path}.{index}."
         names = [linear.name for linear in job.skeleton.linears(index)]
-        blocks.append({name.removeprefix(prefix): float(goals[name].sparsity) if name in goals else 0.0 for name in names})
+        blocks.append({name.removeprefix(prefix): removed.get(name, 0.0) for name in names})
     columns = list(dict.fromkeys(name for block in blocks for name in block))
     return columns, [[block.get(name) for name in columns] for block in blocks]
 

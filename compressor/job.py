@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,9 +17,11 @@ from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import only_stacks
-from compressor.methods import method_module
+from compressor.methods import factors, method_module
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
+from compressor.ranks import allocator as rank_allocator
+from compressor.ranks import check_align
 from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
@@ -27,16 +29,31 @@ from compressor.report import LeftDense
 from compressor.stats import InputStats
 from compressor.writer import check_output
 
+if TYPE_CHECKING:
+    from compressor.curvature import GradientGrams
+
+_COUNTERPARTS = ("sparsegpt", "svd_llm")  # of a plan that mixes goals: what prunes, what factors where the method does the other
+
 
 @dataclass(frozen=True)
 class Task:
-    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or not by the job's refinement."""
+    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or not by the job's refinement.
+
+    The goal is a pattern, or the rank of factors.
+    """
 
     linear: Linear
     method: ModuleType
     options: dict[str, Any]
-    goal: Pattern
+    goal: Pattern | int
     refined: bool = True
+
+    @property
+    def removed(self) -> float:
+        """Fraction of the weight's numbers that go: zeros of a pattern, or what factors of a rank do without."""
+        if isinstance(self.goal, Pattern):
+            return float(self.goal.sparsity)
+        return 1 - self.goal * sum(self.linear.shape) / self.linear.size
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,9 @@ class Job:
         dense_fraction: of the weights, may stay dense where that helps most.
         ratio_options: of either.
         allocation: what that measured; empty before it ran.
+        keep: of the parameters of the linears; None where goals are patterns or of a plan. Until ranks are chosen, goals are 1.
+        ranks, rank_options: what gives every linear a rank; None without `keep`.
+        gradients: Gram matrices of the gradients at the outputs, once they are measured.
     """
 
     reader: Reader
@@ -73,6 +93,10 @@ class Job:
     dense_fraction: Fraction = Fraction(0)
     ratio_options: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
+    keep: Fraction | None = None
+    ranks: ModuleType | None = None
+    rank_options: dict[str, Any] = field(default_factory=dict)
+    gradients: GradientGrams | None = None
 
     @property
     def every(self) -> list[Task]:
@@ -88,7 +112,15 @@ class Job:
     @property
     def measures(self) -> bool:
         """Whether goals are chosen by what is measured on the calibration."""
-        return self.dense_fraction > 0 or (self.ratios is not None and self.ratios.NEEDS_INPUTS)
+        ratios = self.ratios is not None and self.ratios.NEEDS_INPUTS
+        shared = self.ranks is not None and not self.ranks.__name__.endswith(".uniform")
+        ranks = shared and any(task.method.NEEDS_INPUTS for task in self.every)
+        return self.dense_fraction > 0 or ratios or ranks or self.needs_gradients
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass is needed."""
+        return any(factors(task.method) and task.method.NEEDS_GRADIENTS for task in self.every)
 
     @property
     def needs_gram(self) -> bool:
@@ -139,15 +171,21 @@ class Job:
                 )
         return self
 
-    def assign(self, goals: Mapping[str, Pattern | None], reason: str) -> Job:
+    def assign(self, goals: Mapping[str, Pattern | int | None], reason: str) -> Job:
         """The job with these goals, by linear name; a linear whose goal is None stays dense, for `reason`."""
         left = [
             LeftDense(task.linear.name, list(task.linear.shape), reason) for task in self.every if goals[task.linear.name] is None
         ]
-        tasks = [
-            [replace(task, goal=goal) for task in block if (goal := goals[task.linear.name]) is not None] for block in self.tasks
-        ]
+        tasks = [[_suited(task, goal) for task in block if (goal := goals[task.linear.name]) is not None] for block in self.tasks]
         return replace(self, tasks=tasks, left_dense=left + self.left_dense).check_experts()
+
+
+def _suited(task: Task, goal: Pattern | int) -> Task:
+    """The task with this goal, and with a method that can meet it."""
+    ranked = isinstance(goal, int)
+    if factors(task.method) == ranked:
+        return replace(task, goal=goal)
+    return replace(task, goal=goal, method=method_module(_COUNTERPARTS[ranked]), options={}, refined=not ranked)
 
 
 def make_job(recipe: Recipe, output: Path | None) -> Job:
@@ -160,9 +198,13 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     if refine and not method.REFINABLE:
         raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
     entries = plan.read(Path(recipe.plan)) if recipe.plan else {}
-    for each in plan.patterns(entries) if entries else [pattern]:
-        _rehearse(method, options, refine, refine_options, each)
-    allocation = _allocation(recipe, pattern)
+    if factors(method):
+        _rehearse_rank(method, options)
+    else:
+        for each in plan.patterns(entries) if entries else [pattern]:
+            _rehearse(method, options, refine, refine_options, each)
+    goal = 1 if factors(method) else pattern
+    allocation = _ranks(recipe, method) if factors(method) else _allocation(recipe, pattern)
     if (
         method.NEEDS_INPUTS
         or refine
@@ -179,12 +221,12 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     seq_len = _sequence_length(recipe.seq_len, data.context_length(skeleton.config))
     blocks, left_dense = _choose(skeleton, recipe.ignore)
     for linear in (linear for block in blocks for linear in block):
-        if not entries:
+        if not entries and not factors(method):
             pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
     refined = _refined(recipe, [linear.name for block in blocks for linear in block])
-    tasks = [[Task(linear, method, options, pattern, linear.name in refined) for linear in block] for block in blocks]
+    tasks = [[Task(linear, method, options, goal, linear.name in refined) for linear in block] for block in blocks]
     job = Job(
         reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options, tune=recipe.tune,
         packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len, seed=recipe.seed,
@@ -208,8 +250,30 @@ def _refined(recipe: Recipe, names: list[str]) -> set[str]:
     return {name for name in names if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)}
 
 
+def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
+    """The fields keep, ranks and rank_options of a job that makes factors."""
+    if recipe.ratios or recipe.dense_fraction or recipe.ratio_options:
+        raise UsageError(f"method {recipe.method} makes factors: --ratios and --dense-fraction are for patterns; give --ranks")
+    if bool(recipe.keep) == bool(recipe.plan):
+        raise UsageError(
+            "--plan says what every linear becomes; --keep would choose it again: give one of them" if recipe.plan
+            else f"method {recipe.method} makes factors: give --keep, such as 70%, of the linears' parameters"
+        )  # fmt: skip
+    if recipe.plan:
+        if recipe.ranks or recipe.rank_options:
+            raise UsageError("--ranks chooses what --plan says already: give one of them")
+        return {}
+    name = recipe.ranks or method.RANKS
+    module = rank_allocator(name)
+    options = check_options(f"ranks {name}", module.allocate, recipe.rank_options)
+    check_align(options.get("align", 0))
+    return {"keep": parse_fraction("keep", recipe.keep), "ranks": module, "rank_options": options}
+
+
 def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
     """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
+    if recipe.keep or recipe.ranks or recipe.rank_options:
+        raise UsageError(f"--keep and --ranks are for methods that make factors, {recipe.method} prunes: use compress lowrank")
     if recipe.plan and (recipe.ratios or recipe.dense_fraction):
         raise UsageError(
             "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
@@ -249,6 +313,14 @@ def _rehearse(
     pruned = method.compress(weight, stats, pattern, **options).dense()
     if refine:
         refine.refine(weight, pruned, stats, pattern, **refine_options)
+
+
+def _rehearse_rank(method: ModuleType, options: dict[str, Any]) -> None:
+    """As `_rehearse`, for a method that makes factors."""
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    stats = InputStats(16, gram=True)
+    stats.update(weight)
+    method.compress(weight, stats, 4, *([weight @ weight.T] if method.NEEDS_GRADIENTS else []), **options)
 
 
 def _sequence_length(asked: int, limit: int | None) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from compressor.job import Job, Task, make_job
 from compressor.journal import Journal, work_path
 from compressor.layout import compressed_config, module_entry
 from compressor.memory import choose_home, parse_size
+from compressor.ranks import Spectrum
+from compressor.ranks import allocate as ranks
 from compressor.recipe import Recipe
 from compressor.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.stats import InputStats, output_error
@@ -83,7 +86,8 @@ def _prune(
     recipe = replace(recipe, plan=plan.FILE if recipe.plan else "")
     report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
     states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
-    job = _allocate(job, states, device, journal, group, progress)
+    job, spectra = ranks.with_gradients(job, states, device, work, progress)
+    job = _allocate(job, states, spectra, device, journal, group, progress)
     report.left_dense, report.allocation = job.left_dense, job.allocation
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
@@ -149,14 +153,20 @@ def _publish(journal: Journal | None, writer: Writer | None, report: Report, job
 
 
 def _allocate(
-    job: Job, states: States | None, device: torch.device, journal: Journal | None, group: Group, progress: Progress
+    job: Job,
+    states: States | None,
+    spectra: dict[str, Spectrum] | None,
+    device: torch.device,
+    journal: Journal | None,
+    group: Group,
+    progress: Progress,
 ) -> Job:
     """The job with goals of their own for its linears, where that was asked for; chosen once, a run that goes on keeps them."""
-    if not (job.ratios or job.dense_fraction):
+    if not (job.ratios or job.dense_fraction or job.keep):
         return job
 
     def choose() -> dict[str, Any]:
-        found, known = allocate(job, states, device, progress), {left.name for left in job.left_dense}
+        found, known = _chosen(job, states, spectra, device, progress), {left.name for left in job.left_dense}
         reasons = [left.reason for left in found.left_dense if left.name not in known]
         return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", "allocation": found.allocation}
 
@@ -164,6 +174,10 @@ def _allocate(
     entries, dense = tomllib.loads(chosen["plan"])["linears"], {left.name: left.reason for left in job.left_dense}
     goals = plan.fit(entries, [task.linear for task in job.every], dense)
     return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"])
+
+
+def _chosen(job: Job, states: States | None, spectra: dict[str, Spectrum] | None, device: torch.device, progress: Progress) -> Job:
+    return ranks.allocate(job, states, spectra, device, progress) if job.keep else allocate(job, states, device, progress)
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = silent) -> Job:
@@ -175,7 +189,9 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
         progress("calibration", 0, 1)
         states = calibration.capture(job.skeleton, _samples(job, recipe, where), where)
         progress("calibration", 1, 1)
-    return allocate(job, states, where, progress)
+    with TemporaryDirectory() as folder:
+        job, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)
+        return _chosen(job, states, spectra, where, progress)
 
 
 def _storing(job: Job, writer: Writer | None, report: Report) -> Store:

@@ -5,6 +5,7 @@
     [linears]
     "model.layers.0.self_attn.q_proj" = { zeros = 8192 }  # 50.00% of 128×128
     "model.layers.0.self_attn.k_proj" = { pattern = "2:4" }
+    "model.layers.0.self_attn.o_proj" = { rank = 32 }  # factors of 50.00% of 128×128
     "model.layers.0.self_attn.v_proj" = { dense = true }
 
 `zeros` is met exactly. Every linear of the decoder blocks has an entry, no other name does.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import UsageError, did_you_mean
 from compressor.pattern import Pattern
+from compressor.ranks import largest_rank
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 FILE = "plan.toml"
 _LARGEST = 1 << 24  # bytes of a plan that is read: a hundred thousand linears
-_KINDS = 'accepted: { pattern = "2:4" }, { zeros = N } or { dense = true }'
+_KINDS = 'accepted: { pattern = "2:4" }, { zeros = N }, { rank = K } or { dense = true }'
 
 Entries = dict[str, dict[str, Any]]
 
@@ -35,13 +37,22 @@ def dumps(job: Job) -> str:
     """The plan of `job`, comments and all."""
     goals = {task.linear.name: task.goal for task in job.every}
     reasons = {left.name: left.reason for left in job.left_dense}
-    lines = ["# What every linear becomes. Edit it, then: compress prune MODEL -o OUT --plan THIS", "version = 1", "", "[linears]"]
+    lines = [
+        f"# What every linear becomes. Edit it, then: compress {_command(job)} MODEL -o OUT --plan THIS",
+        "version = 1",
+        "",
+        "[linears]",
+    ]
     for index in range(len(job.skeleton.blocks)):
         lines += [
             f"{_quoted(linear.name)} = {_entry(goals.get(linear.name), linear, reasons.get(linear.name, ''))}"
             for linear in job.skeleton.linears(index)
         ]
     return "\n".join(lines) + "\n"
+
+
+def _command(job: Job) -> str:
+    return "lowrank" if job.every and isinstance(job.every[0].goal, int) else "prune"
 
 
 def _quoted(name: str) -> str:
@@ -51,10 +62,12 @@ def _quoted(name: str) -> str:
     return tomli_w.dumps({"k": name}).removeprefix("k = ").strip()
 
 
-def _entry(goal: Pattern | None, linear: Linear, reason: str) -> str:
+def _entry(goal: Pattern | int | None, linear: Linear, reason: str) -> str:
     rows, columns = linear.shape
     if goal is None:
         return "{ dense = true }" + f"  # {' '.join(reason.split())}" * bool(reason)
+    if isinstance(goal, int):
+        return f"{{ rank = {goal} }}  # factors of {goal * (rows + columns) / (rows * columns):.2%} of {rows}×{columns}"
     if goal.zeros is not None:
         return f"{{ zeros = {goal.zeros} }}  # {float(goal.sparsity):.2%} of {rows}×{columns}"
     return f'{{ pattern = "{goal}" }}'
@@ -88,7 +101,7 @@ def read(path: Path) -> Entries:
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:
     """Raise UsageError where an entry is none of the known kinds."""
-    kinds = {"pattern": str, "zeros": int, "dense": bool}
+    kinds = {"pattern": str, "zeros": int, "rank": int, "dense": bool}
     kind = next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else ""
     if kind not in kinds or type(entry[kind]) is not kinds[kind] or entry == {"dense": False}:
         raise UsageError(f"plan {path}: the entry of {name[:100]!r} is {str(entry)[:100]}; {_KINDS}")
@@ -101,12 +114,12 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
 
 def patterns(entries: Entries) -> list[Pattern]:
     """The different patterns of a plan; a half stands for all numbers of zeros."""
-    texts = [entry.get("pattern", "50%") for entry in entries.values() if "dense" not in entry]
+    texts = [entry.get("pattern", "50%") for entry in entries.values() if not {"dense", "rank"} & set(entry)]
     return [Pattern.parse(text) for text in dict.fromkeys(texts)]
 
 
-def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -> dict[str, Pattern | None]:
-    """The goal of every linear, None for one that stays dense.
+def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -> dict[str, Pattern | int | None]:
+    """The goal of every linear: a pattern, a rank, or None for one that stays dense.
 
     Args:
         entries: of a plan.
@@ -114,7 +127,7 @@ def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -
         dense: linears that stay dense whatever the plan says, and why.
 
     Raises:
-        UsageError: a linear without an entry, a name that is none, zeros or a pattern that a linear cannot have.
+        UsageError: a linear without an entry, a name that is none, zeros, a rank or a pattern that a linear cannot have.
     """
     names = [linear.name for linear in linears]
     for name, entry in entries.items():
@@ -129,7 +142,13 @@ def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -
     return {linear.name: _goal(entries[linear.name], linear) for linear in linears}
 
 
-def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | None:
+def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
+    if "rank" in entry:
+        if not 1 <= entry["rank"] <= (most := largest_rank(linear.shape)):
+            raise UsageError(
+                f"the plan asks for rank {entry['rank']} of {linear.name}; factors are smaller than it from rank 1 to {most}"
+            )
+        return entry["rank"]
     if "pattern" in entry:
         pattern = Pattern.parse(entry["pattern"])
         pattern.check_width(linear.name, linear.shape[1])

@@ -29,6 +29,9 @@ class Recipe:
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
         ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
         dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in `ratio_options` too.
+        keep: such as `70%`: of the parameters of the linears, for a method that makes thin factors; `pattern` is not used then.
+        ranks: name of an allocator in `compressor/ranks`, nothing for the method's own; `rank_options` are its keyword-only
+            parameters.
         plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file its path is relative to
             that file, and inside its folder.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
@@ -46,6 +49,8 @@ class Recipe:
     pattern: str = "2:4"
     ratios: str = ""
     dense_fraction: str = ""
+    keep: str = ""
+    ranks: str = ""
     plan: str = ""
     format: str = "packed"
     dataset: str = "self"
@@ -60,6 +65,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     refine_options: dict[str, Any] = field(default_factory=dict)
     ratio_options: dict[str, Any] = field(default_factory=dict)
+    rank_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -105,11 +111,15 @@ def load(path: Path) -> dict[str, Any]:
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
     """A Recipe from file settings, command-line values that are not None, and `--set` assignments.
 
-    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`, `ratios.name=value` one of the ratios.
+    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`, `ratios.name=value` one of the ratios,
+    `ranks.name=value` one of the ranks.
     """
     asked = Recipe(**{**recipe, **{key: value for key, value in given.items() if value is not None}})
     options, refine_options, ratio_options = dict(asked.options), dict(asked.refine_options), dict(asked.ratio_options)
-    owners = {"": options, "ratios": ratio_options} | ({asked.refine: refine_options} if asked.refine else {})
+    rank_options = dict(asked.rank_options)
+    owners = {"": options, "ratios": ratio_options, "ranks": rank_options} | (
+        {asked.refine: refine_options} if asked.refine else {}
+    )
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         owner, dot, own_name = name.strip().rpartition(".")
@@ -118,7 +128,7 @@ def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list
         if owner not in owners or (dot and not owner):
             raise UsageError(f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}")
         owners[owner][own_name] = text.strip()
-    return replace(asked, options=options, refine_options=refine_options, ratio_options=ratio_options)
+    return replace(asked, options=options, refine_options=refine_options, ratio_options=ratio_options, rank_options=rank_options)
 
 
 def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from compressor.checkpoint import Reader, check_sizes
 from compressor.errors import CheckpointError, CompressError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.packed_experts import PackedExperts, swap_experts
-from compressor_kernels.linear import ArmorLinear, Sparse24Linear
+from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 
 _RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
 
@@ -141,8 +141,13 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
         ):
             return ArmorLinear(in_features, out_features, **blocks, **common)
         raise CheckpointError(f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}")
+    if entry["format"] == "lowrank":
+        rank = entry.get("rank")
+        if type(rank) is int and 0 < rank <= min(in_features, out_features):
+            return LowRankLinear(in_features, out_features, rank=rank, **common)
+        raise CheckpointError(f"config.json gives {name} the rank {str(rank)[:50]}, its weight is {[out_features, in_features]}")
     raise CheckpointError(
-        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24 and armor: update it"
+        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, armor and lowrank: update it"
     )
 
 

@@ -17,6 +17,7 @@ from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
 from compressor.cli.import_legacy import import_legacy
 from compressor.cli.inspect import inspect
+from compressor.cli.lowrank import lowrank
 from compressor.cli.pack import pack
 from compressor.cli.plan import plan
 from compressor.cli.prune import prune
@@ -39,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prune", no_args_is_help=True)(prune)
+app.command("lowrank", no_args_is_help=True)(lowrank)
 app.command("plan", no_args_is_help=True)(plan)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)

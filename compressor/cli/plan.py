@@ -112,7 +112,7 @@ def _show(job: Job) -> None:
         found.add_row(str(index), *("" if value is None else _coloured(value) for value in row))
     out.print(found)
     weights: Any = {linear.name: linear.size for index in range(len(blocks)) for linear in job.skeleton.linears(index)}
-    zeros = sum(float(task.goal.sparsity) * task.linear.size for task in job.every)
+    zeros = sum(task.removed * task.linear.size for task in job.every)
     out.print(f"{round(zeros)} of {sum(weights.values())} weights pruned, {zeros / sum(weights.values()):.2%}")
     show_allocation(job.allocation)
 

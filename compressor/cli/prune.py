@@ -111,6 +111,7 @@ def prune(
     """Prune a checkpoint, one decoder block in memory at a time."""
     from compressor.bundled import find
     from compressor.errors import UsageError
+    from compressor.methods import FACTORIZATIONS, METHODS
     from compressor.recipe import load, merge
 
     given = {
@@ -123,6 +124,10 @@ def prune(
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]
     merged = merge(load(find(recipe)) if recipe else {}, given, assign)
+    if merged.method in FACTORIZATIONS:
+        raise UsageError(
+            f"method {merged.method} makes factors: use compress lowrank --keep 70%; accepted here: {', '.join(METHODS)}"
+        )
     if plan and pattern:
         raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
@@ -174,9 +179,19 @@ def show_allocation(found: dict[str, Any]) -> None:
     """What the allocation measured, a line each."""
     if found.get("warning"):
         err.print(f"warning: {found['warning']}")
+    if "budget" in found:
+        kept = found["parameters"] / found["dense_parameters"]
+        cut = f"ranks reduced by {found['rank_reduction']:.1%}"
+        out.print(f"{found['parameters']:,} of {found['dense_parameters']:,} parameters kept ({kept:.2%}), {cut}, by {found['by']}")
     if "divergence" in found:
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
         out.print(f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}")
+
+
+def show_left(job: Job) -> None:
+    """The weights that stay dense, a line each."""
+    for left in job.left_dense:
+        out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
 
 
 def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
@@ -193,8 +208,7 @@ def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
         return
     for task in job.every:
         out.print(f"{recipe.method} {task.goal}  {task.linear.name}  {list(task.linear.shape)}")
-    for left in job.left_dense:
-        out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
+    show_left(job)
     packed = sum(map(job.packs, job.every))
     stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
     out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written")

@@ -30,6 +30,17 @@ class LowRank:
         u, v = (factor if factor.itemsize >= 4 else factor.float() for factor in (self.u, self.v))
         return (u @ v).to(self.u.dtype)
 
+    def factors(self) -> dict[str, Tensor]:
+        return {"u": self.u, "v": self.v}
+
+    @staticmethod
+    def product(u: Tensor, v: Tensor) -> Tensor:
+        return u @ v
+
+    @classmethod
+    def from_factors(cls, u: Tensor, v: Tensor) -> Self:
+        return cls(u, v)
+
     def pack(self) -> dict[str, Tensor]:
         return {"weight_u": self.u, "weight_v": self.v}
 

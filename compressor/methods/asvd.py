@@ -17,6 +17,7 @@ from compressor.stats import InputStats
 NEEDS_INPUTS = True
 NEEDS_GRAM = False
 REFINABLE = False
+NEEDS_GRADIENTS = False
 RANKS = "uniform"
 
 

@@ -11,6 +11,7 @@ from compressor.stats import InputStats
 NEEDS_INPUTS = False
 NEEDS_GRAM = False
 REFINABLE = False
+NEEDS_GRADIENTS = False
 RANKS = "uniform"
 
 

@@ -15,6 +15,7 @@ from compressor.stats import InputStats
 NEEDS_INPUTS = True
 NEEDS_GRAM = True
 REFINABLE = False
+NEEDS_GRADIENTS = False
 RANKS = "uniform"
 
 

@@ -85,7 +85,9 @@ def parameters(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None])
     return sum(spectrum.parameters(ranks[name]) for name, spectrum in spectra.items())
 
 
-def largest_fitting(cuts: Sequence[float], ranks_at: Callable[[float], Ranks], spectra: Mapping[str, Spectrum], budget: int) -> Ranks:
+def largest_fitting(
+    cuts: Sequence[float], ranks_at: Callable[[float], Ranks], spectra: Mapping[str, Spectrum], budget: int
+) -> Ranks:
     """Of the ranks at ascending `cuts`, each of which gives no more parameters than the one before, the first within `budget`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Uniform: every linear keeps the same fraction of its parameters, k = keep · out · in / (out + in). What the others have to beat."""
+"""Uniform: every linear keeps the same fraction of its parameters, k = keep · out · in / (out + in). The one to beat."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ target; here it is the smallest that meets the budget, found among the values of
 k is rounded up to the step of ranks, then compared with the break-even k (out + in) < out · in: a weight that factors would
 not make smaller stays dense (N-LRC; the others are LRC).
 
-Two guards. The normalisation hangs on the largest singular value: with one spike, all others seem negligible and the rank collapses to 1.
-So k never falls below what holds the fraction `energy` of Σ σ². And a constant spectrum, where σ̃ is 0/0, stays dense.
+Two guards. The normalisation hangs on the largest singular value: with one spike, all others seem negligible and the rank
+collapses to 1. So k never falls below what holds the fraction `energy` of Σ σ². And a constant spectrum,
+where σ̃ is 0/0, stays dense.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from compressor.pattern import Pattern
 from compressor.ratios.precise import check_seen, in_float32
 from compressor.stats import InputStats
 
-Levels = Callable[[Task], Sequence[Pattern]]
+Levels = Callable[[Task], Sequence[Pattern | int]]
 """The goals to try for a linear."""
 
 

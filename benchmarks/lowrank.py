@@ -1,0 +1,147 @@
+"""Perplexity of low-rank factors on real trained models, and what the decomposition costs: the tables of docs/lowrank.md.
+
+    python benchmarks/lowrank.py --results lowrank.jsonl            # all rows; needs the canary models
+    python benchmarks/lowrank.py --results lowrank.jsonl --table    # the tables from the rows that are there
+    python benchmarks/lowrank.py --svd                              # time and memory of one 4096 × 11008 decomposition
+
+Protocol: 128 calibration rows of full context, forward passes in float32, statistics of a block from the compressed blocks before
+it, everything through the pipeline of `compress lowrank`, its guard included; perplexity of the saved folder on held-out text.
+One JSON line a row goes to the results file; rows that it holds already are not run again, so a run can be interrupted.
+The folders of models and token rows are those of benchmarks/ratios.py: COMPRESS_SHARED names their parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import compressor
+from compressor.checkpoint import Reader
+from compressor.data import evaluation_rows
+from compressor.evaluate import perplexity
+
+SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
+TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}
+KEEPS = ["80%", "70%", "60%", "50%"]
+METHODS: dict[str, dict[str, Any]] = {
+    "svd": {"method": "svd"},
+    "welore": {"method": "welore"},
+    "asvd": {"method": "asvd"},
+    "svd_llm": {"method": "svd_llm"},
+    "kfac": {"method": "kfac"},
+    "svd_llm, threshold": {"method": "svd_llm", "ranks": "threshold"},
+    "kfac, tune 4": {"method": "kfac", "tune": 4},
+}
+KEY = ("model", "method", "keep")
+ROUTES = {
+    "torch.linalg.svd, float32": "torch.linalg.svd(w, full_matrices=False)",
+    "eigh of the Gram matrix, float64": "truncate(w, 1024)",
+}
+
+
+def run(model: str, method: str, keep: str) -> dict[str, Any]:
+    """One row: compress, load, score."""
+    started = time.process_time()
+    data = SHARED / "data" / "canary"
+    with TemporaryDirectory() as folder:
+        report = compressor.prune(
+            SHARED / "models" / model, Path(folder) / "out", keep=keep, dataset=data / f"{model}-calib.jsonl",
+            num_samples=128, dtype="float32", device="cpu", **METHODS[method],
+        )  # fmt: skip
+        found = score(Path(folder) / "out", model)
+    chosen = report.allocation
+    return {
+        "ppl": found,
+        "parameters": chosen["parameters"] / chosen["dense_parameters"],
+        "rank_reduction": chosen["rank_reduction"],
+        "taken": chosen.get("taken", chosen["by"]),
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+def score(folder: Path, model: str) -> float:
+    text, config = SHARED / "data" / "canary" / f"{model}-{TESTS[model]}.jsonl", Reader(folder).config
+    rows = evaluation_rows(str(text), folder, config["vocab_size"], seq_len=config["max_position_embeddings"])
+    return perplexity(compressor.load(folder, dtype=torch.float32), rows)
+
+
+def measure(results: Path) -> None:
+    for model in TESTS:
+        for method, keep in [("dense", "100%"), *((method, keep) for method in METHODS for keep in KEEPS)]:
+            if (model, method, keep) in read(results):
+                continue
+            found = {"ppl": score(SHARED / "models" / model, model)} if method == "dense" else run(model, method, keep)
+            row = dict(zip(KEY, (model, method, keep), strict=True)) | found
+            row |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {tuple(row[key] for key in KEY): row for row in map(json.loads, lines)}
+
+
+def table(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
+    """Per model, a row a method: perplexity, and in brackets the rise of the loss in nats."""
+    lines: list[str] = []
+    for model in TESTS:
+        dense = found.get((model, "dense", "100%"))
+        if dense is None:
+            continue
+        lines += [f"**{model}**, dense {dense['ppl']:.3f}", "", f"| | {' | '.join(KEEPS)} |", "|---|" + "---:|" * len(KEEPS)]
+        for method in METHODS:
+            cells = [_cell(found.get((model, method, keep)), dense["ppl"]) for keep in KEEPS]
+            lines += [f"| {method} | {' | '.join(cells)} |"]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None, dense: float) -> str:
+    if row is None:
+        return "–"
+    return f"{row['ppl']:.3f} ({math.log(row['ppl'] / dense):.3f}){' u' * (row['taken'] == 'uniform' and row['method'] == 'kfac')}"
+
+
+def decompositions() -> None:
+    """Seconds and added memory of each route, each in a process of its own."""
+    for name, code in ROUTES.items():
+        script = (
+            "import resource, time, torch\nfrom compressor.methods.factor import truncate\n"
+            "w = torch.randn(4096, 11008, generator=torch.Generator().manual_seed(0))\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore, started = peak(), time.perf_counter()\n"
+            f"{code}\nprint(time.perf_counter() - started, (peak() - before) * 1024)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds, added = map(float, done.stdout.split())
+        print(f"| {name} | {seconds:.0f} s | {added / 1e9:.2f} GB |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("lowrank.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
+    parser.add_argument("--svd", action="store_true", help="measure a decomposition")
+    arguments = parser.parse_args()
+    if arguments.svd:
+        decompositions()
+        return
+    if not arguments.table:
+        measure(arguments.results)
+    print(table(read(arguments.results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Which linear gets which rank, chosen after the calibration and before the first block.
+
+Spectra come from the weights alone where the method is blind to inputs, else from one pass of the dense model, block by block.
+Ranks that were measured are only taken if they are better than uniform ones of as many parameters when both are tried on a part
+of the calibration.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor import calibration
+from compressor.allocation import better
+from compressor.blocks import Progress
+from compressor.calibration import States
+from compressor.curvature import measure
+from compressor.errors import UsageError
+from compressor.job import Job, Task
+from compressor.ranks import Ranks, Spectrum, uniform
+from compressor.stats import InputStats, collecting
+from compressor.trial import TOKENS, Trial
+
+Spectra = dict[str, Spectrum]
+
+
+def with_gradients(
+    job: Job, states: States | None, device: torch.device, folder: Path, progress: Progress
+) -> tuple[Job, Spectra | None]:
+    """The job with the gradients its methods need, spilled into `folder`, and the spectra that fell off on the way.
+
+    It is repeated where a run goes on: the pass is deterministic, and its matrices are too large to keep twice.
+    """
+    if not job.needs_gradients:
+        return job, None
+    assert states
+    spectra: Spectra = {}
+
+    def seen(task: Task, stats: InputStats, gradients: Tensor) -> None:
+        if job.keep and task.method.NEEDS_GRADIENTS:
+            weight = task.linear.read(job.reader).to(device)
+            values = task.method.spectrum(weight, stats, gradients, **task.options)
+            spectra[task.linear.name] = Spectrum(task.linear.shape, values.cpu())
+
+    scratch = Path(tempfile.mkdtemp(prefix="gradients-", dir=folder))
+    return replace(job, gradients=measure(job, states, device, scratch, progress, seen)), spectra
+
+
+def allocate(job: Job, states: States | None, spectra: Spectra | None, device: torch.device, progress: Progress) -> Job:
+    """The job with a rank for every linear, or dense.
+
+    Args:
+        job: with `keep` and `ranks`.
+        states: calibration on entering block 0, left as it is; None where the method is blind to inputs.
+        spectra: if they are known already.
+        device: where blocks are computed.
+        progress: told after each step.
+
+    Raises:
+        UsageError: so few parameters cannot be kept, or so many that nothing is factored.
+    """
+    assert job.keep
+    assert job.ranks
+    shapes = {task.linear.name: Spectrum(task.linear.shape, torch.zeros(0)) for task in job.every}
+    budget = int(job.keep * sum(spectrum.size for spectrum in shapes.values()))
+    align = {name: value for name, value in job.rank_options.items() if name == "align"}
+    even = sharing(job, uniform.allocate(shapes, budget, **align))
+    name = job.ranks.__name__.rpartition(".")[2]
+    facts: dict[str, Any] = {"by": name, "budget": budget}
+    if job.ranks is uniform:
+        return _counted(replace(even, allocation=facts), shapes)
+    spectra = spectra or _spectra(job, states, device, progress)
+    chosen = sharing(job, job.ranks.allocate(spectra, budget, **job.rank_options))
+    if not job.measures:
+        return _counted(replace(chosen, allocation=facts), shapes)
+    assert states
+    return _counted(better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress), shapes)
+
+
+def sharing(job: Job, ranks: Ranks) -> Job:
+    """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear has one."""
+    if not any(ranks.values()):
+        raise UsageError(f"keeping {float(job.keep or 0):.1%} leaves every linear dense: factors would be no smaller; lower --keep")
+    return job.assign(ranks, "factors would not pay")
+
+
+def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
+    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective rank reduction)."""
+    goals = {task.linear.name: task.goal for task in job.every}
+    ranks = {name: goal if isinstance(goal := goals.get(name), int) else None for name in linears}
+    kept = sum(spectrum.parameters(ranks[name]) for name, spectrum in linears.items())
+    full = {name: min(spectrum.shape) for name, spectrum in linears.items()}
+    removed = sum(full[name] - rank for name, rank in ranks.items() if rank)
+    numbers = {
+        "parameters": kept,
+        "dense_parameters": sum(spectrum.size for spectrum in linears.values()),
+        "rank_reduction": removed / sum(full.values()),
+    }
+    return replace(job, allocation={**job.allocation, **numbers})
+
+
+def _spectra(job: Job, states: States | None, device: torch.device, progress: Progress) -> Spectra:
+    """Singular values of every linear in its method's metric, of Frobenius norm 1: comparable without a backward pass."""
+    spectra: Spectra = {}
+    if not job.every[0].method.NEEDS_INPUTS:
+        for done, task in enumerate(job.every):
+            spectra[task.linear.name] = _spectrum(job, task, None, device)
+            progress("spectra", done + 1, len(job.every))
+        return spectra
+    assert states
+    part = states.at_least(TOKENS)
+    for index, tasks in enumerate(job.tasks):
+        block, arguments = job.skeleton.load_block(index, device), part.arguments[index]
+        with collecting({task.linear.name: task.linear.module for task in tasks}, gram=job.needs_gram) as stats:
+            part.hidden = [calibration.run(block, hidden, arguments) for hidden in part.hidden]
+        for task in tasks:
+            (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
+            spectra[task.linear.name] = _spectrum(job, task, stats[task.linear.name], device)
+        job.skeleton.free_block(index)
+        progress("spectra", index + 1, len(job.tasks))
+    return spectra
+
+
+def _spectrum(job: Job, task: Task, stats: InputStats | None, device: torch.device) -> Spectrum:
+    values = task.method.spectrum(task.linear.read(job.reader).to(device), stats, **task.options)
+    return Spectrum(task.linear.shape, (values / values.norm().clamp_min(1e-300)).cpu())
