@@ -100,8 +100,13 @@ class CompressedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
-        """Packed weights are frozen."""
-        return False
+        """Packed weights are frozen, but thin factors are plain matrices."""
+        return any(entry["format"] == "lowrank" for entry in self.quantization_config.modules.values())
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """What transformers' Trainer asks for where no adapter is attached."""
+        return self.is_trainable
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         for name, path in self.paths.items():

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 BASE = {"compressor.errors"}
 LEAVES = BASE | {"compressor.pattern", "compressor.stats"}
 PACKING = {"compressor_kernels.packing"}
-FORMATS = {"compressor.formats", "compressor.formats.dense", "compressor.formats.sparse24", "compressor.formats.armor"}
+FORMATS = {"compressor.formats"} | {f"compressor.formats.{name}" for name in ("dense", "sparse24", "armor", "lowrank")}
 ALLOWED = {
     "compressor/errors.py": set(),
     "compressor/pattern.py": BASE,
@@ -58,11 +58,30 @@ ALLOWED = {
     "compressor/calibration.py": BASE | {"compressor.hidden", "compressor.model"},
     "compressor/head.py": BASE | {"compressor.calibration", "compressor.model"},
     "compressor/gradients.py": BASE | {"compressor", "compressor.calibration", "compressor.head", "compressor.model"},
-    "compressor/plan.py": {"compressor.errors", "compressor.pattern", "compressor.job", "compressor.model"},  # the last for types
+    "compressor/plan.py": {
+        "compressor.errors",
+        "compressor.pattern",
+        "compressor.ranks",
+        "compressor.job",
+        "compressor.model",
+    },  # the last for types
     "compressor/job.py": LEAVES
     | {
         f"compressor.{name}"
-        for name in ("checkpoint", "experts", "methods", "model", "ratios", "ratios.dense", "recipe", "refine", "report", "writer")
+        for name in (
+            "checkpoint",
+            "curvature",
+            "experts",
+            "methods",
+            "model",
+            "ranks",
+            "ratios",
+            "ratios.dense",
+            "recipe",
+            "refine",
+            "report",
+            "writer",
+        )  # curvature for a type
     }
     | {"compressor"},
     "compressor/blocks.py": LEAVES
@@ -72,6 +91,12 @@ ALLOWED = {
     "compressor/trial.py": {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job")} | {"compressor"},
     "compressor/ratios/": LEAVES
     | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "head", "job", "model")}
+    | {"compressor"},
+    "compressor/curvature.py": {
+        f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "job", "ratios.precise", "stats")
+    },
+    "compressor/ranks/": LEAVES
+    | {f"compressor.{name}" for name in ("allocation", "blocks", "calibration", "curvature", "job", "trial")}
     | {"compressor"},
     "compressor/allocation.py": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "job", "ratios", "trial")},
     "compressor/arrange.py": BASE | {"compressor_kernels"} | {f"compressor_kernels.{name}" for name in ("linear", "siblings")},
@@ -128,6 +153,8 @@ def test_kernels_know_tensors_only():
         "['doctor', '--help']",
         "['recipes']",
         "['resume', '--help']",
+        "['lowrank', '--help']",
+        "['export', '--help']",
         "['verify', '--help']",
         "['inspect', 'demo/books-1m', '--json']",
     ],

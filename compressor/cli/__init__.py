@@ -15,6 +15,7 @@ import typer
 from compressor.cli.bench import bench
 from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
+from compressor.cli.export import export
 from compressor.cli.import_legacy import import_legacy
 from compressor.cli.inspect import inspect
 from compressor.cli.lowrank import lowrank
@@ -46,6 +47,7 @@ app.command("eval", no_args_is_help=True)(evaluate)
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("unpack", no_args_is_help=True)(unpack)
 app.command("pack", no_args_is_help=True)(pack)
+app.command("export", no_args_is_help=True)(export)
 app.command("import", no_args_is_help=True)(import_legacy)
 app.command("push", no_args_is_help=True)(push)
 app.command("doctor")(doctor)

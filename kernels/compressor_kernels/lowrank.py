@@ -33,7 +33,7 @@ def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semapho
     if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or u.dtype != v.dtype:
         raise ValueError(f"u {u.dtype} {tuple(u.shape)} and v {v.dtype} {tuple(v.shape)} are not the factors of one weight")
     check_call(x, v.shape[1], u.shape[0], u.dtype, {"u": u, "v": v}, bias)
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or v.requires_grad):
         return reference.lowrank(x, u, v, bias)
     return torch.ops.compressor_kernels.lowrank(x, u, v, bias, semaphore)
 

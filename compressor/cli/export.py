@@ -1,0 +1,33 @@
+"""`compress export`: what another tool needs to know of a compressed folder, without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Compressed folder or Hub id.", show_default=False)],
+    trainable: Annotated[
+        str, typer.Option(help="lrc: the factors of the low-rank linears (WeLore's recovery trains these alone).")
+    ] = "lrc",
+) -> None:
+    """Print the names of the parameters that a recovery fine-tuning trains, one a line.
+
+    [bold]Example[/bold]
+
+    compress export out --trainable lrc
+    """
+    from compressor.checkpoint import Reader, resolve
+    from compressor.errors import CheckpointError, UsageError
+    from compressor.layout import packed_modules
+
+    if trainable != "lrc":
+        raise UsageError(f"trainable is {trainable!r}; accepted: lrc")
+    modules = packed_modules(Reader(resolve(model)).config)
+    names = [name for name, entry in modules.items() if entry["format"] == "lowrank"]
+    if not names:
+        raise CheckpointError(f"{model} holds no low-rank linears: make some with compress lowrank")
+    for name in names:
+        print(f"{name}.weight_u\n{name}.weight_v")

@@ -1,0 +1,203 @@
+"""Truncation in a metric, against its closed form; ranks against literal transcriptions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.errors import NumericalError, UsageError
+from compressor.formats.lowrank import LowRank
+from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, svd, svd_llm
+from compressor.methods.factor import root
+from compressor.ranks import Spectrum, allocator, largest_rank, parameters, step, threshold, uniform, welore
+from compressor.stats import InputStats
+
+
+def problem(rows, columns, tokens=400):
+    """A weight, its inputs with correlated columns of very different sizes, and their statistics."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = x * torch.logspace(-1, 1, columns)
+    stats = InputStats(columns, gram=True)
+    stats.update(x)
+    return weight, x, stats
+
+
+SHAPES = [(24, 40), (40, 24), (32, 32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_plain_factors_are_the_truncated_svd(shape, rank):
+    weight, _, _ = problem(*shape)
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    torch.testing.assert_close(svd.compress(weight, None, rank).dense(), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(svd.spectrum(weight, None), s, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [3, 12])
+def test_output_error_is_the_dropped_tail(shape, rank):
+    weight, x, stats = problem(*shape)
+    found = svd_llm.compress(weight, stats, rank, damp=1e-10).dense()  # the damping is part of the metric
+    measured = (x.double() @ (weight - found).double().T).square().sum()
+    tail = svd_llm.spectrum(weight, stats, damp=1e-10)[rank:].square().sum()
+    assert abs(measured / tail - 1) < 1e-4
+    blind = (x.double() @ (weight - svd.compress(weight, None, rank).dense()).double().T).square().sum()
+    assert measured < blind
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_sided_error_is_the_dropped_tail(shape):
+    weight, x, stats = problem(*shape)
+    g = torch.randn(300, shape[0], generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, shape[0])
+    gradients = g.T @ g
+    found = weight - kfac.compress(weight, stats, 9, gradients).dense()
+    left, right = root(gradients, 1e-3), root(stats.gram.double() / stats.tokens, 1e-6)
+    tail = kfac.spectrum(weight, stats, gradients)[9:].square().sum()
+    assert abs((left.T @ found.double() @ right).square().sum() / tail - 1) < 1e-4
+    literal = torch.linalg.svd(left.T @ weight.double() @ right)
+    cut = (literal.U[:, :9] * literal.S[:9]) @ literal.Vh[:9]
+    expected = torch.linalg.inv(left.T) @ cut @ torch.linalg.inv(right)
+    torch.testing.assert_close(weight - found, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_asvd_scales_columns_and_alpha_zero_is_plain():
+    weight, x, stats = problem(24, 40)
+    torch.testing.assert_close(asvd.compress(weight, stats, 5, alpha=0.0).dense(), svd.compress(weight, None, 5).dense())
+    scale = x.double().square().mean(0).sqrt() ** 0.5
+    u, s, vh = torch.linalg.svd(weight.double() * scale, full_matrices=False)
+    expected = (u[:, :5] * s[:5]) @ vh[:5] / scale
+    torch.testing.assert_close(asvd.compress(weight, stats, 5).dense(), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_factored_is_refused():
+    weight, _, stats = problem(24, 40)
+    for rank in (0, 25):
+        with pytest.raises(UsageError, match="accepted: 1 to 24"):
+            svd.compress(weight, None, rank)
+    with pytest.raises(UsageError, match="damp is 0; accepted: above 0"):
+        svd_llm.compress(weight, stats, 3, damp=0.0)
+    stats.gram.zero_()
+    with pytest.raises(NumericalError, match="give more calibration samples"):
+        svd_llm.compress(weight, stats, 3)
+    with pytest.raises(NumericalError, match="not finite"):
+        svd.compress(weight / 0, None, 3)
+
+
+def test_a_dead_input_and_a_half_precision_weight_are_fine():
+    weight, x, _ = problem(24, 40)
+    x[:, 3] = 0
+    stats = InputStats(40, gram=True)
+    stats.update(x)
+    found = svd_llm.compress(weight.bfloat16(), stats, 8)
+    assert found.u.dtype == found.v.dtype == torch.bfloat16
+    assert torch.isfinite(found.dense()).all()
+    zero = svd.compress(torch.zeros(8, 12), None, 2)
+    assert not zero.dense().any()
+
+
+def test_the_form_comes_apart_and_together():
+    form = svd.compress(problem(24, 40)[0], None, 6)
+    torch.testing.assert_close(LowRank.product(**form.factors()), form.dense())
+    assert LowRank.from_factors(**form.factors()).entry == {"format": "lowrank", "rank": 6}
+    assert torch.equal(LowRank.unpack(form.pack()).dense(), form.dense())
+    for bad in ({"weight_u": form.u, "weight_v": form.v[:5]}, {"weight_u": form.u.double(), "weight_v": form.v}):
+        with pytest.raises(ValueError, match="weight_u"):
+            LowRank.unpack(bad)
+
+
+def test_every_factorization_has_what_the_pipeline_asks_for():
+    for name in FACTORIZATIONS:
+        method = method_module(name)
+        assert factors(method)
+        assert allocator(method.RANKS)
+        assert not method.REFINABLE
+        assert isinstance(method.NEEDS_GRADIENTS, bool)
+        assert callable(method.spectrum)
+
+
+def spectra(seed, count=5):
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for number in range(count):
+        shape = tuple(int(torch.randint(20, 90, (1,), generator=generator)) for _ in range(2))
+        values = torch.rand(min(shape), generator=generator, dtype=torch.float64).pow(-0.7).sort(descending=True).values
+        found[f"linear {number}"] = Spectrum(shape, values)
+    return found
+
+
+def total(found):
+    return sum(one.size for one in found.values())
+
+
+def literal_welore(found, budget):
+    """The paper's rule, thresholds swept one after another; ranks rounded up to the step, then the break-even gate."""
+    cuts = sorted(
+        {float((v - one.values.min()) / (one.values.max() - one.values.min())) for one in found.values() for v in one.values}
+    )
+    for cut in cuts:
+        ranks, spent = {}, 0
+        for name, one in found.items():
+            rows, columns = one.shape
+            scaled = (one.values - one.values.min()) / (one.values.max() - one.values.min())
+            kept = max(1, sum(1 for value in scaled if value >= cut))
+            kept = -(-kept // step(one.shape)) * step(one.shape)
+            ranks[name] = kept if kept * (rows + columns) < rows * columns else None
+            spent += rows * columns if ranks[name] is None else kept * (rows + columns)
+        if spent <= budget:
+            return ranks
+    return None
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), keep=st.sampled_from([0.8, 0.6, 0.5, 0.3]))
+def test_welore_ranks_are_those_of_the_literal_rule(seed, keep):
+    found = spectra(seed)
+    budget = int(keep * total(found))
+    expected = literal_welore(found, budget)
+    if expected is None:
+        with pytest.raises(UsageError, match="raise --keep"):
+            welore.allocate(found, budget, energy=0.0)
+    else:
+        assert welore.allocate(found, budget, energy=0.0) == expected
+
+
+def test_welore_guards_the_spike_and_the_constant_spectrum():
+    spike = torch.linspace(1, 0.5, 64).double()
+    spike[0] = 1e4
+    found = {"spike": Spectrum((64, 64), spike), "plain": Spectrum((64, 64), torch.linspace(1, 0, 64).double())}
+    flat = {**found, "flat": Spectrum((64, 64), torch.ones(64).double())}
+    assert welore.allocate(flat, int(0.8 * total(flat)))["flat"] is None
+    loose = {"spike": Spectrum((64, 64), torch.cat([torch.tensor([8.0]), torch.ones(63)]).double()), "plain": found["plain"]}
+    assert welore.allocate(loose, int(0.5 * total(loose)), energy=0.0)["spike"] == step((64, 64))
+    assert welore.allocate(loose, int(0.5 * total(loose)), energy=0.6)["spike"] > step((64, 64))
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), keep=st.sampled_from([0.9, 0.7, 0.5, 0.3]), name=st.sampled_from(["uniform", "threshold"]))
+def test_ranks_meet_the_budget_and_no_linear_grows(seed, keep, name):
+    found = spectra(seed)
+    budget = int(keep * total(found))
+    ranks = allocator(name).allocate(found, budget)
+    assert parameters(found, ranks) <= budget
+    for linear, rank in ranks.items():
+        if rank is not None:
+            assert 1 <= rank <= largest_rank(found[linear].shape)
+            assert rank % step(found[linear].shape) == 0
+            assert rank * sum(found[linear].shape) < found[linear].size
+
+
+def tail(found, ranks):
+    return sum(0.0 if ranks[name] is None else float(one.values[ranks[name] :].square().sum()) for name, one in found.items())
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10_000), keep=st.sampled_from([0.8, 0.6, 0.4]))
+def test_the_threshold_drops_no_more_than_others_of_its_size(seed, keep):
+    found = spectra(seed)
+    ranks = threshold.allocate(found, int(keep * total(found)))
+    budget = parameters(found, ranks)
+    assert tail(found, ranks) <= tail(found, uniform.allocate(found, budget)) * (1 + 1e-9)

@@ -1,0 +1,182 @@
+"""`compress lowrank` end to end: folder, report, plan, load, generate, save, unpack, verify, train, resume."""
+
+import json
+
+import pytest
+import torch
+
+import compressor
+from compressor.checkpoint import Reader
+from compressor.manifest import problems
+from compressor.ranks import largest_rank
+
+SMALL = ("--num-samples", 8, "--seq-len", 32, "-q")
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+
+def lowrank(cli, model, out, rows, *options, method="kfac", keep="60%"):
+    cli("lowrank", model, "-o", out, "--method", method, "--keep", keep, "--dataset", rows, *SMALL, *options)
+    return json.loads((out / "report.json").read_text())
+
+
+def counted(folder):
+    """Numbers in the tensors of a folder, and their bytes."""
+    tensors = Reader(folder).tensors
+    return sum(torch.Size(entry.shape).numel() for entry in tensors.values()), sum(entry.nbytes for entry in tensors.values())
+
+
+@pytest.mark.parametrize("method", ["svd", "welore", "asvd", "svd-llm", "kfac"])
+def test_round_trip(method, cli, demo_model, rows, tmp_path):
+    out = tmp_path / "out"
+    report = lowrank(cli, demo_model, out, rows, method=method)
+    found = report["allocation"]
+    assert found["parameters"] <= found["budget"] <= 0.6 * found["dense_parameters"]
+    assert found["parameters"] >= 0.55 * found["dense_parameters"]
+    for row in report["linears"]:
+        assert row["format"] == "lowrank"
+        assert row["bytes"] < row["dense_bytes"]
+        assert 1 <= row["entry"]["rank"] <= largest_rank(tuple(row["shape"]))
+    numbers, size = counted(out)
+    before, dense = counted(demo_model)
+    assert before - numbers == found["dense_parameters"] - found["parameters"]
+    assert size == report["output_bytes"] == dense - 2 * (before - numbers)
+    shown = json.loads(cli("inspect", out, "--json").stdout)
+    assert {row["format"] for row in shown["linears"]} <= {"dense"} | {f"lowrank {r['entry']['rank']}" for r in report["linears"]}
+    assert not problems(out)
+    cli("verify", out)
+    model = compressor.load(out, dtype=torch.float32)
+    ids = torch.arange(3, 19)[None]
+    logits = model(ids).logits
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 20)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(compressor.load(tmp_path / "saved", dtype=torch.float32)(ids).logits, logits)
+    cli("unpack", out, "-o", tmp_path / "dense")
+    torch.testing.assert_close(compressor.load(tmp_path / "dense", dtype=torch.float32)(ids).logits, logits, rtol=0.1, atol=0.15)
+    assert counted(tmp_path / "dense") == (before, dense)
+
+
+def test_the_data_free_methods_read_no_text(cli, demo_model, tmp_path):
+    report = lowrank(cli, demo_model, tmp_path / "out", "self", method="welore")
+    assert report["calibration_tokens"] == 0
+
+
+def test_the_plan_of_a_run_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
+    first = lowrank(cli, demo_model, tmp_path / "a", rows)
+    assert first["allocation"]["taken"] in ("threshold", "uniform")
+    assert set(first["allocation"]["divergence"]) == {"uniform", "threshold"}
+    plan = tmp_path / "a" / "plan.toml"
+    assert "rank = " in plan.read_text()
+    cli("lowrank", demo_model, "-o", tmp_path / "b", "--plan", plan, "--dataset", rows, *SMALL)
+    for shard in Reader(tmp_path / "a").shards:
+        assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+
+
+def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
+    settings = dict(method="kfac", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu")
+    compressor.prune(demo_model, tmp_path / "a", **settings)
+
+    def stop(step, done, total, block=None):
+        if step == "blocks" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compressor.prune(demo_model, tmp_path / "b", progress=stop, **settings)
+    report = compressor.prune(demo_model, tmp_path / "b", **settings)
+    assert report.run["resumed_at_block"] == 2
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in (tmp_path / "b").iterdir()}
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt"])
+def test_biases_stay(family, cli, tiny, rows, tmp_path):
+    lowrank(cli, tiny(family), tmp_path / "out", rows, keep="70%")
+    before, after = Reader(tiny(family)), Reader(tmp_path / "out")
+    biases = [name for name in before.tensors if name.endswith(".bias")]
+    assert biases
+    for name in biases:
+        assert torch.equal(before.read(name), after.read(name))
+    model = compressor.load(tmp_path / "out")
+    ids = torch.arange(3, 19)[None]
+    cli("unpack", tmp_path / "out", "-o", tmp_path / "dense")
+    torch.testing.assert_close(model(ids).logits, compressor.load(tmp_path / "dense")(ids).logits, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("command", ["prune", "lowrank"])
+def test_a_plan_mixes_formats(command, cli, demo_model, rows, tmp_path):
+    entries = {
+        name: "{ dense = true }" if ".0." in name else "{ rank = 24 }" if "mlp" in name else '{ pattern = "2:4" }'
+        for layer in range(4)
+        for name in (
+            *(f"model.layers.{layer}.{linear}" for linear in LINEARS),
+            *(f"model.layers.{layer}.mlp.{linear}_proj" for linear in ("gate", "up", "down")),
+        )
+    }
+    plan = tmp_path / "plan.toml"
+    plan.write_text("version = 1\n[linears]\n" + "".join(f'"{name}" = {entry}\n' for name, entry in entries.items()))
+    out = tmp_path / "out"
+    cli(command, demo_model, "-o", out, "--plan", plan, "--dataset", rows, *SMALL)
+    report = json.loads((out / "report.json").read_text())
+    assert {(row["format"], "mlp" in row["name"]) for row in report["linears"]} == {("lowrank", True), ("sparse24", False)}
+    cli("verify", out)
+    assert torch.isfinite(compressor.load(out)(torch.arange(3, 19)[None]).logits).all()
+
+
+def test_tuning_trains_the_factors(cli, demo_model, rows, tmp_path):
+    plain = lowrank(cli, demo_model, tmp_path / "plain", rows, method="svd_llm")
+    tuned = lowrank(cli, demo_model, tmp_path / "tuned", rows, "--tune", 24, method="svd_llm")
+    assert [row["entry"] for row in plain["linears"]] == [row["entry"] for row in tuned["linears"]]
+    assert tuned["blocks"][0]["error"] < plain["blocks"][0]["error"]
+
+
+def test_training_the_exported_parameters_lowers_the_loss(cli, demo_model, rows, tmp_path):
+    lowrank(cli, demo_model, tmp_path / "out", rows, method="welore", keep="50%")
+    names = cli("export", tmp_path / "out", "--trainable", "lrc").stdout.split()
+    model = compressor.load(tmp_path / "out", dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    assert set(names) == {name for name in parameters if name.endswith((".weight_u", ".weight_v"))}
+    frozen = {name: parameter.clone() for name, parameter in parameters.items() if name not in names}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+    ids = torch.tensor([json.loads(line)["input_ids"] for line in rows.read_text().splitlines()])
+    optimizer = torch.optim.AdamW([parameters[name] for name in names], lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    for name, before in frozen.items():
+        assert torch.equal(before, parameters[name])
+
+
+def test_what_does_not_belong_together_is_refused_in_one_line(cli, demo_model, rows, tmp_path):
+    out, plan = tmp_path / "out", tmp_path / "plan.toml"
+
+    def refused(*arguments):
+        done = cli(*arguments, "-q", code=2)
+        assert not out.exists()
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "use compress lowrank" in refused("prune", demo_model, "-o", out, "--method", "svd_llm")
+    assert "use compress prune" in refused("lowrank", demo_model, "-o", out, "--method", "wanda", "--keep", "70%")
+    assert "give --keep" in refused("lowrank", demo_model, "-o", out)
+    assert "keep" in refused("lowrank", demo_model, "-o", out, "--keep", "170%")
+    assert "raise --keep" in refused("lowrank", demo_model, "-o", out, "--keep", "0.1%", "--method", "svd")
+    assert "unknown ranks 'x'" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--ranks", "x")
+    assert "align is -1" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--set", "ranks.align=-1")
+    plan.write_text('version = 1\n[linears]\n"model.layers.0.mlp.up_proj" = { rank = 3 }\n')
+    assert "give one of them" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--plan", plan)
+    assert "the plan lacks" in refused("lowrank", demo_model, "-o", out, "--plan", plan)
+
+
+def test_a_plan_cannot_make_a_linear_larger(cli, demo_model, rows, tmp_path):
+    lowrank(cli, demo_model, tmp_path / "a", rows, method="svd")
+    plan = tmp_path / "plan.toml"
+    text = (tmp_path / "a" / "plan.toml").read_text().splitlines()
+    plan.write_text("\n".join(line.replace("rank = ", "rank = 9") if "0.self_attn.q" in line else line for line in text))
+    done = cli("lowrank", demo_model, "-o", tmp_path / "out", "--plan", plan, "-q", code=2)
+    assert "factors are smaller than it from rank 1 to 63" in done.stderr
