@@ -33,14 +33,17 @@ Store = Callable[[Task, Tensor, Form, InputStats | None], None]
 
 
 class Progress(Protocol):
-    """Told after each step: its name, how many are done of how many, and the block's result once there is one."""
+    """Told after each step: its name, how many are done of how many, and what is finished: a block's row, or a linear's
+    name with what its method says of it."""
 
-    def __call__(self, step: str, done: int, total: int, block: BlockRow | None = None) -> None:
+    def __call__(
+        self, step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Called after each step."""
         ...
 
 
-def silent(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
+def silent(*_: Any, **__: Any) -> None:
     """A Progress that says nothing."""
 
 
@@ -81,7 +84,7 @@ def _compress_block(
         task.linear.set(form.dense())
         if not job.tune:
             _finish(job, task, weight, form, own, store)
-        progress("linears", number + 1, len(tasks))
+        progress("linears", number + 1, len(tasks), linear=task.linear.name, notes=getattr(form, "notes", None))
     if states and job.tune:
         _tune(job, tasks, block, states, arguments)
         for task in tasks:

@@ -44,6 +44,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progr
     states = _calibrate(job, recipe, where, progress) if job.needs_inputs else None
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     seconds, begun = [], time.perf_counter()
+    progress("blocks", 0, len(job.tasks))
     with Writer(reader, output, {task.linear.tensor for task in job.every}) as writer:
         for row in compress_blocks(job, states, where, _storing(writer, report), progress):
             report.blocks.append(row)
@@ -77,6 +78,7 @@ def _storing(writer: Writer, report: Report) -> Store:
                 dense_bytes=weight.nbytes,
                 bytes=sum(tensor.nbytes for tensor in packed.values()),
                 entry=form.entry,
+                notes=getattr(form, "notes", {}),
             )
         )
 

@@ -17,6 +17,7 @@ class LinearRow:
     Attributes:
         error: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none.
         entry: what config.json says of it.
+        notes: what its method says of it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LinearRow:
     dense_bytes: int
     bytes: int
     entry: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Stored forms of a weight, one file each; the file name is the format's name in config.json.
 
 A form has three verbs: `dense()` gives the weight `[out, in]`, `pack()` the tensors that are stored, by the suffix that
-replaces `weight` in the tensor's name, and the class method `unpack(tensors)` the form again.
+replaces `weight` in the tensor's name, and the class method `unpack(tensors)` the form again. A form may have `notes`, what
+its method wants said about it in the report; they are not stored with it.
 """
 
 from __future__ import annotations

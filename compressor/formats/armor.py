@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -22,6 +22,7 @@ class Armor:
     metadata: Tensor
     a: Tensor
     b: Tensor
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_factors(cls, a: Tensor, core: Tensor, b: Tensor) -> Self:
