@@ -67,7 +67,8 @@ def test_kernels_know_tensors_only():
 
 
 @pytest.mark.parametrize(
-    "command", ["['--help']", "['prune', '--help']", "['eval', '--help']", "['bench', '--help']", "['inspect', 'demo/books-1m', '--json']"]
+    "command",
+    ["['--help']", "['prune', '--help']", "['eval', '--help']", "['bench', '--help']", "['inspect', 'demo/books-1m', '--json']"],
 )
 def test_starts_without_the_heavy_libraries(command):
     code = (
