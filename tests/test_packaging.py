@@ -18,6 +18,7 @@ def test_wheel_holds_exactly_our_two_packages(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"compressor", "compressor_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "compressor").rglob("*.py")}
     assert expected <= set(names)
+    assert "compressor_kernels/table.json" in names
     assert any(name.endswith("LICENSE") for name in names)
 
 
