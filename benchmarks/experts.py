@@ -96,7 +96,7 @@ def main() -> None:
         model.eval().save_pretrained(place / "model")
         AutoTokenizer.from_pretrained(source).save_pretrained(place / "model")
         print(
-            f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps in {time.time() - began:.0f} s"
+            f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps"
         )
         print(f"dense: {perplexity(load(place / 'model'), test):.2f}\n")
         print("| method | calibration tokens | all | routed | fewest tokens of an expert, routed |\n|---|---:|---:|---:|---:|")
