@@ -9,36 +9,139 @@ Importing this package is cheap: torch and transformers are imported by the func
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from compressor.blocks import Progress
     from compressor.report import Report
 
 __all__ = ["load", "prune"]
 
 
-def prune(model: str | Path, output: str | Path, *, device: str = "auto", **settings: Any) -> Report:
-    """Compress the checkpoint `model` (a folder or a Hub id) into the new folder `output`.
+def prune(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    revision: str | None = None,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    refine: str | None = None,
+    refine_options: Mapping[str, Any] | None = None,
+    refine_only: Sequence[str] | None = None,
+    tune: int | None = None,
+    pattern: str | None = None,
+    ratios: str | None = None,
+    dense_fraction: str | None = None,
+    ratio_options: Mapping[str, Any] | None = None,
+    plan: str | Path | None = None,
+    format: str | None = None,
+    dataset: str | Path | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    expert_tokens: str | None = None,
+    ignore: Sequence[str] | None = None,
+    trust_remote_code: bool | None = None,
+    device: str = "auto",
+    max_memory: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Compress the checkpoint `model` into the new folder `output`; what `compress prune` does.
+
+    A run that was cut off goes on where it was when the same is asked for again.
+
+    A setting that is None is that of the `recipe`, or the default where the recipe does not have it either.
 
     Args:
-        model: what to compress.
-        output: folder to be made.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        settings: fields of `compressor.recipe.Recipe`: method, pattern, format, dataset, num_samples, seq_len, seed,
-            ignore, dtype, options, revision, trust_remote_code.
+        model: folder or Hub id.
+        output: folder to be made; it must not exist. `<output>.report.json` is written beside it.
+        recipe: TOML file, or the name of a bundled recipe such as "armor-24".
+        revision: branch, tag or commit of a Hub id.
+        method: "magnitude", "wanda" (default), "nowag", "sparsegpt" or "armor".
+        options: of the method, such as {"damp": 0.05}.
+        refine: "dsnot", "lsq", "swap" or "admm"; nothing by default.
+        refine_options: of the refinement, such as {"damping": 0.1}.
+        refine_only: globs over the names of linears that the refinement is for; all by default.
+        tune: epochs of training the kept weights, block by block; default 0.
+        pattern: n:m (n of every m weights are kept) or a sparsity such as "50%"; default "2:4".
+        ratios: "uniform", "ecoflap", "owl" or "curve": shares out the zeros of a sparsity; nothing by default.
+        dense_fraction: such as "10%": of the weights, may stay dense under n:m.
+        ratio_options: of either, such as {"max_sparsity": 0.8}.
+        plan: file that says what every linear becomes, in place of `pattern`.
+        format: "packed" (default), or "dense" for zeros in place.
+        dataset: calibration text: a .txt, .jsonl or .parquet file, a Hub data set, or "self" (default), text the model writes.
+        num_samples: calibration sequences; default 128.
+        seq_len: tokens in each; default min(2048, the model's limit).
+        seed: of the calibration and of everything random after it; default 0.
+        dtype: of the forward passes: "auto" (default, the checkpoint's), "float32", "bfloat16", "float16".
+        expert_tokens: what calibrates the experts of a mixture: "all" tokens (default) or those "routed" to each.
+        ignore: globs over the names of linears that stay dense.
+        trust_remote_code: run Python code that the checkpoint brings; default False.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk.
+        progress: called after each step, see `compressor.blocks.Progress`.
+
+    Returns:
+        The report that is also in the folder, with the cost of this run under `run`.
 
     Raises:
-        compressor.errors.CompressError: one clear line; nothing is left behind.
+        compressor.errors.CompressError: one clear line; nothing is left behind but what a run can go on from.
     """
+    from compressor.bundled import find
+    from compressor.recipe import load, merge
+
+    settings: dict[str, Any] = {
+        "model": str(model), "revision": revision, "method": method, "options": options, "refine": refine,
+        "refine_options": refine_options, "refine_only": refine_only, "tune": tune, "pattern": pattern, "ratios": ratios,
+        "dense_fraction": dense_fraction, "ratio_options": ratio_options, "plan": plan and str(plan), "format": format,
+        "dataset": dataset and str(dataset), "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
+        "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    for name in ("options", "refine_options", "ratio_options"):
+        settings[name] = dict(settings[name]) if settings[name] else None
+    for name in ("refine_only", "ignore"):
+        settings[name] = None if settings[name] is None else list(settings[name])
+    merged = merge(load(find(recipe)) if recipe else {}, settings, [])
+    from compressor.blocks import silent
     from compressor.pipeline import prune as run
-    from compressor.recipe import merge
 
-    return run(merge({}, {"model": str(model), **settings}, []), Path(output), device=device)
+    return run(merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent)
 
 
-def load(path: str | Path, **options: Any) -> Any:
-    """A compressed or plain checkpoint as a transformers causal language model; `options` as for `from_pretrained`."""
+def load(
+    path: str | Path,
+    *,
+    runtime: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A compressed or plain checkpoint as a transformers causal language model, ready to generate.
+
+    Args:
+        path: folder or Hub id.
+        runtime: "packed" (compute from the packed weights), "dense" (unpack them) or "auto" (what is faster).
+        dtype: "auto" (the stored one), or the dtype to compute in.
+        device_map: where the modules go, as for `from_pretrained`: "auto", "cuda", {"": "cuda:1"}, …
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run Python code that the checkpoint brings.
+        options: anything else that `AutoModelForCausalLM.from_pretrained` takes.
+
+    Raises:
+        compressor.errors.CheckpointError: weights are missing, damaged or not listed in config.json.
+        compressor.errors.UsageError: an unknown `runtime`.
+    """
     from compressor.runtime import load as run
 
-    return run(path, **options)
+    given = {"device_map": device_map, "revision": revision}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return run(path, runtime=runtime, dtype=dtype, trust_remote_code=trust_remote_code, **chosen, **options)

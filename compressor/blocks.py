@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from compressor import calibration
 from compressor.calibration import States
+from compressor.distributed import ALONE, Group
 from compressor.errors import NumericalError
 from compressor.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
+from compressor.hidden import advance
 from compressor.job import Job, Task
 from compressor.refine.tune import tune
 from compressor.report import BlockRow
@@ -44,68 +46,104 @@ def silent(step: str, done: int, total: int, block: BlockRow | None = None) -> N
     """A Progress that says nothing."""
 
 
-def compress_blocks(job: Job, states: States | None, device: torch.device, store: Store, progress: Progress) -> Iterator[BlockRow]:
+def compress_blocks(
+    job: Job,
+    states: States | None,
+    device: torch.device,
+    store: Store,
+    progress: Progress,
+    *,
+    first: int = 0,
+    group: Group = ALONE,
+) -> Iterator[BlockRow]:
     """Compress block after block; yields the row of each once `store` has been told of its linears.
 
     Args:
         job: what to do.
-        states: calibration on entering block 0, run through the compressed blocks in place; None where none is needed.
+        states: calibration on entering block `first`, run through the compressed blocks in place; None where none is needed.
         device: where the blocks are computed.
         store: told of each finished linear.
         progress: told after each linear.
+        first: the block to begin with.
+        group: the processes that share the work; `store` is told in the first of them.
     """
-    for index in range(len(job.tasks)):
-        yield BlockRow(index, _compress_block(job, index, states, device, store, progress))
+    for index in range(first, len(job.tasks)):
+        yield BlockRow(index, _compress_block(job, index, states, device, store, progress, group))
 
 
 def _compress_block(
-    job: Job, index: int, states: States | None, device: torch.device, store: Store, progress: Progress
+    job: Job, index: int, states: States | None, device: torch.device, store: Store, progress: Progress, group: Group
 ) -> float | None:
     """Compress one block; returns the relative squared error of its output, None without calibration."""
     block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
     arguments = states.arguments[index] if states else ((), {})
-    stats, exact = _observe(job, tasks, block, states, arguments) if states else ({}, [])
+    stats, exact = _observe(job, tasks, block, states, arguments, device, group) if states else ({}, [])
     if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
-        states.dense = [calibration.run(block, hidden, arguments) for hidden in states.dense]
+        advance(states.dense, lambda _, hidden: calibration.run(block, hidden, arguments))
     forms: dict[str, Form] = {}  # those of a block that is still to be tuned
-    for number, task in enumerate(tasks):
-        weight, own = task.linear.read(job.reader).to(device), stats.get(task.linear.name)
-        form = _compress(job, task, weight, own)
+    for number, (task, weight, form) in enumerate(_forms(job, tasks, stats, device, group)):
         if job.tune:
             forms[task.linear.name] = form
         else:
-            _finish(job, task, weight, form, own, store)
+            task.linear.set(form.dense())
+            if weight is not None:
+                store(task, weight, form, stats.get(task.linear.name))
         progress("linears", number + 1, len(tasks))
     if states and job.tune:
         forms = _tune(job, index, tasks, block, forms, states, arguments)
         for task in tasks:
             weight = task.linear.read(job.reader).to(device)
-            _finish(job, task, weight, forms[task.linear.name], stats.get(task.linear.name), store)
-    error = _advance(block, states, arguments, exact) if states else None
+            form = _packed(job, task, forms[task.linear.name])
+            task.linear.set(form.dense())  # compute with what is stored from now on
+            store(task, weight, form, stats.get(task.linear.name))
+    error = _advance(block, states, arguments, exact, group) if states else None
     job.skeleton.free_block(index)
     return error
 
 
 def _observe(
-    job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any
+    job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any, device: torch.device, group: Group
 ) -> tuple[dict[str, InputStats], list[Tensor]]:
-    """Statistics of the inputs of the tasks' linears, and the outputs of the first batches."""
+    """Statistics of the inputs of every task's linear, by name, and the outputs of the dense block on the first batches."""
     exact: list[Tensor] = []
-    modules = {task.linear.name: task.linear.module for task in tasks}
-    with seeing_all_tokens(block) if job.all_tokens else nullcontext(), collecting(modules, gram=job.needs_gram) as stats:
-        for number, hidden in enumerate(states.hidden):
+    modules, parts = {task.linear.name: task.linear.module for task in tasks}, group.size > 1
+    everything = seeing_all_tokens(block) if job.all_tokens else nullcontext()
+    with everything, collecting(modules, gram=job.needs_gram, parts=parts) as stats:
+        for number, hidden in enumerate(states.hidden, states.offset):
             output = calibration.run(block, hidden, arguments)
             if number < _ERROR_BATCHES:
                 exact.append(output)
+    stats = group.merged(stats, device)
     idle = {task.linear.name: task.linear.module for task in tasks if task.linear.experts and task.linear.name not in stats}
     if idle:  # experts that no token was routed to: what they would make of all of them
-        with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram) as more:
+        with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram, parts=parts) as more:
             for hidden in states.hidden:
                 calibration.run(block, hidden, arguments)
+        more = group.merged(more, device)
         for inputs in more.values():
             inputs.note = "no token was routed to it: calibrated on all tokens"
         stats |= more
     return stats, exact
+
+
+def _forms(
+    job: Job, tasks: list[Task], stats: Mapping[str, InputStats], device: torch.device, group: Group
+) -> Iterator[tuple[Task, Tensor | None, Form]]:
+    """Each linear in turn, the weight it has (in the process that writes), and the form that one of them made of it."""
+
+    def make(task: Task, weight: Tensor) -> Form:
+        form = _compress(job, task, weight, stats.get(task.linear.name))
+        return form if job.tune else _packed(job, task, form)
+
+    if group.size == 1:
+        for task in tasks:
+            weight = task.linear.read(job.reader).to(device)
+            yield task, weight, make(task, weight)
+        return
+    costs = [task.linear.shape[0] * task.linear.shape[1] ** (2 if job.needs_gram else 1) for task in tasks]
+    shared = group.shared(costs, lambda number: make(tasks[number], tasks[number].linear.read(job.reader).to(device)), device)
+    for task, form in zip(tasks, shared, strict=True):
+        yield task, task.linear.read(job.reader).to(device) if group.first else None, form
 
 
 def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
@@ -121,12 +159,9 @@ def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) ->
     return form
 
 
-def _finish(job: Job, task: Task, weight: Tensor, form: Form, stats: InputStats | None, store: Store) -> None:
-    """Pack the linear where it can be, compute with what is stored from now on, and tell `store`."""
-    if isinstance(form, Dense) and job.packs(task):
-        form = Sparse24.from_dense(form.weight)
-    task.linear.set(form.dense())
-    store(task, weight, form, stats)
+def _packed(job: Job, task: Task, form: Form) -> Form:
+    """The form a linear is stored in: packed where it can be."""
+    return Sparse24.from_dense(form.weight) if isinstance(form, Dense) and job.packs(task) else form
 
 
 def _tune(
@@ -151,13 +186,17 @@ def _tune(
     return tuned
 
 
-def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor]) -> float:
+def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor], group: Group) -> float:
     """Run the states through the compressed block, in place; returns the error against the `exact` outputs."""
-    difference = total = 0.0
-    for number, hidden in enumerate(states.hidden):
+    errors: list[tuple[float, float]] = []
+
+    def step(number: int, hidden: Tensor) -> Tensor:
         output = calibration.run(block, hidden, arguments)
         if number < len(exact):
-            difference += (output - exact[number]).double().square().sum().item()
-            total += exact[number].double().square().sum().item()
-        states.hidden[number] = output
-    return difference / max(total, 1e-300)
+            difference = (output - exact[number]).double().square().sum().item()
+            errors.append((difference, exact[number].double().square().sum().item()))
+        return output
+
+    advance(states.hidden, step)
+    everywhere = group.joined(errors)
+    return sum(difference for difference, _ in everywhere) / max(sum(total for _, total in everywhere), 1e-300)

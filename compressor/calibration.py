@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import CheckpointError
+from compressor.hidden import Batches
 from compressor.model import Skeleton
 
 _BATCH_TOKENS = 2048  # tokens in one forward pass of a block: bounds activations, whatever the number of samples
@@ -34,13 +36,15 @@ class States:
         arguments: per block, the further positional arguments and the keyword arguments it is called with.
         ids: the tokens themselves, batches of `[batch, seq]`.
         tuples: whether the blocks return a tuple.
+        offset: batches of other processes that come before these.
     """
 
-    hidden: list[Tensor]
+    hidden: list[Tensor] | Batches
     arguments: list[Arguments]
     ids: list[Tensor] = field(default_factory=list)
     tuples: bool = False
-    dense: list[Tensor] = field(default_factory=list)
+    dense: list[Tensor] | Batches = field(default_factory=list)
+    offset: int = 0
 
     def first(self, batches: int) -> States:
         """The first batches only, in lists of their own: running them on leaves these states as they are."""
@@ -50,6 +54,24 @@ class States:
         """As `first`, with as few batches as hold so many tokens; all of them if there are fewer."""
         batches = -(-tokens // self.ids[0].numel())
         return self.first(max(1, batches))
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Force the hidden states to disk; returns what `load` needs, as JSON values."""
+        return {name: batches.save(folder) for name, batches in self._batches()}
+
+    def load(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Have the hidden states that `save` wrote. Raises OutputError where they are not there any more."""
+        for name, batches in self._batches():
+            batches.load(folder, saved[name])
+
+    def forget(self, folder: Path) -> None:
+        """Remove the files of earlier hidden states."""
+        for _, batches in self._batches():
+            batches.forget(folder)
+
+    def _batches(self) -> list[tuple[str, Batches]]:
+        both = (("hidden", self.hidden), ("dense", self.dense))
+        return [(name, batches) for name, batches in both if isinstance(batches, Batches)]
 
 
 @torch.no_grad()
@@ -70,15 +92,22 @@ def batch_size(samples: int, seq_len: int) -> int:
     return max(size for size in range(1, samples + 1) if samples % size == 0 and (size == 1 or size * seq_len <= _BATCH_TOKENS))
 
 
-def capture(skeleton: Skeleton, ids: Tensor, device: torch.device) -> States:
+def capture(
+    skeleton: Skeleton, ids: Tensor, device: torch.device, hidden: Batches | None = None, part: slice = slice(None)
+) -> States:
     """Run the embeddings on `ids` `[samples, seq]` and record what reaches the blocks.
 
     The model's own forward runs with recorders in place of the blocks' forwards, so that whatever a family does before
     its blocks is done. Block 0 runs for real once: it shows whether blocks return a tensor or a tuple.
+
+    Args:
+        hidden: where the hidden states go; on the device, if not given.
+        part: the batches to run; all, if not given.
     """
     decoder = skeleton.load_embeddings(device)
-    batches = ids.to(device).split(batch_size(*ids.shape))
-    states = States([], [((), {}) for _ in skeleton.blocks], list(batches))
+    batches = ids.to(device).split(batch_size(*ids.shape))[part]
+    states = States([] if hidden is None else hidden, [((), {}) for _ in skeleton.blocks], list(batches))
+    states.offset = part.start or 0
     first = skeleton.load_block(0, device).forward
     answers: list[Any] = []
 

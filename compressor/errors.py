@@ -5,8 +5,10 @@ CompressError            exit code 1; never shown with a traceback
 ├── CheckpointError      the model folder, its index, its shards or its architecture
 ├── DataError            calibration or test text
 ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
-├── OutputError          the output folder: exists, not writable, no space
-└── HubError             the Hub refused a push, or the connection to it broke
+├── OutputError          the output folder: exists, not writable, no space; the work state: not this run's, damaged
+├── HubError             the Hub refused a push, or the connection to it broke
+├── ProcessError         another process of a run on several devices is gone
+└── InterruptedRun       exit code 130 or 143; Ctrl-C or a signal, with what is left to go on from
 """
 
 _LONGEST = 1000  # characters of a message: names and values in it come from files
@@ -46,6 +48,18 @@ class OutputError(CompressError):
 
 class HubError(CompressError):
     """The Hub refused what was asked for, or the connection to it broke."""
+
+
+class ProcessError(CompressError):
+    """A run of several processes lost one of them."""
+
+
+class InterruptedRun(CompressError):  # noqa: N818  # no error: it was asked for
+    """The run was told to end."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -6,9 +6,12 @@ Check everything cheap, calibrate, go through the blocks and write each linear a
 from __future__ import annotations
 
 import json
+import os
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,67 +22,169 @@ from torch import Tensor
 from compressor import calibration, data, plan
 from compressor.allocation import allocate
 from compressor.blocks import Progress, Store, compress_blocks, silent
+from compressor.calibration import States, batch_size
 from compressor.checkpoint import Reader
+from compressor.distributed import Group, local_device, processes
 from compressor.errors import DataError, UsageError
+from compressor.fingerprint import fingerprint
 from compressor.formats import Form
 from compressor.formats.dense import Dense
+from compressor.hidden import Batches
 from compressor.job import Job, Task, make_job
+from compressor.journal import Journal, work_path
 from compressor.layout import compressed_config, module_entry
+from compressor.memory import choose_home, parse_size
 from compressor.recipe import Recipe
-from compressor.report import LinearRow, Report, peak_memory
+from compressor.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.stats import InputStats, output_error
-from compressor.writer import Writer, report_path
+from compressor.writer import Writer, side_files
 
 
-def prune(recipe: Recipe, output: Path, *, device: str = "auto", progress: Progress = silent) -> Report:
+def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str = "", progress: Progress = silent) -> Report:
     """Compress `recipe.model` into the new folder `output`; beside it, `<output>.report.json` gets the cost of this run.
 
+    A run that was cut off (a kill, an interruption, a full disk) goes on where it was when the same is asked for again.
+    Processes that torchrun started share the work; each of them calls this.
+
     Raises:
-        CompressError: for everything a user can cause; nothing is left behind.
+        CompressError: for everything a user can cause; nothing is left behind but what a run can go on from.
     """
-    started = time.perf_counter()
-    where = choose_device(device)
-    job = make_job(recipe, output)
-    recipe = replace(recipe, seq_len=job.seq_len, plan=plan.FILE if recipe.plan else "")
-    reader = job.reader
+    if max_memory:
+        parse_size(max_memory)
+    with processes() as group:
+        where = choose_device(local_device(device))
+        job = make_job(recipe, output)
+        if job.tune and group.size > 1:
+            raise UsageError("--tune trains on all samples at once, in one process: start it without torchrun")
+        if job.measures and group.size > 1:
+            raise UsageError("goals are measured in one process: write them with `compress plan`, then give the file with --plan")
+        recipe = replace(recipe, seq_len=job.seq_len)
+        settings = {"recipe": asdict(recipe), "device": device, "max_memory": max_memory, "folder": os.getcwd()}
+        others = side_files(job.reader.folder, code=recipe.trust_remote_code)
+        mark = fingerprint(recipe, job.reader, others, where, group.size)
+        with Journal(output, mark, settings) if group.first else nullcontext() as journal:
+            if group.agreed(lambda: journal and journal.complete):
+                return Report.load(group.agreed(lambda: journal and journal.publish()))
+            return _prune(job, recipe, output, where, max_memory, journal, group, progress)
+
+
+def _prune(
+    job: Job,
+    recipe: Recipe,
+    output: Path,
+    device: torch.device,
+    max_memory: str,
+    journal: Journal | None,
+    group: Group,
+    progress: Progress,
+) -> Report:
+    """What is not done yet; the first process has the journal, writes and reports."""
+    started, work, reader = time.perf_counter(), work_path(output), job.reader
+    recipe = replace(recipe, plan=plan.FILE if recipe.plan else "")
     report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
-    states = _calibrate(job, recipe, where, progress) if job.needs_inputs else None
-    job = allocate(job, states, where, progress)
+    states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
+    job = _allocate(job, states, device, journal, group, progress)
     report.left_dense, report.allocation = job.left_dense, job.allocation
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
-    seconds, begun = [], time.perf_counter()
-    with Writer(reader, output, {task.linear.tensor for task in job.every}) as writer:
-        for row in compress_blocks(job, states, where, _storing(job, writer, report), progress):
-            report.blocks.append(row)
-            progress("blocks", row.index + 1, len(job.tasks), row)
-            seconds.append(round(time.perf_counter() - begun, 3))
-            begun = time.perf_counter()
-        stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
-        report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
-        files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
-        if recipe.plan or job.allocation:
-            files[plan.FILE] = plan.dumps(job)
-        writer.finish(compressed_config(reader.config, stored), files, code=recipe.trust_remote_code)
-    total = round(time.perf_counter() - started, 3)
-    report.run = {"device": str(where), "seconds": total, "block_seconds": seconds, "peak_memory": peak_memory()}
-    report_path(output).write_text(_json(report.everything()))
-    return report
+    writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
+    done, saved = group.agreed(_restore, journal, writer, report)
+    if states and saved and saved[group.rank]:  # nothing is saved after the last block
+        states.load(work, saved[group.rank])
+    begun, spent = time.perf_counter(), 0.0
+    for row in compress_blocks(job, states, device, _storing(job, writer, report), progress, first=done, group=group):
+        computed = time.perf_counter()
+        saved = group.joined([states.save(work) if states and row.index + 1 < len(job.tasks) else None])
+        group.agreed(_record, journal, writer, report, row, computed - begun, saved)
+        if states:
+            states.forget(work)
+        progress("blocks", row.index + 1, len(job.tasks), row)
+        begun = time.perf_counter()
+        spent += begun - computed
+    peak = group.joined([peak_memory()])
+    report.run = {
+        "device": str(device), "processes": group.size, "seconds": round(time.perf_counter() - started, 3),
+        "journal_seconds": round(spent, 3), "resumed_at_block": done,
+        "peak_memory": {name: max(own.get(name, 0) for own in peak) for name in peak[0]},
+    }  # fmt: skip
+    return Report.load(group.agreed(_publish, journal, writer, report, job, recipe))
+
+
+def _restore(journal: Journal | None, writer: Writer | None, report: Report) -> tuple[int, list[Any] | None]:
+    """Take up what the journal has; gives how many blocks are done, and what each process saved of the hidden states."""
+    assert journal
+    assert writer
+    for record in journal.blocks:
+        report.linears += [LinearRow(**row) for row in record["linears"]]
+        report.blocks.append(BlockRow(**record["block"]))
+    writer.restore(record["written"] for record in journal.blocks)
+    return len(journal.blocks), journal.blocks[-1]["hidden"] if journal.blocks else None
+
+
+def _record(
+    journal: Journal | None, writer: Writer | None, report: Report, row: BlockRow, seconds: float, hidden: list[Any]
+) -> None:
+    """Note a finished block, once everything it wrote is on disk."""
+    assert journal
+    assert writer
+    report.blocks.append(row)
+    reported = sum(len(record["linears"]) for record in journal.blocks)
+    linears = [asdict(one) for one in report.linears[reported:]]
+    facts = {"block": asdict(row), "linears": linears, "written": writer.news(), "hidden": hidden}
+    journal.record({**facts, "seconds": round(seconds, 3)})
+    writer.forget()
+
+
+def _publish(journal: Journal | None, writer: Writer | None, report: Report, job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Write what is left to write, and give the folder its name; returns the whole report."""
+    assert journal
+    assert writer
+    stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
+    report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
+    report.run["block_seconds"] = [record["seconds"] for record in journal.blocks]
+    files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
+    if recipe.plan or job.allocation:
+        files[plan.FILE] = plan.dumps(job)
+    writer.complete(compressed_config(writer.reader.config, stored), files, code=recipe.trust_remote_code)
+    return journal.publish(_json(report.everything()))
+
+
+def _allocate(
+    job: Job, states: States | None, device: torch.device, journal: Journal | None, group: Group, progress: Progress
+) -> Job:
+    """The job with goals of their own for its linears, where that was asked for; chosen once, a run that goes on keeps them."""
+    if not (job.ratios or job.dense_fraction):
+        return job
+
+    def choose() -> dict[str, Any]:
+        found, known = allocate(job, states, device, progress), {left.name for left in job.left_dense}
+        reasons = [left.reason for left in found.left_dense if left.name not in known]
+        return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", "allocation": found.allocation}
+
+    chosen = group.agreed(lambda: journal and journal.once("goals", choose))
+    entries, dense = tomllib.loads(chosen["plan"])["linears"], {left.name: left.reason for left in job.left_dense}
+    goals = plan.fit(entries, [task.linear for task in job.every], dense)
+    return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"])
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = silent) -> Job:
     """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
     where = choose_device(device)
     job = make_job(recipe, None)
-    states = _calibrate(job, recipe, where, progress) if job.measures else None
+    states = None
+    if job.measures:
+        progress("calibration", 0, 1)
+        states = calibration.capture(job.skeleton, _samples(job, recipe, where), where)
+        progress("calibration", 1, 1)
     return allocate(job, states, where, progress)
 
 
-def _storing(job: Job, writer: Writer, report: Report) -> Store:
+def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
     """Write each linear and report on it."""
     together: dict[str, Tensor] = {}  # tensors that hold the matrices of all experts, until the last has come
     waiting = Counter(task.linear.tensor for task in job.every)
 
     def store(task: Task, weight: Tensor, form: Form, stats: InputStats | None) -> None:
+        assert writer
         linear, dense = task.linear, form.dense()
         stored = {"weight": dense.T} if isinstance(form, Dense) and linear.transposed else form.pack()
         waiting[linear.tensor] -= 1
@@ -133,10 +238,34 @@ def _parameters(reader: Reader) -> int:
     return sum(torch.Size(entry.shape).numel() for entry in reader.tensors.values())
 
 
-def _calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progress) -> calibration.States:
-    """Token samples, and their hidden states entering block 0."""
-    folder, asked = job.reader.folder, {"num_samples": recipe.num_samples, "seq_len": job.seq_len, "seed": recipe.seed}
+def _calibrate(
+    job: Job,
+    recipe: Recipe,
+    device: torch.device,
+    max_memory: str,
+    work: Path,
+    journal: Journal | None,
+    group: Group,
+    progress: Progress,
+) -> States:
+    """Token samples, and their hidden states entering block 0: of this process's part of the batches."""
     progress("calibration", 0, 1)
+    ids = torch.tensor(group.agreed(lambda: journal and journal.once("ids", lambda: _samples(job, recipe, device).tolist())))
+    size = batch_size(*ids.shape)
+    part = group.part(len(ids) // size)
+    home = choose_home(job, (part.stop - part.start) * size * job.seq_len, device, max_memory, work)
+    states = calibration.capture(job.skeleton, ids, device, Batches(device, home, f"hidden.{group.rank}"), part)
+    if job.tune:
+        states.dense = Batches(device, home, f"dense.{group.rank}")
+        for hidden in states.hidden:
+            states.dense.append(hidden)
+    progress("calibration", 1, 1)
+    return states
+
+
+def _samples(job: Job, recipe: Recipe, device: torch.device) -> Tensor:
+    """Token ids of the calibration, `[num_samples, seq_len]`."""
+    folder, asked = job.reader.folder, {"num_samples": recipe.num_samples, "seq_len": job.seq_len, "seed": recipe.seed}
     if recipe.dataset == "self":
         ids = data.sample_from_model(folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code)
     else:
@@ -144,7 +273,4 @@ def _calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progres
         ids = data.calibration_rows(recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code)
     if ids.shape != (recipe.num_samples, job.seq_len):
         raise DataError(f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, job.seq_len]} was asked for")
-    states = calibration.capture(job.skeleton, ids, device)
-    states.dense = list(states.hidden) if job.tune else []
-    progress("calibration", 1, 1)
-    return states
+    return ids

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 
 @dataclass
@@ -65,6 +66,13 @@ class Report:
     output_bytes: int = 0
     calibration_tokens: int = 0
     run: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, everything: Mapping[str, Any]) -> Self:
+        """The report that `everything()` described."""
+        known = {entry.name: everything[entry.name] for entry in fields(cls)}
+        rows = {"linears": LinearRow, "blocks": BlockRow, "left_dense": LeftDense}
+        return cls(**{**known, **{name: [row(**facts) for facts in known[name]] for name, row in rows.items()}})
 
     def facts(self) -> dict[str, Any]:
         """All that the input, the recipe and the versions determine."""

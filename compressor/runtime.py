@@ -3,14 +3,16 @@
     import compressor.runtime
     model = AutoModelForCausalLM.from_pretrained("out")
 
-It registers a quantiser that swaps each linear named in config.json for a module holding its packed form. Without a GPU
-the weights are unpacked once after loading and the model runs dense; its state stays the packed one.
+It registers a quantiser that swaps each linear named in config.json for a module holding its packed form. On a GPU it then
+computes from the packed weight; without one the weights are unpacked once after loading and the model runs dense
+(arrange.py). Its state stays the packed one either way.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressor import arrange
 from compressor.checkpoint import Reader, check_sizes
 from compressor.errors import CheckpointError, CompressError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.packed_experts import PackedExperts, swap_experts
 from compressor_kernels.linear import ArmorLinear, Sparse24Linear
+
+_RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -73,10 +78,7 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for name, path in self.paths.items():
-            module = model.get_submodule(path)
-            if module.weight_values.device.type == "cpu" and not hasattr(module, "_hf_hook"):
-                _unpack(name, module)
+        model._compress_runtime = arrange.arrange(model, self.paths, _RUNTIME.get())
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -151,18 +153,28 @@ def _unpack(name: str, module: Any) -> None:
         raise CheckpointError(f"{name} is damaged: {error}") from None
 
 
-def load(path: str | Path, **options: Any) -> Any:
+def runtimes(model: Any) -> dict[str, str]:
+    """How each packed linear of a loaded model computes, by name; nothing for a plain model."""
+    return dict(getattr(model, "_compress_runtime", {}))
+
+
+def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     """A compressed (or plain) checkpoint as a transformers causal language model, ready to generate.
 
     Args:
         path: folder or Hub id.
+        runtime: `packed` computes from the packed weights, `dense` unpacks them, `auto` takes what is faster (`runtimes`
+            lists it). On the CPU `auto` is dense, and `packed` unpacks at every call.
         options: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to the stored one.
 
     Raises:
         CheckpointError: files that do not hold together, weights that are missing, or packed tensors that config.json
             does not list. Transformers would go on with random weights and a warning.
+        UsageError: an unknown `runtime`.
     """
+    arrange.check(runtime)
     options = {"dtype": "auto", **options}
+    asked = _RUNTIME.set(runtime)
     try:
         if Path(path).is_dir():
             reader = Reader(Path(path))
@@ -172,6 +184,8 @@ def load(path: str | Path, **options: Any) -> Any:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
         raise CheckpointError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        _RUNTIME.reset(asked)
     model, info = loaded
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     stray = [name for name in info["unexpected_keys"] if ".weight_" in name]

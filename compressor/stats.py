@@ -29,13 +29,16 @@ class InputStats:
         gram: float32 `[in, in]`, XᵀX summed over tokens; None unless asked for.
         sample: float32 `[<= 1024, in]`, the first tokens seen.
         note: what the report says of them, if anything.
+        parts: tokens, mean and variance of every update, where they are asked for: with those of other processes they can
+            be merged again in the order of the samples.
     """
 
-    def __init__(self, in_features: int, *, gram: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, *, gram: bool = False, parts: bool = False, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self.mean = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.m2 = torch.zeros_like(self.mean)
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
+        self.parts: list[tuple[int, Tensor, Tensor]] | None = [] if parts else None
         self._sample: list[Tensor] = []
         self.note = ""
 
@@ -45,17 +48,27 @@ class InputStats:
         x = x.reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
+        self.add_sample(x)
+        variance, mean = torch.var_mean(x, dim=0, correction=0)
+        if self.parts is not None:
+            self.parts.append((len(x), mean, variance))
+        self.merge(len(x), mean, variance)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+
+    def add_sample(self, x: Tensor) -> None:
+        """Keep the rows of x, float32 `[rows, in]`, as far as there is room."""
         kept = sum(len(part) for part in self._sample)
         if kept < SAMPLE_TOKENS:
             self._sample.append(x[: SAMPLE_TOKENS - kept].clone())
-        variance, mean = torch.var_mean(x, dim=0, correction=0)
-        total = self.tokens + len(x)
+
+    def merge(self, tokens: int, mean: Tensor, variance: Tensor) -> None:
+        """Add rows of which only number, mean and variance are known, float32 `[in]` (Chan et al. 1979)."""
+        total = self.tokens + tokens
         delta = mean.double() - self.mean
-        self.m2 += variance.double() * len(x) + delta.square() * (self.tokens * len(x) / total)
-        self.mean += delta * (len(x) / total)
+        self.m2 += variance.double() * tokens + delta.square() * (self.tokens * tokens / total)
+        self.mean += delta * (tokens / total)
         self.tokens = total
-        if self.gram is not None:
-            self.gram.addmm_(x.T, x)
 
     @property
     def norm(self) -> Tensor:
@@ -86,7 +99,7 @@ def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float
 
 
 @contextmanager
-def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False) -> Iterator[dict[str, InputStats]]:
+def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False, parts: bool = False) -> Iterator[dict[str, InputStats]]:
     """Hook `linears` and yield their statistics, filled by every forward pass run inside the `with`.
 
     Linears that receive the same tensor object share one InputStats: the statistics exist once per distinct input.
@@ -106,7 +119,7 @@ def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False) -> Itera
                 if tensor is x and stats.setdefault(name, shared) is shared:
                     seen.append(seen.pop(number))
                     return
-            own = stats.setdefault(name, InputStats(x.shape[-1], gram=gram, device=x.device))
+            own = stats.setdefault(name, InputStats(x.shape[-1], gram=gram, parts=parts, device=x.device))
             own.update(x)
             seen[:] = [*seen[1 - _RECENT :], (x, own)]
 

@@ -2,25 +2,29 @@
 
 A shard is assembled once the last of its replaced tensors has come, so the disk holds the output plus the parts of the
 shards under way, and memory one tensor. The safetensors library writes a file only from tensors that are all in memory,
-hence the few lines of writer here; the file layout is the library's own. The folder gets its name at the very end:
-a run that fails or is interrupted leaves nothing behind.
+hence the few lines of writer here; the file layout is the library's own. The folder gets its name at the very end: what
+has the name is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
+from compressor import manifest
 from compressor.checkpoint import INDEX, ITEM_BITS, SINGLE, Reader
+from compressor.durable import sha256, sync
 from compressor.errors import OutputError
+from compressor.journal import damaged, is_complete, report_path, work_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,9 +40,11 @@ def is_side_file(name: str, *, code: bool) -> bool:
     return suffix in _SIDE_FILES or name.upper().startswith(_SIDE_NAMES) or (code and suffix == ".py")
 
 
-def report_path(output: Path) -> Path:
-    """Where the record of a run goes that differs from run to run: beside the folder, which does not."""
-    return output.with_name(f"{output.name}.report.json")
+def side_files(folder: Path, *, code: bool) -> list[Path]:
+    """The input's tokenizer and licence files; with `code` its Python files too."""
+    ours = (INDEX, "config.json", "report.json")
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if is_side_file(path.name, code=code) and path.is_file() and path.name not in ours]
 
 
 def check_output(output: Path, reader: Reader) -> None:
@@ -52,7 +58,7 @@ def check_output(output: Path, reader: Reader) -> None:
     if reader.folder.resolve() in output.resolve().parents:
         raise OutputError(f"output {output} is inside the input folder; choose another with -o")
     for path in (output, report_path(output)):
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not is_complete(output):
             raise OutputError(f"output {path} exists already; choose another with -o or remove it")
     if len(os.fsencode(output.name)) > 200:
         raise OutputError(f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a shorter one with -o")
@@ -61,36 +67,52 @@ def check_output(output: Path, reader: Reader) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"output {output} cannot be made: {parent} is not a folder you may write to")
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in work_path(output).rglob("*") if path.is_file())
     if free < reader.nbytes:
         raise OutputError(f"output {output} may need {reader.nbytes:,} bytes; {parent} has {free:,} free")
 
 
 class Writer:
-    """Writes `output` from `reader`'s checkpoint; a context manager.
+    """Writes `output` from `reader`'s checkpoint.
+
+    As a context manager it has a work folder of its own, and `finish` names the output. In the work state of a run that
+    may be cut off (`work`) it tells what it has written, can be told so again, and leaves the naming to the journal.
 
     Args:
         reader: the input checkpoint.
         output: the folder to be made; must not exist.
         replaced: names of the input tensors that `replace` will be called for.
+        work: an existing folder to work in.
+
+    Attributes:
+        folder: what the output will be.
+        spool: a file for each shard under way, the tensors of its replaced ones behind each other.
+        pending: tensors that are still to be replaced.
+        parts: replaced tensor -> its stored tensors: name, dtype, shape, byte range in the spool file, sha256.
+        shards: finished shard -> its sha256, bytes and tensors.
     """
 
-    def __init__(self, reader: Reader, output: Path, replaced: set[str]) -> None:
+    def __init__(self, reader: Reader, output: Path, replaced: set[str], work: Path | None = None) -> None:
         self.reader, self.output = reader, output
-        self.work = output.parent / f".{output.name}.{os.getpid()}.partial"  # of its own: another run may want the same output
-        self.spool = self.work / ".spool"
+        self.work = work or output.parent / f".{output.name}.{os.getpid()}.partial"
+        self.folder, self.spool = self.work / "folder", self.work / "spool"
         self.pending = set(replaced)
-        self.waiting = Counter(reader.tensors[name].shard for name in replaced)
-        self.parts: dict[str, list[tuple[str, str, list[int], Path]]] = {}
-        self.weight_map: dict[str, str] = {}
-        self.total = 0
+        self.waiting = self._count_waiting()
+        self.parts: dict[str, list[list[Any]]] = {}
+        self.shards: dict[str, dict[str, Any]] = {}
         self.todo = list(reader.shards)
+        self._told: tuple[set[str], set[str]] = (set(), set())
+        self.made: list[Path] | None = None
+        if work:
+            self.folder.mkdir(exist_ok=True)
+            self.spool.mkdir(exist_ok=True)
 
     def __enter__(self) -> Self:
         self.made = [parent for parent in self.output.parents if not parent.exists()]  # innermost first
         try:
             shutil.rmtree(self.work, ignore_errors=True)
-            self.spool.mkdir(parents=True)
+            self.folder.mkdir(parents=True)
+            self.spool.mkdir()
         except OSError as error:
             raise OutputError(f"output {self.output} cannot be made: {error.strerror}") from None
         return self
@@ -98,7 +120,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         if error is not None:
-            for parent in self.made:
+            for parent in self.made or []:
                 with suppress(OSError):  # somebody else uses it by now
                     parent.rmdir()
         if isinstance(error, OSError):
@@ -109,14 +131,67 @@ class Writer:
         prefix = name.rpartition(".")[0]
         self.pending.remove(name)
         parts = self.parts.setdefault(name, [])
-        for suffix, tensor in tensors.items():
-            path = self.spool / f"{len(self.parts)}-{suffix}"
-            path.write_bytes(_raw(tensor))
-            parts.append((f"{prefix}.{suffix}" if prefix else suffix, _dtype(tensor), list(tensor.shape), path))
+        with (self.spool / self.reader.tensors[name].shard).open("ab") as file:
+            for suffix, tensor in tensors.items():
+                raw, start = _raw(tensor), file.tell()
+                file.write(raw)
+                own = f"{prefix}.{suffix}" if prefix else suffix
+                digest = hashlib.sha256(raw).hexdigest()
+                parts.append([own, _dtype(tensor), list(tensor.shape), start, start + len(raw), digest])
         shard = self.reader.tensors[name].shard
         self.waiting[shard] -= 1
         if not self.waiting[shard]:
             self._assemble_ready()
+
+    def _count_waiting(self) -> Counter[str]:
+        """Tensors that are still to be replaced, per shard: counted, for a mixture has tens of thousands."""
+        return Counter(self.reader.tensors[name].shard for name in self.pending)
+
+    def news(self) -> dict[str, Any]:
+        """What was written since the last call, forced to disk, as JSON values for `restore`."""
+        parts = {name: self.parts[name] for name in self.parts if name not in self._told[0]}
+        shards = {name: self.shards[name] for name in self.shards if name not in self._told[1]}
+        for shard in {self.reader.tensors[name].shard for name in parts} - self.shards.keys():
+            sync(self.spool / shard)
+        sync(self.spool)
+        sync(self.folder)
+        self._told = set(self.parts), set(self.shards)
+        return {"parts": parts, "shards": shards}
+
+    def forget(self) -> None:
+        """Remove the spool files of finished shards; what is finished has been recorded."""
+        for shard in self.shards:
+            (self.spool / shard).unlink(missing_ok=True)
+
+    def restore(self, news: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from what earlier calls of `news` told. Raises OutputError where it is not there any more, or has changed."""
+        for one in news:
+            self.parts.update(one["parts"])
+            self.shards.update(one["shards"])
+        self.pending -= self.parts.keys()
+        self.waiting = self._count_waiting()
+        self.todo = [shard for shard in self.todo if shard not in self.shards]
+        self._told = set(self.parts), set(self.shards)
+        for path in self.folder.iterdir():  # of the block that was cut off
+            if path.name not in self.shards:
+                path.unlink()
+        ends: dict[Path, int] = {}
+        try:
+            for name, facts in self.shards.items():
+                self._check(self.folder / name, 0, facts["bytes"], facts["sha256"])
+            for name, parts in self.parts.items():
+                path = self.spool / self.reader.tensors[name].shard
+                for *_, start, stop, digest in parts if path.name not in self.shards else []:
+                    self._check(path, start, stop, digest)
+                    ends[path] = max(stop, ends.get(path, 0))
+            for path in self.spool.iterdir():
+                os.truncate(path, ends[path]) if path in ends else path.unlink()
+        except FileNotFoundError as error:
+            raise damaged(self.work, f"{error.filename} is missing") from None
+
+    def _check(self, path: Path, start: int, stop: int, digest: str) -> None:
+        if sha256(path, start, stop) != digest:
+            raise damaged(self.work, f"{path} does not hold what was written to it")
 
     def _assemble_ready(self) -> None:
         waiting = {self.reader.tensors[name].shard for name in self.pending}
@@ -130,7 +205,8 @@ class Writer:
         own = [(name, entry) for name, entry in self.reader.tensors.items() if entry.shard == shard]
         for name, entry in sorted(own, key=lambda item: (item[1].start, item[1].stop)):
             if name in self.parts:
-                pieces += [(*part, 0, part[3].stat().st_size) for part in self.parts[name]]
+                for part, dtype, shape, start, stop, _ in self.parts[name]:
+                    pieces.append((part, dtype, shape, self.spool / shard, start, stop))
             else:
                 pieces.append((name, entry.dtype, list(entry.shape), self.reader.folder / shard, entry.start, entry.stop))
         pieces.sort(key=lambda piece: -ITEM_BITS[piece[1]])  # stable: wide items first keeps every tensor aligned
@@ -139,22 +215,23 @@ class Writer:
         for name, dtype, shape, _, start, stop in pieces:
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + stop - start]}
             position += stop - start
-            self.weight_map[name] = shard
-        self.total += position
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with (self.work / shard).open("wb") as target:
-            target.write(struct.pack("<Q", len(text)) + text)
+        digest = hashlib.sha256(head := struct.pack("<Q", len(text)) + text)
+        with (self.folder / shard).open("wb") as target:
+            target.write(head)
             for *_, path, start, stop in pieces:
-                _copy_range(path, start, stop, target)
+                _copy_range(path, start, stop, target, digest)
             target.flush()
             os.fsync(target.fileno())
-        for *_, path, _, _ in pieces:
-            if path.parent == self.spool:
-                path.unlink()
+        names = [piece[0] for piece in pieces]
+        self.shards[shard] = {"sha256": digest.hexdigest(), "bytes": len(head) + position, "data": position, "tensors": names}
+        if self.made is not None:
+            self.forget()
 
-    def finish(self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False) -> None:
-        """Write the index, `config`, the text `files` and the input's tokenizer and licence files, and name the folder.
+    def complete(self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False) -> None:
+        """Write everything beside the shards: the index, `config`, the text `files`, the input's tokenizer and licence
+        files, and the manifest of it all.
 
         Args:
             config: contents of config.json.
@@ -163,24 +240,33 @@ class Writer:
         """
         self._assemble_ready()
         if self.pending or self.todo:
-            raise AssertionError(f"finish() before {sorted(self.pending)} were replaced")
+            raise AssertionError(f"complete() before {sorted(self.pending)} were replaced")
+        contents = {path.name: path.read_bytes() for path in side_files(self.reader.folder, code=code)}
         if self.reader.index is not None:
-            metadata = {**self.reader.index.get("metadata", {}), "total_size": self.total}
-            index = {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))}
-            (self.work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in sorted(self.reader.folder.iterdir()):
-            if is_side_file(path.name, code=code) and path.is_file() and path.name not in (INDEX, "config.json", "report.json"):
-                shutil.copyfile(path, self.work / path.name)
-        (self.work / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        for name, text in files.items():
-            (self.work / name).write_text(text)
-        shutil.rmtree(self.spool)
+            metadata = {**self.reader.index.get("metadata", {}), "total_size": sum(facts["data"] for facts in self.shards.values())}
+            weight_map = {name: shard for shard, facts in self.shards.items() for name in facts["tensors"]}
+            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+            contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+        contents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        contents |= {name: text.encode() for name, text in files.items()}
+        hashes = {name: facts["sha256"] for name, facts in self.shards.items()}
+        hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        contents[manifest.NAME] = manifest.manifest(hashes).encode()
+        for name, content in contents.items():
+            (self.folder / name).write_bytes(content)
+            sync(self.folder / name)
+        sync(self.folder)
+
+    def finish(self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False) -> None:
+        """`complete`, and give the folder its name."""
+        self.complete(config, files, code=code)
         if self.output.exists():
             raise OutputError(f"output {self.output} has come into being meanwhile; it was left as it is")
-        os.replace(self.work, self.output)
+        os.replace(self.folder, self.output)
+        sync(self.output.parent)
 
 
-def _copy_range(path: Path, start: int, stop: int, target: BinaryIO) -> None:
+def _copy_range(path: Path, start: int, stop: int, target: BinaryIO, digest: Any) -> None:
     with path.open("rb") as source:
         source.seek(start)
         left = stop - start
@@ -189,6 +275,7 @@ def _copy_range(path: Path, start: int, stop: int, target: BinaryIO) -> None:
             if not data:
                 raise OutputError(f"{path} became shorter while it was read")
             target.write(data)
+            digest.update(data)
             left -= len(data)
 
 
@@ -213,4 +300,4 @@ def _dtype(tensor: Tensor) -> str:
     return names[str(tensor.dtype).removeprefix("torch.")]
 
 
-__all__ = ["SINGLE", "Writer", "check_output"]
+__all__ = ["SINGLE", "Writer", "check_output", "report_path", "side_files"]

@@ -188,6 +188,16 @@ def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings,
     assert all(torch.equal(was, now) for was, now in zip(before, states.hidden, strict=True))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon"])
+def test_other_families(tiny, rows, family):
+    job, states = begin(tiny(family), rows)
+    zeros = sum(task.linear.size for task in job.every) // 2
+    zeroth = ecoflap.allocate(job, zeros, states, CPU, silent, score="zeroth")[0]
+    plans = [zeroth, *(module.allocate(job, zeros, states, CPU, silent)[0] for module in (owl, ecoflap, curve))]
+    assert [sum(plan.values()) for plan in plans] == [zeros] * 4
+    assert len({tuple(plan.values()) for plan in plans}) == 4
+
+
 @pytest.mark.parametrize("module", [ecoflap, curve])
 def test_no_group_is_sparser_than_allowed(tiny, rows, module):
     job, states = begin(tiny("llama"), rows)

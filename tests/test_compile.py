@@ -10,10 +10,10 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
-from compressor_kernels import expand, gemv, mma, skinny, wrapped
+from compressor_kernels import expand, gemv, mma, skinny, wrapped  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -21,7 +21,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = [80, 89, 90]
 BF16 = dict.fromkeys(("bias_ptr", "y_ptr", "a_ptr", "b_ptr"), "*bf16")
 X16 = {**BF16, "x_ptr": "*bf16", "w_ptr": "*bf16", "o_ptr": "*bf16", "m_ptr": "*i16"}
-SPARSE = dict(WARPS=8, SPLIT=4, UNROLL=2, BF16=True, BIAS=True)
+SPARSE = dict(WARPS=8, UNROLL=2, BF16=True, BIAS=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ def per_weight(body, warps, weights):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("tiles", "ordered", "registers", "bound"), [(1, False, 64, 1.6), (2, False, 64, 2.2), (8, True, 96, 2.8)])
 def test_mma(compiled, target, tiles, ordered, registers, bound):
-    made = compiled(mma.product, BF16, dict(TILES=tiles, ORDERED=ordered, EVEN=True, **SPARSE), target, 8)
+    made = compiled(mma.product, BF16, dict(TILES=tiles, ORDERED=ordered, EVEN=True, SPLIT=True, **SPARSE), target, 8)
     assert not made.spilled
     assert made.registers <= registers  # 64: four programs of 256 threads a multiprocessor
     body = loop(made.code, "HMMA.SP.16832.F32.BF16")
@@ -102,7 +102,7 @@ def check_operands(ttgir):
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_in_float16_with_a_last_tile_that_is_not_full(compiled, target):
     types = dict.fromkeys(BF16, "*fp16")
-    made = compiled(mma.product, types, dict(SPARSE, TILES=2, ORDERED=False, EVEN=False, BF16=False), target, 8)
+    made = compiled(mma.product, types, dict(SPARSE, TILES=2, ORDERED=False, EVEN=False, BF16=False, SPLIT=True), target, 8)
     assert not made.spilled
     assert "HMMA.SP.16832.F32 " in made.code
     check_operands(made.ttgir)
@@ -124,7 +124,7 @@ def test_armor(compiled, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_gemv(compiled, target):
-    made = compiled(gemv.product, BF16, dict(WARPS=4, SPLIT=4, BF16=True, BIAS=True), target, 4)
+    made = compiled(gemv.product, BF16, dict(WARPS=4, SPLIT=True, BF16=True, BIAS=True), target, 4)
     assert not made.spilled
     body = loop(made.code, "PRMT")
     assert sum(name.startswith("LDG") and ".128" in name for name in body) == 2
@@ -134,7 +134,7 @@ def test_gemv(compiled, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_dot(compiled, target):
-    shared = dict(BM=16, BN=64, BK=128, SPLIT=4, BIAS=True, WIDE=False)
+    shared = dict(BM=16, BN=64, BK=128, SPLIT=True, BIAS=True, WIDE=False)
     made = compiled(expand.product, X16 | {"v_ptr": "*i32"}, dict(ASM=True, **shared), target, 4)
     assert not made.spilled
     body = loop(made.code, "MMA")

@@ -4,19 +4,18 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
-
 from tests.conftest import ROOT
 
 
 def test_wheel_holds_exactly_our_two_packages(tmp_path):
-    pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"compressor", "compressor_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "compressor").rglob("*.py")}
+    expected |= {f"compressor/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
+    expected |= {"compressor/py.typed", "compressor/page/page.html"}
     assert expected <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
 

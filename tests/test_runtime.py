@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 import compressor.runtime
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, UsageError
 from compressor.layout import GUARD
 from compressor.pipeline import prune
 from compressor.recipe import Recipe
@@ -59,6 +59,20 @@ def test_plain_from_pretrained_after_the_import(packed, logits):
 def test_device_map(packed, logits, tmp_path, device_map):
     model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map, offload_folder=tmp_path)
     assert torch.equal(score(model.eval()), logits)
+
+
+def test_runtime_packed_keeps_the_packed_weights_on_the_cpu_too(packed, logits):
+    model = compressor.load(packed, runtime="packed")
+    assert set(compressor.runtime.runtimes(model).values()) == {"packed, unpacked at every call: no kernel runs here"}
+    assert model.model.layers[0].mlp.up_proj.weight_core is None
+    assert torch.equal(score(model), logits)
+
+
+def test_the_choice_is_listed_and_an_unknown_one_refused(packed, demo_model):
+    assert set(compressor.runtime.runtimes(compressor.load(packed)).values()) == {"dense: no kernels on the CPU"}
+    assert not compressor.runtime.runtimes(compressor.load(demo_model))
+    with pytest.raises(UsageError, match="runtime is 'fast'; accepted: auto, packed, dense"):
+        compressor.load(packed, runtime="fast")
 
 
 def test_save_pretrained_gives_the_same_bytes_and_keeps_the_guard(packed, logits, tmp_path):

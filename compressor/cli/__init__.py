@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.bench import bench
 from compressor.cli.doctor import doctor
 from compressor.cli.eval import evaluate
 from compressor.cli.import_legacy import import_legacy
@@ -20,8 +21,13 @@ from compressor.cli.pack import pack
 from compressor.cli.plan import plan
 from compressor.cli.prune import prune
 from compressor.cli.push import push
+from compressor.cli.recipes import recipes
+from compressor.cli.report import report
+from compressor.cli.resume import resume
+from compressor.cli.show import speaks
 from compressor.cli.unpack import unpack
-from compressor.errors import CompressError
+from compressor.cli.verify import verify
+from compressor.errors import CompressError, InterruptedRun
 
 app = typer.Typer(
     name="compress",
@@ -41,6 +47,11 @@ app.command("pack", no_args_is_help=True)(pack)
 app.command("import", no_args_is_help=True)(import_legacy)
 app.command("push", no_args_is_help=True)(push)
 app.command("doctor")(doctor)
+app.command("bench")(bench)
+app.command("report", no_args_is_help=True)(report)
+app.command("recipes")(recipes)
+app.command("resume", no_args_is_help=True)(resume)
+app.command("verify", no_args_is_help=True)(verify)
 
 
 def _version(asked: bool) -> None:
@@ -66,7 +77,8 @@ def main() -> None:
     try:
         app()
     except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():
+            print(error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # what Typer makes of Ctrl-C

@@ -41,7 +41,9 @@ def plan(
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="TOML file, or the name of a bundled recipe; options given here win.", show_default=False)
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="As for prune, such as ratios.tokens=4096.", show_default=False),
@@ -60,6 +62,7 @@ def plan(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
 ) -> None:
     """Choose what every linear becomes and write it to a file; the checkpoint is only read."""
+    from compressor.bundled import find
     from compressor.errors import OutputError
     from compressor.recipe import load, merge
 
@@ -68,7 +71,7 @@ def plan(
         "dense_fraction": dense_fraction, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
         "dtype": dtype, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
-    merged = merge(load(recipe) if recipe else {}, given, [*(assign or []), *most(max_sparsity)])
+    merged = merge(load(find(recipe)) if recipe else {}, given, [*(assign or []), *most(max_sparsity)])
     for path in (output, plot):
         if path and (path.exists() or not path.resolve().parent.is_dir()):
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")

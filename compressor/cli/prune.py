@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, table
+from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, speaks, table
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -21,6 +22,10 @@ _EXAMPLES = """[bold]Examples[/bold]
 compress prune org/model -o out --method sparsegpt --pattern 2:4 --dataset text.jsonl
 
 compress prune ./model -o out --pattern 50% --format dense --ignore '*down_proj'
+
+compress prune ./model -o out --pattern 60% --ratios curve --dataset text.jsonl
+
+compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
 
 compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 
@@ -65,7 +70,10 @@ def prune(
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,6 +87,12 @@ def prune(
         list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"
+        ),
+    ] = "",
     dtype: Annotated[
         str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")
     ] = None,
@@ -96,6 +110,7 @@ def prune(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
 ) -> None:
     """Prune a checkpoint, one decoder block in memory at a time."""
+    from compressor.bundled import find
     from compressor.errors import UsageError
     from compressor.recipe import load, merge
 
@@ -108,22 +123,36 @@ def prune(
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]
-    merged = merge(load(recipe) if recipe else {}, given, assign)
+    merged = merge(load(find(recipe)) if recipe else {}, given, assign)
     if plan and pattern:
         raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     if not quiet:
         err.print("loading libraries …", style="dim")
-    from compressor.job import make_job
-    from compressor.pipeline import prune as run
-
     quiet_libraries(verbose)
     if output is None or dry_run:
+        from compressor.job import make_job
+
         _show_job(make_job(merged, output), merged, as_json)
         return
-    with pruning_progress(quiet) as progress:
-        report = run(merged, output, device=device, progress=progress)
+    run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
+
+
+def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool) -> None:
+    """Prune and print the result; of several processes the first one speaks."""
+    import compressor
+    from compressor.errors import InterruptedRun
+    from compressor.journal import describe
+
+    try:
+        with pruning_progress(quiet or not speaks()) as progress:
+            report = compressor.prune(output=output, device=device, max_memory=max_memory, progress=progress, **asdict(recipe))
+    except (KeyboardInterrupt, SystemExit) as end:
+        code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
+        raise InterruptedRun(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
+    if not speaks():
+        return
     if as_json:
         print(json.dumps(report.everything(), indent=1))
     elif not quiet:
@@ -187,7 +216,8 @@ def _show_report(report: Report) -> None:
     out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
-    out.print(f"{report.run['seconds']:.0f} s on {report.run['device']}, peak memory {peak}")
+    resumed = f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""
+    out.print(f"{report.run['seconds']:.0f} s{resumed} on {report.run['device']}, peak memory {peak}")
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
         goals = "the plan" if report.recipe["plan"] else f"pattern {report.recipe['pattern']}"
         out.print(f"note: {goals} has no packed form: zeros are stored in place, the size stays the same")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,11 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from compressor.text import size as size  # the commands take it from here
+
 if TYPE_CHECKING:
     from compressor.report import BlockRow
 
 out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, markup=False)  # names come from files: no markup in them is ours
+
+
+def speaks() -> bool:
+    """Whether this process is the only one of its run, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries(verbose: bool) -> None:
@@ -99,18 +107,20 @@ def scoring_progress(quiet: bool) -> Iterator[tuple[Any, Any]]:
         yield (lambda step, done, total: bar.update(task, description=step, completed=done, total=total)), note
 
 
+@contextmanager
+def counting(what: str, quiet: bool) -> Iterator[Any]:
+    """A `(done, total)` callback with a bar on a terminal."""
+    if quiet or not err.is_terminal:
+        yield lambda done, total: None
+        return
+    with _bar() as bar:
+        task = bar.add_task(what, total=None, note="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def table(title: str, columns: str) -> Table:
     """An empty table without borders; `columns` are headings, right-aligned where they begin with `>`."""
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in columns.split():
         made.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
     return made
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.94 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

@@ -28,7 +28,7 @@ def divergence_curves(
 ) -> dict[str, list[float]]:
     """Divergence, nats a token, for every linear and each of its levels; arguments as for `fisher.error_curves`."""
     skeleton, part = in_float32(job, states, tokens, device)
-    exact = _through(skeleton, part, [part.hidden], 0, device)[0]
+    exact = _through(skeleton, part, [list(part.hidden)], 0, device)[0]
     hidden, curves = list(part.hidden), {}
     for index, tasks in enumerate(job.tasks):
         block, arguments = skeleton.load_block(index, device), part.arguments[index]

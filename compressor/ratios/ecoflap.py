@@ -104,9 +104,9 @@ def first_order(
     return scores
 
 
-def _batch_gradients(tap: Taps) -> list[Tensor]:
-    """∂L_b/∂W `[out, in]` of every batch, of the loss per token."""
-    return [g.T @ x / len(x) for x, g in zip(tap.inputs, tap.gradients, strict=True)]
+def _batch_gradients(tap: Taps) -> Iterator[Tensor]:
+    """∂L_b/∂W `[out, in]` of every batch, of the loss per token; one in memory at a time."""
+    return (g.T @ x / len(x) for x, g in zip(tap.inputs, tap.gradients, strict=True))
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ To second order, changing one weight W to W + ΔW moves the model's predictions 
     KL ≈ ½ E Σ_t (g_t · ΔW x_t)²                      x_t the input, g_t = ∂loss/∂y_t, at token t
 
 which is the Fisher information in the direction ΔW (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558) without its
-correlations between tokens. Those could be kept by summing inside a sequence before squaring, but that leaves one number a
-sequence, and plans made from it were no better. The expectation is over labels drawn from the model's own predictions; the
+correlations between tokens: keeping them, by summing inside a sequence before squaring, would leave one number a sequence
+to average over instead of one a token. The expectation is over labels drawn from the model's own predictions; the
 labels of the text serve as well, the empirical Fisher information. ΔW is what the run's own method makes of W, so mask and
 update are those that will be applied.
 One streamed forward and backward pass serves all linears and all levels.

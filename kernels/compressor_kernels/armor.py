@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels import backend, reference
-from compressor_kernels.backend import words
+from compressor_kernels.backend import launch, words
 from compressor_kernels.choice import choose
 from compressor_kernels.fragments import Fragments, from_fragments
 from compressor_kernels.sparse24 import check_call, check_fragments, sparse24, sparse24_fragments
@@ -79,9 +79,7 @@ def _armor(
 
 
 @_armor.register_fake
-def _(
-    x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor | None
-) -> Tensor:
+def _(x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[0] * a.shape[1])
 
 
@@ -101,13 +99,12 @@ def run_armor(
     inner = torch.empty(kt, tiles, 2, 32, 8, dtype=x.dtype, device=x.device)
     partial = torch.empty(split * programs * tiles * 128 * warps, dtype=torch.float32, device=x.device)
     y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
-    with torch.cuda.device_of(x):
-        wrapped.apply_b[(k // size_b, -(-size_b // 32))](
-            x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
-        )  # fmt: skip
-        wrapped.product[(programs, split)](
-            words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, SIZE=size_a,
-            PART=min(size_a, 64), SPLIT=split, UNROLL=config["unroll"], BF16=x.dtype == torch.bfloat16, BIAS=bias is not None,
-            num_warps=warps, **common, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+    launch(wrapped.apply_b, (k // size_b, -(-size_b // 32)),
+        x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
+    )  # fmt: skip
+    launch(wrapped.product, (programs, split),
+        words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, SIZE=size_a,
+        PART=min(size_a, 64), UNROLL=config["unroll"], BF16=x.dtype == torch.bfloat16, BIAS=bias is not None,
+        num_warps=warps, **common, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
     return y.view(*x.shape[:-1], n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ def works(device: torch.device) -> bool:
         values = torch.zeros(1, 8, dtype=torch.float16, device=device)
         dense = torch.empty(1, 16, dtype=torch.float16, device=device)
         metadata = torch.full((1, 1), 0x4444, dtype=torch.int16, device=device)
-        with torch.cuda.device(device):
-            unpack_stored[(1, 1)](words(values), metadata, words(dense), 1, 16, BN=16, BK=64, ASM=nvidia())
+        launch(unpack_stored, (1, 1), words(values), metadata, words(dense), 1, 16, BN=16, BK=64, ASM=nvidia())
     except Exception as error:  # no Triton, no C compiler, an unknown GPU: anything may be thrown
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"the kernels of compress-llm do not run on {device}, which computes with torch: {reason}", stacklevel=2)
@@ -49,10 +49,20 @@ def nvidia() -> bool:
 
 @cache
 def sparse_tensor_cores(device: torch.device) -> bool:
-    """`mma.sp` exists: compute capability 8.0 and later."""
+    """`mma.sp` exists (compute capability 8.0 and later) and gave the right result for a small product, tried once."""
     if device.type != "cuda":
         return interpreting()
-    return nvidia() and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not nvidia() or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from compressor_kernels.sparse24 import fragments_are_right
+
+    try:
+        right, reason = fragments_are_right(device), "a small product came out wrong"
+    except Exception as error:  # a Triton that cannot compile it
+        right, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not right:
+        warnings.warn(f"the sparse tensor cores of {device} are not used, a slower kernel is: {reason}", stacklevel=2)
+    return right
 
 
 @cache
@@ -65,6 +75,12 @@ def multiprocessors(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """As the table of choices names it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Start a kernel on the device of its first argument."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **settings)
 
 
 def words(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ byte permutations (PRMT); elsewhere, and in the interpreter, the same in plain a
 import triton
 import triton.language as tl
 
-from compressor_kernels.split import finish
+from compressor_kernels.split import dot, finish
 
 # Selectors of PRMT pick bytes 0..3 of the pair or, with 4, a zero: four zeros a word, and the bytes 0x10 and 0x32 of the
 # first and second value at the bytes 2 i0 and 2 i1 of the eight.
@@ -32,9 +32,7 @@ prmt.b32 $1, $2, 0, b;
 def expand(pair, nibble, ASM: tl.constexpr):
     """int32 pairs and nibbles (the bits above them are ignored) -> columns 0, 1 and columns 2, 3 of the groups, int32 each."""
     if ASM:
-        low, high = tl.inline_asm_elementwise(
-            EXPAND, "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
+        low, high = tl.inline_asm_elementwise(EXPAND, "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
     else:
         i0 = nibble & 3
         i1 = nibble >> 2 & 3
@@ -71,15 +69,15 @@ def product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     ASM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y = x Wᵀ + bias. x [M, K], v int32 [N, K / 4], m int16 [N, ceil(K / 16)], y [M, N]; WIDE: multiply in float32.
+    """y = x Wᵀ + bias. x [M, K], v int32 [N, K / 4], m int16 [N, ceil(K / 16)], y [M, N]; WIDE as in split.dot.
 
-    Grid (N / BN, SPLIT, M / BM), rounded up.
+    Grid (N / BN, parts of K, M / BM), rounded up; SPLIT: there are several parts.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)
     row = tl.minimum(n, N - 1)
-    own = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    own = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(1)) * BK
     start = tl.program_id(1) * own
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     half = tl.arange(0, BK // 2)
@@ -92,12 +90,8 @@ def product(
         x_high = tl.load(x_ptr + m[None, :] * K + k[:, None] + 2, mask=mask, other=0)
         w_low = _halves(low, dtype)
         w_high = _halves(high, dtype)
-        if WIDE:
-            acc = tl.dot(w_low.to(tl.float32), x_low.to(tl.float32), acc)
-            acc = tl.dot(w_high.to(tl.float32), x_high.to(tl.float32), acc)
-        else:
-            acc = tl.dot(w_low, x_low, acc)
-            acc = tl.dot(w_high, x_high, acc)
+        acc = dot(w_low, x_low, acc, WIDE)
+        acc = dot(w_high, x_high, acc, WIDE)
     index = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     count = tl.num_programs(0) * tl.num_programs(2)
     place = m[None, :] * N + n[:, None]

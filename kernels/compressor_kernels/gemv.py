@@ -38,12 +38,12 @@ def product(
     x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, N, K, KT, NT,
     WARPS: tl.constexpr, SPLIT: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT / WARPS, SPLIT)."""
+    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT / WARPS, parts of K)."""
     t = tl.arange(0, 32 * WARPS)[:, None]
     c = tl.arange(0, 4)[None, :]
     gid, tig = t % 32 // 4, t % 4
     tile = tl.minimum(tl.program_id(0) * WARPS + t // 32, NT - 1) * KT
-    own = tl.cdiv(KT, SPLIT)
+    own = tl.cdiv(KT, tl.num_programs(1))
     start = tl.program_id(1) * own
     shift = 4 * tig + 16 * (c % 2)
     acc = tl.zeros((32 * WARPS, 4), tl.float32)

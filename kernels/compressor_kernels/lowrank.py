@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
+from compressor_kernels.backend import launch
 from compressor_kernels.choice import choose
 from compressor_kernels.sparse24 import check_call, workspace
 
@@ -41,9 +42,9 @@ def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semapho
 def _lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
     if not x.numel() or not u.shape[1] or not backend.runs(x):
         return reference.lowrank(x, u, v, bias)
-    rows = x.numel() // x.shape[-1]
-    inner = run_skinny(x, v, None, semaphore, choose("skinny", x.device, *v.shape, rows))
-    return run_skinny(inner, u, bias, semaphore, choose("skinny", x.device, *u.shape, rows))
+    rows, rank = x.numel() // x.shape[-1], len(v)
+    inner = run_skinny(x, v, None, semaphore, choose("skinny", x.device, rank, x.shape[-1], rows))
+    return run_skinny(inner, u, bias, semaphore, choose("skinny", x.device, len(u), rank, rows))
 
 
 @_lowrank.register_fake
@@ -61,9 +62,8 @@ def run_skinny(x: Tensor, w: Tensor, bias: Tensor | None, semaphore: Tensor | No
     y, bm, bn = x.new_empty(m, n), config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     split, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
-    with torch.cuda.device_of(x):
-        skinny.product[(programs[0], split, programs[1])](
-            x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split,
-            BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"], num_stages=config["stages"],
-        )  # fmt: skip
+    launch(skinny.product, (programs[0], split, programs[1]),
+        x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split > 1,
+        BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
     return y.view(*x.shape[:-1], n)

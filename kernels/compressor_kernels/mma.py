@@ -57,7 +57,7 @@ def _load_x(x_ptr, kt, j, lane, live, M, K, TILES: tl.constexpr, ORDERED: tl.con
 @triton.jit
 def accumulate(
     x_ptr, v_ptr, m_ptr, M, K, KT, NT,
-    WARPS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
     ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """This program's sums: a tuple of TILES fragments, float32 [32 · WARPS, 4]."""
@@ -66,7 +66,7 @@ def accumulate(
     lane = t % 32
     zeros = tl.zeros_like(lane)  # the interpreter takes no scalar for the mask of a tensor
     tile = tl.minimum(tl.program_id(0) * WARPS + t // 32, NT - 1) * KT
-    own = tl.cdiv(KT, SPLIT)
+    own = tl.cdiv(KT, tl.num_programs(1))
     start = tl.program_id(1) * own
     end = tl.minimum(start + own, KT)
     sums = ()
@@ -79,7 +79,12 @@ def accumulate(
             place = v_ptr + ((tile + first + u) * 64 + lane)[:, None] * 4 + c
             w0 = tl.load(place, mask=live, other=0, eviction_policy="evict_first")
             w1 = tl.load(place + 128, mask=live, other=0, eviction_policy="evict_first")
-            word = tl.load(m_ptr + (tile + first + u) * 32 + lane, mask=zeros + first + u < end, other=0x44444444, eviction_policy="evict_first")
+            word = tl.load(
+                m_ptr + (tile + first + u) * 32 + lane,
+                mask=zeros + first + u < end,
+                other=0x44444444,
+                eviction_policy="evict_first",
+            )
             weights = weights + (w0, w1, word)  # noqa: RUF005
         for u in tl.static_range(UNROLL):
             word = tl.broadcast_to(weights[3 * u + 2][:, None], (32 * WARPS, 4))
@@ -99,28 +104,29 @@ def product(
     WARPS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, UNROLL: tl.constexpr,
     ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y = x Wᵀ + bias, M <= 8 TILES. v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [M, N]; grid (NT / WARPS, SPLIT).
+    """y = x Wᵀ + bias, M <= 8 TILES. v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [M, N]; grid (NT / WARPS, parts).
 
-    EVEN: K is a multiple of 64. Partial sums: part [SPLIT, programs, TILES, 32 · WARPS, 4].
+    EVEN: K is a multiple of 64. SPLIT: K is in several parts. Partial sums: part [parts, programs, TILES, 32 · WARPS, 4].
     """
-    sums = accumulate(x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, TILES, SPLIT, UNROLL, ORDERED, EVEN, BF16)
+    sums = accumulate(x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, TILES, UNROLL, ORDERED, EVEN, BF16)
     t = tl.arange(0, 32 * WARPS)[:, None]
     c = tl.arange(0, 4)[None, :]
     n = (tl.program_id(0) * WARPS + t // 32) * 16 + t % 32 // 4 + 8 * (c // 2)
     m = t % 4 * 2 + c % 2
-    if SPLIT == 1:
+    if not SPLIT:
         for j in tl.static_range(TILES):
             store(sums[j], (m + 8 * j) * N + n, n, (m + 8 * j < M) & (n < N), bias_ptr, y_ptr, BIAS)
     else:
+        parts = tl.num_programs(1)
         size: tl.constexpr = 128 * WARPS
         own = part_ptr + tl.program_id(0) * TILES * size + t * 4 + c
         stride = tl.num_programs(0) * TILES * size
         for j in tl.static_range(TILES):
             tl.store(own + tl.program_id(1) * stride + j * size, sums[j])
-        if arrive_last(sem_ptr + tl.program_id(0), SPLIT):
+        if arrive_last(sem_ptr + tl.program_id(0), parts):
             for j in tl.static_range(TILES):
                 total = tl.zeros((32 * WARPS, 4), tl.float32)
-                for part in range(SPLIT):
+                for part in range(parts):
                     total += tl.load(own + part * stride + j * size, cache_modifier=".cg")
                 store(total, (m + 8 * j) * N + n, n, (m + 8 * j < M) & (n < N), bias_ptr, y_ptr, BIAS)
             tl.store(sem_ptr + tl.program_id(0), 0)

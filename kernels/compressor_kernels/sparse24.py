@@ -14,15 +14,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
-from compressor_kernels.backend import words
+from compressor_kernels.backend import launch, words
 from compressor_kernels.choice import choose
-from compressor_kernels.fragments import Fragments, from_fragments
-from compressor_kernels.packing import check_shapes
+from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
+from compressor_kernels.packing import check_shapes, pack24
 
 
-def sparse24(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None
-) -> Tensor:
+def sparse24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias for a weight in the stored layout.
 
     Args:
@@ -118,9 +116,7 @@ def _fragments(
 
 
 @_fragments.register_fake
-def _(
-    x: Tensor, values: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None, semaphore: Tensor | None
-) -> Tensor:
+def _(x: Tensor, values: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -137,12 +133,11 @@ def run_stored(
     bm, bn = config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     split, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
-    with torch.cuda.device_of(x):
-        expand.product[(programs[0], split, programs[1])](
-            x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split,
-            BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(), num_warps=config["warps"],
-            num_stages=config["stages"],
-        )  # fmt: skip
+    launch(expand.product, (programs[0], split, programs[1]),
+        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split > 1,
+        BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(), num_warps=config["warps"],
+        num_stages=config["stages"],
+    )  # fmt: skip
     return y.view(*x.shape[:-1], n)
 
 
@@ -162,21 +157,32 @@ def run_fragments(
     common: dict[str, Any] = {
         "WARPS": warps, "BF16": x.dtype == torch.bfloat16, "BIAS": bias is not None, "num_warps": warps,
     }  # fmt: skip
-    with torch.cuda.device_of(x):
-        if config["kernel"] == "gemv":
-            split, partial = workspace(x, semaphore, config["split"], programs, 16 * warps)
-            gemv.product[(programs, split)](
-                words(x2), words(fragments.values), fragments.words, bias, partial, semaphore, y, n, k, kt, nt,
-                SPLIT=split, **common,
-            )  # fmt: skip
-        else:
-            split, partial = workspace(x, semaphore, config["split"], programs, 128 * warps * tiles)
-            x2 = ordered(x2, tiles) if config["ordered"] else words(x2)
-            mma.product[(programs, split)](
-                x2, words(fragments.values), fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, TILES=tiles,
-                SPLIT=split, UNROLL=config["unroll"], ORDERED=config["ordered"], EVEN=k % 64 == 0, **common,
-            )  # fmt: skip
+    if config["kernel"] == "gemv":
+        split, partial = workspace(x, semaphore, config["split"], programs, 16 * warps)
+        launch(gemv.product, (programs, split),
+            words(x2), words(fragments.values), fragments.words, bias, partial, semaphore, y, n, k, kt, nt,
+            SPLIT=split > 1, **common,
+        )  # fmt: skip
+    else:
+        split, partial = workspace(x, semaphore, config["split"], programs, 128 * warps * tiles)
+        x2 = ordered(x2, tiles) if config["ordered"] else words(x2)
+        launch(mma.product, (programs, split),
+            x2, words(fragments.values), fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, TILES=tiles,
+            SPLIT=split > 1, UNROLL=config["unroll"], ORDERED=config["ordered"], EVEN=k % 64 == 0, **common,
+        )  # fmt: skip
     return y.view(*x.shape[:-1], n)
+
+
+def fragments_are_right(device: torch.device) -> bool:
+    """Whether `mma` gives on `device` what the twin gives, for a small weight: both steps, both halves, two parts of K."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 256, generator=generator).view(48, 64, 4)
+    weight = (weight * (weight.argsort(-1).argsort(-1) > 1)).view(48, 256).to(device, torch.float16)
+    x = torch.randn(11, 256, generator=generator).to(device, torch.float16)
+    config = {"kernel": "mma", "warps": 4, "split": 2, "unroll": 2, "ordered": False}
+    y = run_fragments(x, to_fragments(*pack24(weight)), 48, None, new_semaphore(48, device), config).double()
+    expected = x.double() @ weight.double().T
+    return bool((y - expected).norm() < 1e-3 * expected.norm())
 
 
 def ordered(x: Tensor, tiles: int) -> Tensor:
@@ -185,7 +191,7 @@ def ordered(x: Tensor, tiles: int) -> Tensor:
 
     m, k = x.shape
     result = torch.empty(-(-k // 64), tiles, 2, 32, 4, dtype=torch.int32, device=x.device)
-    mma.order[result.shape[:2]](words(x), result, m, k, TILES=tiles, num_warps=2)
+    launch(mma.order, result.shape[:2], words(x), result, m, k, TILES=tiles, num_warps=2)
     return result
 
 
@@ -202,10 +208,18 @@ def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
 
     n, k = len(values), 2 * values.shape[1]
     dense = values.new_empty(n, k)
-    with torch.cuda.device_of(values):
-        expand.unpack_stored[(-(-n // 16), -(-k // 256))](
-            words(values), metadata, words(dense), n, k, BN=16, BK=256, ASM=backend.nvidia()
-        )
+    launch(
+        expand.unpack_stored,
+        (-(-n // 16), -(-k // 256)),
+        words(values),
+        metadata,
+        words(dense),
+        n,
+        k,
+        BN=16,
+        BK=256,
+        ASM=backend.nvidia(),
+    )
     return dense
 
 
@@ -215,9 +229,8 @@ def unpack_fragments(fragments: Fragments, out_features: int, in_features: int) 
 
     dense = fragments.values.new_empty(out_features, in_features)
     grid = fragments.words.shape[:2]
-    with torch.cuda.device_of(dense):
-        expand.unpack_fragments[grid](
-            words(fragments.values), fragments.words, words(dense), out_features, in_features, grid[1],
-            ASM=backend.nvidia(), num_warps=2,
-        )  # fmt: skip
+    launch(expand.unpack_fragments, grid,
+        words(fragments.values), fragments.words, words(dense), out_features, in_features, grid[1],
+        ASM=backend.nvidia(), num_warps=2,
+    )  # fmt: skip
     return dense

@@ -8,14 +8,7 @@ import triton
 import triton.language as tl
 
 from compressor_kernels.mma import accumulate
-from compressor_kernels.split import arrive_last, store
-
-
-@triton.jit
-def _dot(a, b, acc, WIDE: tl.constexpr):
-    if WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc)
+from compressor_kernels.split import arrive_last, dot, store
 
 
 @triton.jit
@@ -35,7 +28,7 @@ def apply_b(
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.load(b_ptr + (block * SIZE + r) * SIZE + c[None, :])
     x = tl.load(x_ptr + m * K + block * SIZE + c[:, None], mask=m < M, other=0)
-    y = _dot(b, x, tl.zeros((ROWS, BM), tl.float32), WIDE)
+    y = dot(b, x, tl.zeros((ROWS, BM), tl.float32), WIDE)
     k = block * SIZE + r
     pair = k % 32 // 2
     lane = m % 8 * 4 + pair % 4
@@ -44,14 +37,14 @@ def apply_b(
 
 
 @triton.jit
-def _sums(part_ptr, n, m, programs, WARPS: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr):
+def _sums(part_ptr, n, m, programs, parts, WARPS: tl.constexpr, TILES: tl.constexpr):
     """Rows n [R, 1] and columns m [1, C] of S x', added up in order from where mma fragments were stored."""
     row = n % (16 * WARPS)
     t = row // 16 * 32 + row % 8 * 4 + m % 8 // 2
     place = ((n // (16 * WARPS) * TILES + m // 8) * 32 * WARPS + t) * 4 + row % 16 // 8 * 2 + m % 2
     inside = (m < 8 * TILES) & (n < programs * 16 * WARPS)
     total = tl.zeros(place.shape, tl.float32)
-    for part in range(SPLIT):
+    for part in range(parts):
         total += tl.load(part_ptr + part * programs * TILES * 128 * WARPS + place, mask=inside, other=0, cache_modifier=".cg")
     return total
 
@@ -59,17 +52,17 @@ def _sums(part_ptr, n, m, programs, WARPS: tl.constexpr, TILES: tl.constexpr, SP
 @triton.jit
 def product(
     x_ptr, v_ptr, m_ptr, a_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K, KT, NT,
-    WARPS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, SPLIT: tl.constexpr,
+    WARPS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
     UNROLL: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = A (S x') + bias, K a multiple of 64. x' from `apply_b`, v and m as in mma.product, a [N / SIZE, SIZE, SIZE], y [M, N].
 
-    Grid (NT / WARPS, SPLIT). part [SPLIT, programs, TILES, 32 · WARPS, 4]; one semaphore a group of programs.
+    Grid (NT / WARPS, parts of K). part [parts, programs, TILES, 32 · WARPS, 4]; one semaphore a group of programs.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
-    sums = accumulate(x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, TILES, SPLIT, UNROLL, True, True, BF16)
-    programs = tl.num_programs(0)
+    sums = accumulate(x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, TILES, UNROLL, True, True, BF16)
+    programs, parts = tl.num_programs(0), tl.num_programs(1)
     own = part_ptr + (tl.program_id(1) * programs + tl.program_id(0)) * TILES * 128 * WARPS
     t = tl.arange(0, 32 * WARPS)[:, None]
     for j in tl.static_range(TILES):
@@ -78,7 +71,7 @@ def product(
     blocks: tl.constexpr = members * 16 * WARPS // SIZE
     group = tl.program_id(0) // members
     here = tl.minimum(members, programs - group * members)
-    if arrive_last(sem_ptr + group, here * SPLIT):
+    if arrive_last(sem_ptr + group, here * parts):
         r = tl.arange(0, SIZE)[:, None]
         m = tl.arange(0, BM)[None, :]
         c = tl.arange(0, PART)
@@ -86,8 +79,8 @@ def product(
             acc = tl.zeros((SIZE, BM), tl.float32)
             for first in range(0, SIZE, PART):
                 a = tl.load(a_ptr + (block * SIZE + r) * SIZE + first + c[None, :])
-                z = _sums(part_ptr, block * SIZE + first + c[:, None], m, programs, WARPS, TILES, SPLIT)
-                acc = _dot(a, z.to(a.dtype), acc, WIDE)
+                z = _sums(part_ptr, block * SIZE + first + c[:, None], m, programs, parts, WARPS, TILES)
+                acc = dot(a, z.to(a.dtype), acc, WIDE)
             n = block * SIZE + r
             store(acc, m * N + n, n, (m < M) & (n < N), bias_ptr, y_ptr, BIAS)
         tl.store(sem_ptr + group, 0)

@@ -38,10 +38,8 @@ def check(x, weight, bias, run):
 def test_mma(rows, shape, dtype, split, ordered):
     x, weight, bias = problem(rows, shape, dtype)
     fragments = to_fragments(*pack24(weight))
-    check(
-        x, weight, bias,
-        lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, {**MMA, "split": split, "ordered": ordered}),
-    )  # fmt: skip
+    config = {**MMA, "split": split, "ordered": ordered}
+    check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,3 +90,11 @@ def test_the_public_functions_choose_a_kernel(rows):
     assert_close(ops.sparse24(x, *packed, bias, semaphore), expected)
     assert_close(ops.sparse24_fragments(x, to_fragments(*packed), 48, bias, semaphore), expected)
     assert_close(ops.sparse24_fragments(x[:, :, None], to_fragments(*packed), 48), expected[:, :, None] - bias.double())
+
+
+def test_the_self_check_sees_a_wrong_fragment(monkeypatch):
+    assert ops.fragments_are_right(torch.device("cpu"))
+    plain = to_fragments
+    swapped = lambda *packed: plain(*packed)._replace(values=plain(*packed).values.flip(2))  # noqa: E731  # the two steps
+    monkeypatch.setattr(ops, "to_fragments", swapped)
+    assert not ops.fragments_are_right(torch.device("cpu"))

@@ -1,0 +1,106 @@
+"""One linear at a time: our ops against dense cuBLAS and PyTorch's semi-structured product, at the same shape."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from compressor.bench.timing import copies, measure
+from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
+from compressor_kernels.packing import pack24
+
+SHAPES = ((4096, 4096), (6144, 4096), (4096, 14336), (14336, 4096), (28672, 4096), (8192, 8192), (8192, 28672), (28672, 8192))
+ROWS = (1, 4, 16, 32, 64, 96, 256, 2048)
+OPS = ("sparse24", "armor", "lowrank")
+
+
+def random24(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A random weight with the two largest of each group of four kept."""
+    weight = torch.randn(out_features, in_features // 4, 4, dtype=dtype, device=device) / in_features**0.5
+    kept = weight.abs().topk(2, dim=-1).indices
+    return torch.zeros_like(weight).scatter_(-1, kept, weight.gather(-1, kept)).view(out_features, in_features)
+
+
+def module(op: str, weight: Tensor) -> Any:
+    """A prepared module for `op` of the shape of the 2:4 `weight`: ARMOR with blocks of 128, low rank at half the weights."""
+    (n, k), common = weight.shape, {"bias": False, "dtype": weight.dtype, "device": weight.device}
+    if op == "lowrank":
+        made: Any = LowRankLinear(k, n, rank=max(16, n * k // (2 * (n + k)) // 16 * 16), **common)
+        made.weight_u.data.normal_(std=made.rank**-0.5)
+        made.weight_v.data.normal_(std=k**-0.5)
+    else:
+        made = Sparse24Linear(k, n, **common) if op == "sparse24" else ArmorLinear(k, n, block_a=128, block_b=128, **common)
+        made.weight_values.data, made.weight_metadata = pack24(weight)
+        if op == "armor":
+            made.weight_a.data.normal_(std=128**-0.5)
+            made.weight_b.data.normal_(std=128**-0.5)
+    made.prepare_()
+    return made
+
+
+def nbytes(made: Any) -> int:
+    """Bytes of the weight that one call reads."""
+    tensors = (*made.parameters(), *made.buffers())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not made.semaphore)
+
+
+@torch.no_grad()
+def measure_shape(
+    shape: tuple[int, int], rows: Iterable[int], ops: Iterable[str], dtype: torch.dtype, device: torch.device, copied: float
+) -> list[dict[str, Any]]:
+    """Result rows for one shape `(out, in)`. `copied` is the bandwidth of a copy in GB/s."""
+    n, k = shape
+    weight = random24(n, k, dtype, device)
+    count = copies(weight.nbytes // 2, device)
+    dense = [weight.clone() for _ in range(count)]
+    packed = {op: [module(op, weight) for _ in range(count)] for op in ops if op != "armor" or (n % 128 == 0 and k % 128 == 0)}
+    found = []
+    for m in rows:
+        x = torch.randn(m, k, dtype=dtype, device=device)
+        base = {"out": n, "in": k, "rows": m, "dtype": str(dtype).removeprefix("torch.")}
+        cublas = measure(_calls(dense, lambda w, x=x: linear(x, w)))
+        found.append(_row({**base, "op": "dense"}, cublas, cublas.median, weight.nbytes + x.nbytes + 2 * m * n, copied))
+        theirs, reason = _semi_structured(weight, x, count)
+        if theirs is not None:
+            size = weight.nbytes * 9 // 16
+            found.append(_row({**base, "op": "torch semi-structured"}, theirs, cublas.median, size + x.nbytes + 2 * m * n, copied))
+        else:
+            found.append({**base, "op": "torch semi-structured", "note": reason})
+        for op, modules in packed.items():
+            time = measure(_calls(modules, lambda made, x=x: made(x)))
+            size = nbytes(modules[0]) + x.nbytes + 2 * m * n
+            found.append(_row({**base, "op": op}, time, cublas.median, size, copied))
+    return found
+
+
+def _calls(weights: list[Any], call: Callable[[Any], Any]) -> list[Callable[[], Any]]:
+    return [lambda weight=weight: call(weight) for weight in weights]
+
+
+def _row(base: dict[str, Any], time: Any, dense_us: float, size: int, copied: float) -> dict[str, Any]:
+    speed = size / time.median / 1e3
+    return {
+        **base,
+        "us_median": round(time.median, 2),
+        "us_p20": round(time.p20, 2),
+        "us_p80": round(time.p80, 2),
+        "gb_per_s": round(speed),
+        "percent_of_copy": round(100 * speed / copied, 1),
+        "ratio": round(dense_us / time.median, 3),
+    }
+
+
+def _semi_structured(weight: Tensor, x: Tensor, count: int) -> tuple[Any, str]:
+    """PyTorch's own 2:4 product, or None and why not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weights = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(count)]
+            return measure(_calls(weights, lambda w: linear(x, w))), ""
+    except Exception as error:  # a backend that is not there, a capture it does not allow: it is not ours
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

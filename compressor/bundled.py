@@ -1,0 +1,40 @@
+"""The recipes that come with the package: `recipes/*.toml`, each for a result worth repeating.
+
+A bundled recipe names no model. Its first comment line says what it is for, the rest of the comment the command that was run
+and the numbers it reached.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.errors import UsageError, did_you_mean
+
+_INSTALLED, _CHECKOUT = Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes"
+
+
+def bundled() -> dict[str, Path]:
+    """Name -> file of every bundled recipe, by name."""
+    folder = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of `recipe`: a path, or the name of a bundled one; the path wins where there is such a file.
+
+    Raises:
+        UsageError: neither.
+    """
+    path, known = Path(recipe).expanduser(), bundled()
+    if path.is_file() or path.suffix == ".toml":
+        return path
+    if str(recipe) not in known:
+        names, hint = ", ".join(known), did_you_mean(str(recipe), list(known))
+        raise UsageError(f"recipe {str(recipe)!r} is no file and no bundled recipe; bundled: {names}{hint}")
+    return known[str(recipe)]
+
+
+def description(path: Path) -> str:
+    """The first line of a recipe's comment."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()

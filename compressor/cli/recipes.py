@@ -1,0 +1,48 @@
+"""`compress recipes`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressor.cli.show import out, table
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, description, settings.")] = False,
+) -> None:
+    """List the recipes that come with the package, or show one.
+
+    [bold]Examples[/bold]
+
+    compress recipes
+
+    compress recipes armor-24 > mine.toml
+
+    compress prune org/model -o out --recipe armor-24
+    """
+    from compressor.bundled import bundled, description, find
+
+    if name is not None:
+        path = find(name)
+        print(json.dumps(_facts(path), indent=1) if as_json else path.read_text(encoding="utf-8").rstrip())
+        return
+    paths = list(bundled().values())
+    if as_json:
+        print(json.dumps([_facts(path) for path in paths], indent=1))
+        return
+    found = table("", "recipe pattern what-it-is")
+    for path in paths:
+        found.add_row(path.stem, _facts(path)["settings"].get("pattern", ""), description(path))
+    out.print(found)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from compressor.bundled import description
+    from compressor.recipe import load
+
+    return {"name": path.stem, "description": description(path), "settings": load(path)}

@@ -1,0 +1,39 @@
+"""`compress verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.show import counting, out
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this package made.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print problems only.")] = False,
+) -> None:
+    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers. Exit code 1 for any problem.
+
+    [bold]Example[/bold]
+
+    compress verify out
+    """
+    from compressor.verify import verify as run
+
+    with counting("verifying", quiet) as progress:
+        found = run(folder, progress)
+    if as_json:
+        print(json.dumps({"folder": str(folder), **found}, indent=1))
+    else:
+        for problem in found["problems"]:
+            print(problem)
+        if not found["problems"] and not quiet:
+            out.print(
+                f"{folder} is sound: {found['files']} files, {found['tensors']} tensors, {found['linears']} compressed linears"
+            )
+    if found["problems"]:
+        raise typer.Exit(1)

@@ -1,0 +1,179 @@
+"""Several processes that share one run, started by torchrun; alone, everything here does nothing.
+
+    torchrun --nproc-per-node 2 -m compressor prune org/model -o out
+
+The batches of the calibration are split over the processes, in order. Means and variances are exchanged per batch and
+merged again in the order of the batches: they have the bits that one process gives them, so methods that use no more
+(magnitude, Wanda, DSnoT) write the same bytes. Gram matrices are summed process by process, in order: the same to rounding.
+The linears of a block are then spread over the processes by cost; each result is sent to all, and the first one writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from compressor.errors import CompressError, ProcessError, UsageError
+from compressor.formats import Form, form_class
+from compressor.stats import InputStats
+
+_PATIENCE = timedelta(days=1)  # a process may wait long for the slowest linear; that one has died is noticed at once
+
+
+class Group:
+    """The processes of a run: `size` of them, this one being number `rank`."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes, and speaks."""
+        return self.rank == 0
+
+    def part(self, batches: int) -> slice:
+        """The batches of this process. Raises UsageError where there are fewer than processes."""
+        if batches < self.size:
+            raise UsageError(
+                f"{self.size} processes were started, but the calibration makes {batches} batches: start at most {batches}, "
+                "or give more samples with --num-samples"
+            )
+        return slice(batches * self.rank // self.size, batches * (self.rank + 1) // self.size)
+
+    def agreed(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What `make(*arguments)` gives in the first process; it is not called in the others."""
+        return self._gathered(make(*arguments) if self.first else None)[0]
+
+    def joined(self, items: Sequence[Any]) -> list[Any]:
+        """The items of all processes, in order."""
+        return [item for part in self._gathered(list(items)) for item in part]
+
+    def merged(self, stats: dict[str, InputStats], device: torch.device) -> dict[str, InputStats]:
+        """Statistics of all batches, on `device`, from those of each process; the names are those of linears."""
+        if self.size == 1:
+            return stats
+        distinct = list({id(own): own for own in stats.values()}.values())
+        index = {id(own): number for number, own in enumerate(distinct)}
+        everywhere = self._gathered({name: index[id(own)] for name, own in stats.items()})
+        parts = self._gathered([[(n, mean.cpu(), variance.cpu()) for n, mean, variance in own.parts or []] for own in distinct])
+        samples = self._gathered([own.sample.cpu() for own in distinct])
+        merged: dict[tuple[int | None, ...], InputStats] = {}
+        found = {}
+        for name in sorted({name for names in everywhere for name in names}):
+            key = tuple(names.get(name) for names in everywhere)
+            if key not in merged:
+                own = distinct[index[id(stats[name])]] if name in stats else None
+                merged[key] = self._merged(key, own, parts, samples, device)
+            found[name] = merged[key]
+        return found
+
+    def _merged(
+        self,
+        key: tuple[int | None, ...],
+        own: InputStats | None,
+        parts: list[list[Any]],
+        samples: list[list[Tensor]],
+        device: torch.device,
+    ) -> InputStats:
+        """One of them; `key` has its number in each process, None in one that saw none of its tokens."""
+        width = next(samples[rank][number].shape[1] for rank, number in enumerate(key) if number is not None)
+        wants = any(self._gathered(own is not None and own.gram is not None))
+        total = InputStats(width, gram=wants, device=device)
+        for rank, number in enumerate(key):
+            if number is None:
+                continue
+            total.add_sample(samples[rank][number].to(device))
+            for tokens, mean, variance in parts[rank][number]:
+                total.merge(tokens, mean.to(device), variance.to(device))
+            if total.gram is not None:
+                mine = own.gram if own is not None and rank == self.rank else torch.empty_like(total.gram)
+                assert mine is not None
+                total.gram += self._broadcast(mine, rank)
+        return total
+
+    def shared(self, costs: Sequence[int], make: Callable[[int], Form], device: torch.device) -> Iterator[Form]:
+        """`make(0)`, `make(1)`, … in turn, each made by one process, the dearest first; an error in one is one in all."""
+        owners, load = {}, [0] * self.size
+        for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+            owners[number] = load.index(min(load))
+            load[owners[number]] += costs[number]
+        made: dict[int, Form] = {}
+        error: CompressError | None = None
+        try:
+            made = {number: make(number) for number in range(len(costs)) if owners[number] == self.rank}
+        except CompressError as raised:
+            error = raised
+        if failed := next((raised for raised in self._gathered(error) if raised is not None), None):
+            raise failed
+        for number in range(len(costs)):
+            yield self._sent(made.pop(number, None), owners[number], device)
+
+    def _sent(self, form: Form | None, owner: int, device: torch.device) -> Form:
+        packed = form.pack() if form else {}
+        kinds = [(suffix, tensor.shape, tensor.dtype) for suffix, tensor in packed.items()]
+        name, kinds = self._gathered((form.FORMAT, kinds) if form else None)[owner]
+        tensors = {}
+        for suffix, shape, dtype in kinds:
+            tensor = packed[suffix].contiguous() if form else torch.empty(shape, dtype=dtype, device=device)
+            self._broadcast(tensor.view(-1).view(torch.uint8), owner)  # as bytes: not every backend sends int16
+            tensors[suffix] = tensor
+        return form or form_class(name).unpack(tensors)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """`value` of every process, in order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _noticing():
+            dist.all_gather_object(found, value)
+        return found
+
+    def _broadcast(self, tensor: Tensor, rank: int) -> Tensor:
+        with _noticing():
+            dist.broadcast(tensor, rank)
+        return tensor
+
+
+ALONE = Group()
+
+
+@contextmanager
+def processes() -> Iterator[Group]:
+    """The processes that torchrun started, joined for the time of the `with`; this one alone without torchrun.
+
+    Raises:
+        ProcessError: they cannot be joined.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _noticing():
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    yield Group(dist.get_rank(), size)
+    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+
+
+def local_device(device: str) -> str:
+    """`auto` and `cuda` are this process's own CUDA device where torchrun started it."""
+    if device in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ProcessError(f"another process of this run is gone: {' '.join(str(error).split())[:120]}") from None

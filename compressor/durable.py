@@ -1,0 +1,41 @@
+"""Files that a crash leaves either as they were or as they were to be: written under another name, forced to disk, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+_PIECE = 1 << 22  # bytes read at once
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`: a crash at any moment leaves the old file, or the new one, never a part of it."""
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file to disk, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path, start: int = 0, stop: int | None = None) -> str:
+    """Of the bytes `[start, stop)` of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        left = (path.stat().st_size if stop is None else stop) - start
+        while left > 0 and (data := file.read(min(left, _PIECE))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""Hidden states entering a block, batch by batch: on the device, in host memory, or on disk.
+
+Where they rest does not change what is computed from them: a batch read from disk has the bytes, the shape and the
+alignment of one that stayed in memory. Files hold the batches one after the other, and are written once per block:
+they are what a run that was cut off goes on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from compressor.errors import OutputError
+
+Step = Callable[[int, Tensor], Tensor]
+
+
+class Batches(Sequence[Tensor]):
+    """Tensors of one shape and dtype, `[batch, seq, dim]`, given out on `device`.
+
+    Args:
+        device: where they are used.
+        home: where they rest: a device, or a folder.
+        name: of their files in the folder.
+    """
+
+    def __init__(self, device: torch.device, home: torch.device | Path, name: str = "hidden") -> None:
+        self.device, self.home, self.name = device, home, name
+        self._held: list[Tensor] = []
+        self._file: Path | None = None
+        self._kind: tuple[torch.Size, torch.dtype] | None = None
+        self._count = self._generation = 0
+        self._digest = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        """A batch on the device, or a list of batches for a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        if self._held:
+            return self._held[index].to(self.device)
+        assert self._file is not None
+        return self._read(self._file, index).to(self.device)
+
+    def append(self, batch: Tensor) -> None:
+        """Add a batch, before the first block."""
+        if isinstance(self.home, Path):
+            self._file = self._file or self._path()
+            self._write(self._file, batch)
+        else:
+            self._held.append(batch.contiguous().to(self.home))
+        self._kind = (batch.shape, batch.dtype)
+        self._count += 1
+
+    def advance(self, step: Step) -> None:
+        """Put `step(number, batch)` in the place of every batch. On disk the old ones stay until `forget`."""
+        self._generation += 1
+        if isinstance(self.home, Path):
+            old, new = self._file, self._path()
+            assert old is not None
+            assert self._kind is not None
+            self._digest = hashlib.sha256()
+            with new.open("wb") as file:
+                for number in range(self._count):
+                    self._put(file, step(number, self._read(old, number).to(self.device)))
+            self._file = new
+        else:
+            for number, batch in enumerate(self._held):
+                self._held[number] = step(number, batch.to(self.device)).contiguous().to(self.home)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Force them to disk, in `folder`; returns what `load` needs to find and check them there, as JSON values."""
+        if not isinstance(self.home, Path):
+            self._file, self._digest = self._path(folder), hashlib.sha256()
+            with self._file.open("wb") as file:
+                for batch in self._held:
+                    self._put(file, batch)
+        assert self._file is not None
+        assert self._kind is not None
+        with self._file.open("rb") as file:
+            os.fsync(file.fileno())
+        shape, dtype = self._kind
+        return {
+            "generation": self._generation, "batches": self._count, "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."), "sha256": self._digest.hexdigest(),
+        }  # fmt: skip
+
+    def load(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Become what `save` wrote. Raises OutputError where the file is not that."""
+        self._generation, self._count = saved["generation"], saved["batches"]
+        self._kind = (torch.Size(saved["shape"]), getattr(torch, saved["dtype"]))
+        self._file, self._held, self._digest = self._path(folder), [], hashlib.sha256()
+        try:
+            whole = self._file.stat().st_size == self._count * self._nbytes()
+            for number in range(self._count if whole else 0):
+                batch = self._read(self._file, number)
+                self._digest.update(_raw(batch))
+                if not isinstance(self.home, Path):
+                    self._held.append(batch.to(self.home))
+        except OSError:
+            whole = False
+        if not whole or self._digest.hexdigest() != saved["sha256"]:
+            raise OutputError(
+                f"the work state {folder} is damaged: {self._file.name} is not what was written; remove {folder} to start anew"
+            )
+
+    def forget(self, folder: Path) -> None:
+        """Remove the files of earlier blocks."""
+        for path in folder.glob(f"{self.name}-*"):
+            if path != self._file:
+                path.unlink()
+
+    def _path(self, folder: Path | None = None) -> Path:
+        folder = folder or (self.home if isinstance(self.home, Path) else Path())
+        return folder / f"{self.name}-{self._generation:05}"
+
+    def _nbytes(self) -> int:
+        assert self._kind is not None
+        shape, dtype = self._kind
+        return shape.numel() * dtype.itemsize
+
+    def _read(self, path: Path, number: int) -> Tensor:
+        """Batch `number`, in memory of its own: aligned as torch aligns what it makes."""
+        assert self._kind is not None
+        batch = torch.empty(self._kind[0], dtype=self._kind[1])
+        with path.open("rb") as file:
+            file.seek(number * self._nbytes())
+            if file.readinto(_raw(batch)) != self._nbytes():
+                raise OutputError(f"{path} became shorter while it was used")
+        return batch
+
+    def _write(self, path: Path, batch: Tensor) -> None:
+        with path.open("ab" if self._count else "wb") as file:
+            self._put(file, batch)
+
+    def _put(self, file: BinaryIO, batch: Tensor) -> None:
+        raw = _raw(batch)
+        file.write(raw)
+        self._digest.update(raw)
+
+
+def advance(batches: Batches | list[Tensor], step: Step) -> None:
+    """Put `step(number, batch)` in the place of every batch."""
+    if isinstance(batches, Batches):
+        batches.advance(step)
+    else:
+        for number, batch in enumerate(batches):
+            batches[number] = step(number, batch)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; of the tensor itself where it is contiguous and in host memory."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,76 @@
+"""A chart as a PNG file, drawn by matplotlib from the same tree the page shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from compressor.errors import OutputError, UsageError
+from compressor.page.charts import Chart
+from compressor.page.colours import LIGHT
+
+
+def write_pictures(charts: list[Chart], folder: Path) -> None:
+    """One file for each chart in `folder`, which is made if need be. Light colours; the title is drawn on top.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        OutputError: a file is there already, or cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--png needs matplotlib: pip install 'compress-llm[plot]'") from None
+    for chart in charts:
+        if (folder / f"{chart.name}.png").exists():
+            raise OutputError(f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for chart in charts:
+            figure = Figure(facecolor=LIGHT["page"])
+            _draw(figure, chart)
+            figure.savefig(folder / f"{chart.name}.png", dpi=200, metadata={"Title": chart.title, "Description": chart.text})
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written: {error.strerror or error}") from None
+
+
+def _draw(figure: object, chart: Chart) -> None:
+    """The elements of the tree, one CSS pixel as 1 / 96 inch, with a margin and room for the title."""
+    margin, head = 16.0, 34.0
+    width, height = float(chart.svg.get("width", 0)), float(chart.svg.get("height", 0))
+    right, below = width + margin, height + margin
+    figure.set_size_inches((right + margin) / 96, (below + head) / 96)  # type: ignore[attr-defined]
+    axes = figure.add_axes((0, 0, 1, 1))  # type: ignore[attr-defined]
+    axes.set_xlim(-margin, right)
+    axes.set_ylim(below, -head)
+    axes.axis("off")
+    axes.text(0, -14, _plain(chart.title), fontsize=_points(15), fontweight="bold", color=LIGHT["ink"])
+    for element in chart.svg:
+        _element(axes, element)
+
+
+def _element(axes: object, element: Element) -> None:
+    from matplotlib.patches import Rectangle
+
+    def at(name: str) -> float:
+        return float(element.get(name, 0))
+
+    colour = LIGHT[element.get("class", "ink")]
+    if element.tag == "rect":
+        axes.add_patch(Rectangle((at("x"), at("y")), at("width"), at("height"), color=colour, linewidth=0))  # type: ignore[attr-defined]
+    elif element.tag == "line":
+        axes.plot([at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75)  # type: ignore[attr-defined]
+    elif element.tag == "text":
+        turn = -float(element.get("transform", "rotate(0 ").removeprefix("rotate(").split()[0])
+        side = {"start": "left", "middle": "center", "end": "right"}[element.get("text-anchor", "start")]
+        style = {"ha": side, "va": "baseline", "rotation": turn, "rotation_mode": "anchor", "fontsize": _points(11)}
+        axes.text(at("x"), at("y"), _plain(element.text or ""), color=colour, **style)  # type: ignore[attr-defined]
+
+
+def _points(pixels: float) -> float:
+    return pixels * 72 / 96
+
+
+def _plain(text: str) -> str:
+    """The text as it is: matplotlib takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")

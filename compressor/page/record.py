@@ -1,0 +1,245 @@
+"""What a page is made from: report.json and the files beside the folder, every value checked, for files are not to be trusted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint import read_json
+from compressor.errors import CheckpointError
+
+_IN_BLOCK = re.compile(r".*?\.(\d{1,6})\.(.+)")
+_LONGEST_RECIPE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compressed linear. `block` is None outside the blocks; `part` is its name inside, numbers of experts as `*`."""
+
+    name: str
+    block: int | None
+    part: str
+    shape: list[int]
+    format: str
+    sparsity: float
+    error: float | None
+    rank: int | None
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of an evaluation, with that of the baseline where there is one."""
+
+    task: str
+    metric: str
+    better: str
+    value: float
+    before: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything a page says.
+
+    Attributes:
+        recipe: of report.json; `recipe_text` is recipe.toml, empty without.
+        rows: the compressed linears.
+        block_errors: relative squared error of each block's output; empty without calibration.
+        left_dense: reason -> (name, shape) of each weight that was left alone.
+        run: device, seconds, block_seconds and peak_memory, from beside the folder; empty without.
+        scores: the stored evaluation; `notes` says why there is none where one was found.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_text: str
+    architecture: str
+    parameters: int
+    input_bytes: int
+    output_bytes: int
+    dense_bytes: int
+    bytes: int
+    sparsity: float
+    calibration_tokens: int
+    rows: list[Row]
+    block_errors: dict[int, float]
+    left_dense: dict[str, list[tuple[str, list[int]]]]
+    versions: dict[str, str]
+    run: dict[str, Any]
+    scores: list[Score]
+    notes: list[str]
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a folder that `compress prune` made. Weights are not read.
+
+    Raises:
+        CheckpointError: there is no report, or it is no report of this package.
+    """
+    path = folder / "report.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no report.json: `compress prune` writes one into the folders it makes")
+    found = _Checked(path, read_json(path))
+    totals = found.inside("totals")
+    beside = folder.resolve()
+    output_bytes = found.whole("output_bytes")
+    scores, notes = _scores(beside.with_name(f"{beside.name}.eval.json"), output_bytes)
+    recipe = found.get("recipe", dict)
+    left: dict[str, list[tuple[str, list[int]]]] = {}
+    for entry in found.entries("left_dense"):
+        left.setdefault(entry.get("reason", str), []).append((entry.get("name", str), entry.shape()))
+    return Record(
+        name=beside.name,
+        recipe=recipe,
+        recipe_text=_recipe_text(folder / "recipe.toml"),
+        architecture=found.get("architecture", str),
+        parameters=found.whole("parameters"),
+        input_bytes=found.whole("input_bytes"),
+        output_bytes=output_bytes,
+        dense_bytes=totals.whole("dense_bytes"),
+        bytes=totals.whole("bytes"),
+        sparsity=totals.real("sparsity"),
+        calibration_tokens=found.whole("calibration_tokens"),
+        rows=[_row(entry) for entry in found.entries("linears")],
+        block_errors={
+            entry.whole("index"): entry.real("error") for entry in found.entries("blocks") if entry.found.get("error") is not None
+        },
+        left_dense=left,
+        versions={str(key): str(value) for key, value in found.get("versions", dict).items()},
+        run=_run(beside.with_name(f"{beside.name}.report.json"), found.found),
+        scores=scores,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A JSON object that gives values of the kind asked for, or says that the file is no report."""
+
+    path: Path
+    found: Mapping[str, Any]
+
+    def refuse(self, key: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is no report of this package: {key!r} is missing or of another kind than expected")
+
+    def get(self, key: str, kind: type) -> Any:
+        value = self.found.get(key)
+        if not isinstance(value, kind):
+            raise self.refuse(key)
+        return value
+
+    def whole(self, key: str) -> int:
+        value = self.found.get(key)
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise self.refuse(key)
+        return value
+
+    def real(self, key: str) -> float:
+        value: Any = self.found.get(key)
+        if not is_number(value) or value < 0:
+            raise self.refuse(key)
+        return float(value)
+
+    def inside(self, key: str) -> _Checked:
+        return _Checked(self.path, self.get(key, dict))
+
+    def entries(self, key: str) -> list[_Checked]:
+        values = self.get(key, list)
+        if not all(isinstance(value, dict) for value in values):
+            raise self.refuse(key)
+        return [_Checked(self.path, value) for value in values]
+
+    def shape(self) -> list[int]:
+        shape = self.get("shape", list)
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in shape):
+            raise self.refuse("shape")
+        return shape
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _row(entry: _Checked) -> Row:
+    name, described = entry.get("name", str), entry.found.get("entry")
+    rank = described.get("rank") if isinstance(described, dict) else None
+    inside = _IN_BLOCK.fullmatch(name)
+    return Row(
+        name=name,
+        block=int(inside[1]) if inside else None,
+        part=re.sub(r"\.\d+(?=\.|$)", ".*", inside[2]) if inside else name,
+        shape=entry.shape(),
+        format=entry.get("format", str),
+        sparsity=entry.real("sparsity"),
+        error=None if entry.found.get("error") is None else entry.real("error"),
+        rank=rank if type(rank) is int and 0 <= rank < 1 << 31 else None,
+        dense_bytes=entry.whole("dense_bytes"),
+        bytes=entry.whole("bytes"),
+    )
+
+
+def _recipe_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")[:_LONGEST_RECIPE].strip()
+    except OSError:
+        return ""
+
+
+def _run(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run cost; nothing where the file beside the folder is missing or is about another one."""
+    try:
+        found = read_json(path)
+    except CheckpointError:
+        return {}
+    run = found.pop("run", None)
+    if not isinstance(run, dict) or json.dumps(found, sort_keys=True) != json.dumps(dict(facts), sort_keys=True):
+        return {}
+    seconds, peak = run.get("block_seconds"), run.get("peak_memory")
+    return {
+        "device": str(run.get("device", "")),
+        "seconds": float(run["seconds"]) if is_number(run.get("seconds")) else 0.0,
+        "block_seconds": [float(value) for value in seconds] if isinstance(seconds, list) and all(map(is_number, seconds)) else [],
+        "peak_memory": {str(key): value for key, value in peak.items() if is_number(value)} if isinstance(peak, dict) else {},
+    }
+
+
+def _scores(path: Path, output_bytes: int) -> tuple[list[Score], list[str]]:
+    """The evaluation stored beside the folder, in lm-eval's schema; not one of a checkpoint of another size."""
+    if not path.is_file():
+        return [], []
+    found = read_json(path)
+    config = found.get("config")
+    if not isinstance(config, dict) or config.get("model_bytes") != output_bytes:
+        return [], [f"{path.name} was left out: it is about another checkpoint. Run compress eval again."]
+    baseline = found.get("baseline")
+    before = _results(baseline) if isinstance(baseline, dict) else {}
+    scores = [
+        Score(task, metric, _better(found, task, metric), value, before.get((task, metric)))
+        for (task, metric), value in _results(found).items()
+    ]
+    return scores, []
+
+
+def _results(found: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    results = found.get("results")
+    return {
+        (str(task), str(metric)): float(value)
+        for task, values in (results.items() if isinstance(results, dict) else ())
+        for metric, value in (values.items() if isinstance(values, dict) else ())
+        if is_number(value) and type(value) is float and "stderr" not in metric
+    }
+
+
+def _better(found: Mapping[str, Any], task: str, metric: str) -> str:
+    higher = found.get("higher_is_better")
+    entry = higher.get(task) if isinstance(higher, dict) else None
+    return "↓" if isinstance(entry, dict) and entry.get(metric.split(",")[0]) is False else "↑"

@@ -1,0 +1,126 @@
+"""Whether a finished folder is what it was made to be: checksums, headers, packed tensors, patterns, finite numbers.
+
+One tensor is in memory at a time. Nothing is repaired: each problem is one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor import manifest
+from compressor.checkpoint import Reader, read_json
+from compressor.errors import CompressError, NumericalError
+from compressor.formats import Form, form_class
+from compressor.formats.dense import Dense
+from compressor.layout import TRANSPOSED, module_entry, packed_modules
+from compressor.pattern import Pattern
+from compressor_kernels.packing import pack24, unpack24
+
+
+def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    """Check the folder.
+
+    Args:
+        folder: made by `prune`, or by another command that writes SHA256SUMS.
+        progress: told how many tensors are checked of how many.
+
+    Returns:
+        How many `files`, `tensors` and `linears` were checked, and `problems`, a list of lines.
+
+    Raises:
+        CheckpointError: it is no checkpoint folder at all.
+    """
+    if not folder.is_dir():
+        Reader(folder)  # says so
+    found = {"files": 0, "tensors": 0, "linears": 0, "problems": manifest.problems(folder)}
+    try:
+        reader = Reader(folder)
+        modules = packed_modules(reader.config)
+        rows = {row["name"]: row for row in _report(folder).get("linears", [])}
+    except (CompressError, TypeError, KeyError, AttributeError) as error:
+        found["problems"].append(str(error) if isinstance(error, CompressError) else "report.json is no report of this package")
+        return found
+    found["files"] = sum(path.is_file() for path in folder.iterdir())
+    for number, name in enumerate(reader.tensors, 1):
+        found["problems"] += _infinite(reader, name)
+        progress(number, len(reader.tensors))
+    for name, entry in modules.items():
+        found["problems"] += _packed(reader, name, entry, rows.get(name))
+    dense = [row for name, row in rows.items() if name not in modules]
+    for row in dense:
+        found["problems"] += _plain(reader, row, _report(folder))
+    known = {f"{name}." for name in modules}
+    stray = [name for name in reader.tensors if ".weight_" in name and f"{name.rpartition('.')[0]}." not in known]
+    found["problems"] += [f"{name} is packed, but config.json does not list it" for name in stray]
+    return {**found, "tensors": len(reader.tensors), "linears": len(modules) + len(dense)}
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _infinite(reader: Reader, name: str) -> Iterator[str]:
+    from compressor.model import require_finite
+
+    tensor = reader.read(name)
+    if tensor.is_floating_point() and tensor.numel():
+        wide = tensor.float() if tensor.itemsize < 2 else tensor  # aminmax knows no 8-bit floats
+        try:
+            require_finite(name, wide)
+        except NumericalError as error:
+            yield str(error).removesuffix("; nothing was written")
+
+
+def _packed(reader: Reader, name: str, entry: dict[str, Any], row: dict[str, Any] | None) -> Iterator[str]:
+    """A packed linear: tensors that belong together, are what config.json says, and are stored in the one way there is."""
+    prefix = f"{name}.weight_"
+    tensors = {tensor.removeprefix(f"{name}."): reader.read(tensor) for tensor in reader.tensors if tensor.startswith(prefix)}
+    try:
+        form = form_class(entry["format"]).unpack(tensors)
+        if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
+            raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
+        if extra := set(tensors) - set(form.pack()):
+            raise ValueError(f"{min(extra)} does not belong to the format {entry['format']}")
+        if "weight_metadata" in tensors:
+            _check_canonical(tensors["weight_values"], tensors["weight_metadata"])
+    except KeyError as error:
+        yield f"{name} lacks {error.args[0]}"
+    except (ValueError, CompressError) as error:
+        yield f"{name} is damaged: {error}"
+    else:
+        yield from _as_reported(name, form, row)
+
+
+def _check_canonical(values: Tensor, metadata: Tensor) -> None:
+    """Raise ValueError unless packing what is unpacked gives the same: docs/format.md, 4 and 5."""
+    again = pack24(unpack24(values, metadata))
+    if not torch.equal(again[1], metadata) or not torch.equal(again[0], values):
+        raise ValueError("its metadata does not name the columns that the format prescribes for its values")
+
+
+def _plain(reader: Reader, row: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
+    """A linear stored with zeros in place: as sparse as the report says, and legal in the pattern of the run."""
+    name = f"{row['name']}.weight"
+    if name not in reader.tensors:
+        yield f"{name}, which report.json names, is not there"
+        return
+    weight = reader.read(name)
+    yield from _as_reported(row["name"], Dense(weight), row)
+    pattern = Pattern.parse(row.get("goal") or report["recipe"]["pattern"])
+    if pattern.m and not (_legal(pattern, weight) or _legal(pattern, weight.T)):  # gpt2's Conv1D stores [in, out]
+        yield f"{row['name']} has a group with more non-zeros than the pattern {pattern} allows"
+
+
+def _legal(pattern: Pattern, weight: Tensor) -> bool:
+    return weight.shape[1] % pattern.m == 0 and pattern.is_legal(weight)
+
+
+def _as_reported(name: str, form: Form, row: dict[str, Any] | None) -> Iterator[str]:
+    if row and abs(form.sparsity - row["sparsity"]) > 1e-9:
+        yield f"{name} has {form.sparsity:.4%} zeros, report.json says {row['sparsity']:.4%}"

@@ -1,0 +1,249 @@
+"""`compress report`: a page that says what the report says, fetches nothing, and believes no file."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from compressor.errors import CheckpointError
+from compressor.page import draw, read_record, render
+from compressor.page.charts import _ticks, columns, heat_map
+from tests.conftest import ROOT
+
+PARTS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
+
+
+def facts(blocks, *, name="model.layers.{}.{}", error=0.02):
+    linears = [
+        {
+            "name": name.format(block, part), "shape": [8, 8], "format": "sparse24", "sparsity": 0.5, "dense_bytes": 128,
+            "error": None if error is None else error * (1 + block), "bytes": 72, "entry": {"format": "sparse24"},
+        }
+        for block in range(blocks)
+        for part in PARTS
+    ]  # fmt: skip
+    return {
+        "recipe": {"method": "wanda", "pattern": "2:4", "dataset": "self"}, "architecture": "llama", "parameters": 1000,
+        "input_bytes": 2000, "output_bytes": 1500, "linears": linears, "calibration_tokens": 64,
+        "blocks": [{"index": index, "error": error} for index in range(blocks)],
+        "left_dense": [{"name": "lm_head.weight", "shape": [9, 8], "reason": "outside the decoder blocks"}],
+        "totals": {"dense_bytes": 128 * len(linears), "bytes": 72 * len(linears), "sparsity": 0.5}, "versions": {"torch": "2"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(found, **beside):
+        folder = tmp_path / "out"
+        folder.mkdir(exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(found))
+        (folder / "recipe.toml").write_text('method = "wanda"\n')
+        for name, value in beside.items():
+            (tmp_path / f"out.{name}.json").write_text(json.dumps(value))
+        return folder
+
+    return make
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; fails on tags that are not closed in order."""
+
+    VOID = frozenset({"meta", "br", "rect", "line", "link", "img"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID or tag == "rect":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_from_a_run(cli, demo_model, tmp_path):
+    cli("prune", demo_model, "-o", tmp_path / "out", "--method", "magnitude", "-q")
+    done = cli("report", tmp_path / "out")
+    page = tmp_path / "out.report.html"
+    assert done.stdout.strip() == str(page)
+    text = page.read_text()
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert all(row["name"] in text for row in report["linears"])
+    assert all(left["name"] in text and left["reason"] in text for left in report["left_dense"])
+    assert 'method = "magnitude"' in text.replace("&#34;", '"')
+    assert "0.5625" in text
+    assert "Time by block" in text
+    before = page.read_bytes()
+    assert "exists already" in cli("report", tmp_path / "out", code=1).stderr
+    assert page.read_bytes() == before
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 80])
+def test_holds_for_any_depth(folder, blocks):
+    text = render(read_record(folder(facts(blocks))))
+    page = Page(text)
+    assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    assert not [value for name, value in page.attributes if name in ("href", "src", "xlink:href") or name.startswith("on")]
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "url(" not in text
+    charts = draw(read_record(folder(facts(blocks))))
+    assert all(chart.svg.get("role") == "img" and chart.svg.get("aria-label") == chart.text for chart in charts)
+    for chart in charts:
+        width, height = float(chart.svg.get("width")), float(chart.svg.get("height"))
+        assert height < 1000
+        for mark in chart.svg.iter("rect"):
+            assert 0 <= float(mark.get("x")) <= float(mark.get("x")) + float(mark.get("width")) <= width + 0.01
+            assert 0 <= float(mark.get("y")) <= float(mark.get("y")) + float(mark.get("height")) <= height
+
+
+def test_every_string_from_a_file_is_escaped(folder):
+    evil = '</title></svg><script>alert("x")</script>\'"&\ud800'
+    found = facts(2, name=f"model.layers.{{}}.{evil.replace('{', '')}{{}}")
+    found["linears"][0]["format"] = found["architecture"] = evil
+    found["recipe"] = dict.fromkeys(["method", "pattern", "refine", "tune", "dataset"], evil)
+    found["left_dense"] = [{"name": evil, "shape": [1], "reason": evil}]
+    found["versions"] = {evil: evil}
+    scores = {
+        "results": {evil: {evil: 1.0}}, "config": {"model_bytes": 1500}, "higher_is_better": {},
+        "baseline": {"results": {evil: {evil: 2.0}}},
+    }  # fmt: skip
+    made = folder(found, eval=scores, report={**found, "run": {"device": evil, "seconds": 1.0, "peak_memory": {evil: 5}}})
+    (made / "recipe.toml").write_text("# </pre><script>alert(1)</script>")
+    text = render(read_record(made)).encode("utf-8", "replace").decode()
+    assert "<script" not in text
+    assert "script" not in Page(text).tags
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (["linears", 0, "error"], float("nan")),
+        (["linears", 0, "error"], -1.0),
+        (["linears", 0, "bytes"], "72"),
+        (["linears", 0, "bytes"], 10**400),
+        (["linears", 0, "shape"], [1.5]),
+        (["linears", 0], 7),
+        (["linears"], None),
+        (["blocks", 0, "index"], -1),
+        (["blocks", 0, "error"], float("inf")),
+        (["totals"], []),
+        (["left_dense", 0, "reason"], 3),
+        (["versions"], "2"),
+    ],
+    ids=str,
+)
+def test_a_report_that_lies_is_refused(folder, where, value):
+    found = facts(2)
+    place = found
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    with pytest.raises(CheckpointError, match="is no report of this package"):
+        read_record(folder(found))
+
+
+def test_what_is_missing_is_said(cli, folder, tmp_path):
+    made = folder(facts(2, error=None))
+    text = render(read_record(made))
+    assert "No scores are stored" in text
+    assert "it is not there" in text
+    assert "Error by" not in text
+    assert "is not a folder" in cli("report", tmp_path / "none", code=1).stderr
+    (made / "report.json").unlink()
+    assert "has no report.json" in cli("report", made, code=1).stderr
+
+
+def test_scores_of_another_checkpoint_and_the_run_of_another_are_left_out(folder):
+    found = facts(2)
+    scores = {"results": {"books": {"token_perplexity,none": 12.5}}, "higher_is_better": {"books": {"token_perplexity": False}}}
+    run = {"device": "cpu", "seconds": 5.0, "block_seconds": [1.0, 2.0], "peak_memory": {"host_bytes": 10}}
+    record = read_record(folder(found, eval={**scores, "config": {"model_bytes": 1500}}, report={**found, "run": run}))
+    assert [(score.task, score.better, score.value, score.before) for score in record.scores] == [("books", "↓", 12.5, None)]
+    assert record.run["block_seconds"] == [1.0, 2.0]
+    other = read_record(folder(found, eval={**scores, "config": {"model_bytes": 1}}, report={**found, "parameters": 3, "run": run}))
+    assert not other.scores
+    assert "another checkpoint" in render(other)
+    assert not other.run
+
+
+def test_a_map_of_one_colour_is_a_sentence(folder):
+    found = facts(3)
+    assert "Zeros by linear: 50.0% everywhere." in render(read_record(folder(found)))
+    found["linears"][1]["sparsity"] = 0.7
+    found["linears"][2]["entry"] = {"format": "lowrank", "rank": 4}
+    names = [chart.name for chart in draw(read_record(folder(found)))]
+    assert names == ["sizes", "block-error", "error", "sparsity"]
+
+
+def test_experts_share_a_column(folder):
+    found = facts(2, name="model.layers.{}.mlp.experts.7.{}")
+    assert {row.part for row in read_record(folder(found)).rows} == {f"mlp.experts.*.{part}" for part in PARTS}
+
+
+def test_columns_and_cells_are_to_scale():
+    chart = columns("c", "C", "u", {0: 1.0, 3: 4.0}, str)
+    heights = [float(bar.get("height")) for bar in chart.svg.iter("rect")]
+    assert heights[1] == pytest.approx(4 * heights[0])
+    assert "from 1.0 in block 0 to 4.0 in block 3" in chart.text
+    cells = {(block, "a"): float(10**block) for block in range(4)}
+    chart = heat_map("h", "H", range(5), cells, str, "nothing")
+    kinds = [rect.get("class") for rect in chart.svg.iter("rect") if rect.find("title") is not None]
+    assert kinds == ["r0", "r3", "r6", "r8", "none"]
+
+
+@pytest.mark.parametrize("most", [1e-9, 0.0999, 0.1, 1, 2.4, 7, 99.9, 1e12])
+def test_ticks_are_few_and_reach_the_highest(most):
+    ticks = _ticks(most)
+    assert ticks[0] == 0
+    assert ticks[-1] >= most * (1 - 1e-6)
+    assert ticks[-2] < most
+    assert 3 <= len(ticks) <= 7
+
+
+def test_pictures(cli, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    made = folder(facts(4))
+    cli("report", made, "-o", tmp_path / "a.html", "--png", tmp_path / "png")
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {"sizes.png", "block-error.png", "error.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "png").iterdir())
+    assert "exists already" in cli("report", made, "-o", tmp_path / "b.html", "--png", tmp_path / "png", code=1).stderr
+    assert not (tmp_path / "b.html").exists()
+
+
+def test_colours_have_contrast():
+    from compressor.page.colours import DARK, LIGHT
+
+    def luminance(colour):
+        parts = [int(part, 16) / 255 for part in re.findall("..", colour[1:])]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one, other):
+        low, high = sorted([luminance(one), luminance(other)])
+        return (high + 0.05) / (low + 0.05)
+
+    assert LIGHT.keys() == DARK.keys()
+    for colours in (LIGHT, DARK):
+        for text in ("ink", "label", "link"):
+            assert contrast(colours[text], colours["page"]) >= 4.5
+        for step in range(9):
+            assert contrast(colours[f"t{step}"], colours[f"r{step}"]) >= 4.5, step
+
+
+def test_the_template_puts_nothing_in_unescaped():
+    template = (ROOT / "compressor" / "page" / "page.html").read_text()
+    assert not re.search(r"\|\s*safe|autoescape", template)
