@@ -12,7 +12,7 @@ import torch
 from compressor import pipeline
 from compressor.errors import OutputError
 from compressor.hidden import Batches
-from compressor.journal import Journal, report_path, work_path
+from compressor.journal import Journal, is_complete, report_path, work_path
 from compressor.recipe import Recipe
 
 CASES = {
@@ -95,7 +95,7 @@ def test_killed_at_any_step_the_same_command_gives_the_same_bytes(monkeypatch, j
 
         assert in_child(run) == -signal.SIGKILL
         assert not output.exists() or contents(output) == expected
-        if not output.exists() or (work_path(output) / "complete.json").exists():
+        if not output.exists() or is_complete(output):
             pipeline.prune(job(case), output)
         assert contents(output) == expected
         assert report_path(output).exists()
