@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    source = SHARED / "models" / "books-1m"
+    began, source = time.time(), SHARED / "models" / "books-1m"
     model = mixture(source)
     train(model, passages(SHARED / "data" / "books-calib.jsonl", source), options.steps)
     test = data.evaluation_rows(str(SHARED / "data" / "books-test.jsonl"), source, model.config.vocab_size, seq_len=SEQ)[:256]
@@ -94,7 +95,8 @@ def main() -> None:
         place = Path(name)
         model.eval().save_pretrained(place / "model")
         AutoTokenizer.from_pretrained(source).save_pretrained(place / "model")
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps")
+        seconds = time.time() - began
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps in {seconds:.0f} s")
         print(f"dense: {perplexity(load(place / 'model'), test):.2f}\n")
         print("| method | calibration tokens | all | routed | fewest tokens of an expert, routed |\n|---|---:|---:|---:|---:|")
         for method in ("wanda", "sparsegpt"):

@@ -111,7 +111,7 @@ VALUES = st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | WORDS | st.lis
 def test_any_recipe_is_checked_and_written_as_it_was_read(tmp_path, settings):
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     made = answer(lambda: merge(load(tmp_path / "recipe.toml"), {"model": "m"}, []))
-    if made:
+    if made and not made.plan:  # of which the path is resolved, and the copy in an output a name
         (tmp_path / "again.toml").write_text(made.to_toml(), encoding="utf-8")
         assert merge(load(tmp_path / "again.toml"), {}, []) == made
 

@@ -67,7 +67,7 @@ ALLOWED = {
     | {"compressor"},
     "compressor/blocks.py": LEAVES
     | FORMATS
-    | {f"compressor.{name}" for name in ("calibration", "experts", "job", "refine.tune", "report")}
+    | {f"compressor.{name}" for name in ("calibration", "distributed", "experts", "hidden", "job", "refine.tune", "report")}
     | {"compressor"},
     "compressor/trial.py": {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job")} | {"compressor"},
     "compressor/ratios/": LEAVES
