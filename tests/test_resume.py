@@ -82,21 +82,22 @@ def kill_me():
 def test_killed_at_any_step_the_same_command_gives_the_same_bytes(monkeypatch, job, small_batches, tmp_path, case, on_disk):
     if on_disk:
         monkeypatch.setattr(pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder)
-    steps = cut_off(monkeypatch, 0, kill_me)
-    whole = tmp_path / "whole"
-    pipeline.prune(job(case), whole)
+    whole, recipe = tmp_path / "whole", job(case)
+    with monkeypatch.context() as patch:
+        steps = cut_off(patch, 0, kill_me)
+        pipeline.prune(recipe, whole)
     expected, total, output = contents(whole), steps[0], tmp_path / "out"
     assert total > 20
     for after in [*range(1, total + 1, 5), total - 2, total - 1, total]:
 
         def run(after=after):
             cut_off(monkeypatch, after, kill_me)
-            pipeline.prune(job(case), output)
+            pipeline.prune(recipe, output)
 
         assert in_child(run) == -signal.SIGKILL
         assert not output.exists() or contents(output) == expected
         if not output.exists() or is_complete(output):
-            pipeline.prune(job(case), output)
+            pipeline.prune(recipe, output)
         assert contents(output) == expected
         assert report_path(output).exists()
         shutil.rmtree(output)
