@@ -61,6 +61,8 @@ def _arrange_one(module: Any, runtime: str) -> str:
     if _moved(module, weight):
         return "packed, unpacked at every call: accelerate moves its tensors"
     on_cpu = weight.device.type == "cpu"
+    if isinstance(module, LowRankLinear) and (runtime == "dense" or not backend.runs(weight)):
+        return "two thin factors, multiplied by torch"
     if runtime == "dense" or (runtime == "auto" and on_cpu):
         module.unpack_()
         return "dense" if not on_cpu else "dense: no kernels on the CPU"

@@ -25,7 +25,7 @@ ALLOWED = {
     "compressor/report.py": BASE,
     "compressor/text.py": set(),
     "compressor/bundled.py": BASE,
-    "compressor/page/": BASE | {"compressor", "compressor.checkpoint"},
+    "compressor/page/": BASE | {f"compressor.{name}" for name in ("checkpoint", "digest", "scores")} | {"compressor"},
     "compressor/data.py": BASE,
     "compressor/conversion.py": BASE,
     "compressor/experts.py": BASE,
