@@ -58,7 +58,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str
             raise UsageError("--tune trains on all samples at once, in one process: start it without torchrun")
         if job.measures and group.size > 1:
             raise UsageError("goals are measured in one process: write them with `compress plan`, then give the file with --plan")
-        recipe = replace(recipe, seq_len=job.seq_len)
+        recipe = replace(recipe, seq_len=job.seq_len, **job.checked_options)
         settings = {"recipe": asdict(recipe), "device": device, "max_memory": max_memory, "folder": os.getcwd()}
         others = side_files(job.reader.folder, code=recipe.trust_remote_code)
         mark = fingerprint(recipe, job.reader, others, where, group.size)

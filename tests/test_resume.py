@@ -127,7 +127,7 @@ def test_a_full_disk_can_be_resumed_after_making_room(monkeypatch, job, tmp_path
 def stop_after(blocks):
     """A Progress that interrupts the run after so many blocks."""
 
-    def progress(step, done, total, block=None):
+    def progress(step, done, total, **_):
         if step == "blocks" and done == blocks:
             raise KeyboardInterrupt
 
@@ -195,7 +195,7 @@ def test_an_interruption_says_how_to_go_on(cli, tiny, rows, tmp_path, monkeypatc
 
 
 def test_another_run_is_refused_while_one_is_under_way(job, tmp_path):
-    def second(step, done, total, block=None):
+    def second(*_, **__):
         with pytest.raises(OutputError, match=rf"another run \(process {os.getpid()}\) is making the same output"):
             pipeline.prune(job(), tmp_path / "out")
 
