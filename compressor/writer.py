@@ -53,6 +53,8 @@ def check_output(output: Path, reader: Reader) -> None:
     Raises:
         OutputError: it exists, is the input, its parent cannot be written, or the disk has too little room.
     """
+    if not output.name:
+        raise OutputError(f"output {str(output)!r} names no folder to make; choose another with -o")
     if output.resolve() == reader.folder.resolve():
         raise OutputError(f"output {output} is the input folder; choose another with -o")
     if reader.folder.resolve() in output.resolve().parents:

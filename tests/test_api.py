@@ -36,7 +36,7 @@ def test_prune_gives_the_bytes_of_the_command_line(cli, demo_model, rows, tmp_pa
 def test_keywords_win_over_the_recipe(demo_model, rows, tmp_path):
     steps = []
 
-    def progress(step, done, total, **_):
+    def progress(step, done, total, *_, **__):
         steps.append(step)
 
     report = compressor.prune(

@@ -127,7 +127,7 @@ def test_a_full_disk_can_be_resumed_after_making_room(monkeypatch, job, tmp_path
 def stop_after(blocks):
     """A Progress that interrupts the run after so many blocks."""
 
-    def progress(step, done, total, **_):
+    def progress(step, done, total, *_, **__):
         if step == "blocks" and done == blocks:
             raise KeyboardInterrupt
 
@@ -143,7 +143,7 @@ def unfinished(job, tmp_path):
 
 def test_it_goes_on_at_the_block_it_was_in(job, unfinished, tmp_path):
     seen = []
-    report = pipeline.prune(job(), unfinished, progress=lambda step, done, total, block=None: seen.append((step, done)))
+    report = pipeline.prune(job(), unfinished, progress=lambda step, done, total, *_, **__: seen.append((step, done)))
     assert [done for step, done in seen if step == "blocks"] == [3]
     assert report.run["resumed_at_block"] == 2
     assert len(report.run["block_seconds"]) == len(report.blocks) == 3

@@ -68,7 +68,9 @@ def _live(bar: Progress) -> Any:
         if step not in tasks:
             tasks[step] = bar.add_task(step, total=total, note="")
         note = _block_note(block) if block else f"{_short(linear)}  {_losses(losses)}" if linear else ""
-        bar.update(tasks[step], completed=done, total=total, **({"note": note} if note else {}))
+        bar.update(tasks[step], completed=done, total=total)
+        if note:
+            bar.update(tasks[step], note=note)
         if step == "linears":  # so that the blocks, and with them the model, have an estimate before the first is done
             blocks = next(task for task in bar.tasks if task.id == tasks["blocks"])
             bar.update(blocks.id, completed=int(blocks.completed) + min(done / total, 0.999))

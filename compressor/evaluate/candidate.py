@@ -29,7 +29,7 @@ def load_model(model: str, *, device: str, dtype: str = "auto", trust_remote_cod
     folder = resolve(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # loaded where it runs: what is loaded on the CPU is unpacked there, and stays dense when it is moved
-    place = {} if device == "cpu" else {"device_map": {"": device}}
+    place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     return compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code, **place), folder
 
 

@@ -233,7 +233,7 @@ def _scores(folder: Path) -> tuple[list[Score], list[str]]:
     found = read_scores(folder, checkpoint_digest(Reader(folder)))
     if found is None:
         return [], [f"{path.name} was left out: it is about another checkpoint. Run compress eval again."]
-    baseline = found.get("baseline")
+    baseline: Any = found.get("baseline")
     known = isinstance(baseline, dict) and isinstance(baseline.get("results"), dict)
     before = {(task, metric): value for task, metric, value in metrics(baseline)} if known else {}
     return [
