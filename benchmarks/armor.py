@@ -238,10 +238,11 @@ def run_perplexity(args: argparse.Namespace) -> None:
     method = None if args.method == "dense" else method_of(args.method)
     started, size, dense_size, wrappers, weights = time.process_time(), 0, 0, 0, 0
     for block in model.model.layers if method else []:
-        for linear, stats in block_statistics(model, block, calibration):
-            weight = linear.weight.detach()
+        for linears, stats in block_statistics(model, block, calibration, share=args.share):
+            weight = torch.cat([linear.weight.detach() for linear in linears])
             form = method.compress(weight, stats, P24, **parse_options(args.options, method.compress))
-            linear.weight.data.copy_(form.dense())
+            for linear, part in zip(linears, form.dense().split([linear.out_features for linear in linears]), strict=True):
+                linear.weight.data.copy_(part)
             if not isinstance(form, Armor):
                 form = Sparse24.from_dense(form.dense())
             else:
@@ -250,7 +251,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
             size += sum(tensor.nbytes for tensor in form.pack().values())
             dense_size += weight.nbytes
     cpu = round(time.process_time() - started, 1)
-    row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "method": args.method, "options": " ".join(args.options)}
+    options = " ".join([*args.options, *["share"] * args.share])
+    row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "method": args.method, "options": options}
     row |= {"perplexity": round(perplexity(model, token_rows(args.test)), 4), "overhead": round(wrappers / max(1, weights), 4)}
     emit(**row, bytes_of_dense=round(size / dense_size, 4) if method else 1.0, cpu_s=cpu)
 
@@ -265,13 +267,19 @@ def token_rows(path: str) -> Tensor:
 
 
 @torch.no_grad()
-def block_statistics(model: nn.Module, block: nn.Module, rows: Tensor) -> list[tuple[nn.Linear, InputStats]]:
-    """The linears of one block with the statistics of their inputs, collected by passing all rows through the model."""
+def block_statistics(model: nn.Module, block: nn.Module, rows: Tensor, *, share: bool) -> list[tuple[list[nn.Linear], InputStats]]:
+    """The linears of one block with the statistics of their inputs, collected by passing all rows through the model.
+
+    With `share` those of one input come together (q, k, v; gate, up), to be stacked: one B for all of them.
+    """
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     with collecting(linears, gram=True) as stats:
         for batch in rows.split(16):
             model.model(batch)  # without the head
-    return [(module, stats[name]) for name, module in linears.items()]
+    groups: dict[object, list[nn.Linear]] = {}
+    for name, module in linears.items():
+        groups.setdefault(stats[name] if share else name, []).append(module)
+    return [(group, stats[next(name for name, module in linears.items() if module is group[0])]) for group in groups.values()]
 
 
 @torch.no_grad()
@@ -315,6 +323,7 @@ def main() -> None:
     models.add_argument("test")
     models.add_argument("--method", default="armor", help="dense changes nothing")
     models.add_argument("--options", nargs="*", default=[])
+    models.add_argument("--share", action="store_true", help="one B for the linears of one input")
     models.set_defaults(run=run_perplexity)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

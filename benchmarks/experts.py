@@ -95,9 +95,8 @@ def main() -> None:
         place = Path(name)
         model.eval().save_pretrained(place / "model")
         AutoTokenizer.from_pretrained(source).save_pretrained(place / "model")
-        print(
-            f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps in {time.time() - began:.0f} s"
-        )
+        seconds = time.time() - began
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps in {seconds:.0f} s")
         print(f"dense: {perplexity(load(place / 'model'), test):.2f}\n")
         print("| method | calibration tokens | all | routed | fewest tokens of an expert, routed |\n|---|---:|---:|---:|---:|")
         for method in ("wanda", "sparsegpt"):

@@ -176,6 +176,8 @@ def tune(
                         continue
                     timed.append((us, config))
                     everything.append({**base, **config, "us": round(us, 2), "dense_us": round(cublas, 2)})
+                if not timed:  # none of them runs here; `tune` has the errors
+                    continue
                 us, config = min(timed, key=lambda pair: pair[0])
                 gain = {} if op == "skinny" else {"speedup": round(cublas / us, 3)}
                 best.append({**base, **config, "us": round(us, 2), **gain})

@@ -63,6 +63,8 @@ def _arrange_one(module: Any, runtime: str) -> str:
     if isinstance(module, LowRankLinear) and not backend.runs(weight):
         return "two thin products"
     on_cpu = weight.device.type == "cpu"
+    if isinstance(module, LowRankLinear) and (runtime == "dense" or not backend.runs(weight)):
+        return "two thin factors, multiplied by torch"
     if runtime == "dense" or (runtime == "auto" and on_cpu):
         module.unpack_()
         return "dense" if not on_cpu else "dense: no kernels on the CPU"

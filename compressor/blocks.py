@@ -34,15 +34,21 @@ Store = Callable[[Task, Tensor, Form, InputStats | None], None]
 """Told of each finished linear: its task, the weight it had, the form it has now, the statistics of its inputs."""
 
 
-class Progress(Protocol):
-    """Told after each step: its name, how many are done of how many, and the block's result once there is one."""
+Losses = tuple[float, float]
 
-    def __call__(self, step: str, done: int, total: int, block: BlockRow | None = None) -> None:
+
+class Progress(Protocol):
+    """Told after each step: its name, how many are done of how many, and what is finished: a block's row, or a linear's name
+    and the losses that its method started from and arrived at."""
+
+    def __call__(
+        self, step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Losses | None = None
+    ) -> None:
         """Called after each step."""
         ...
 
 
-def silent(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
+def silent(*_: Any, **__: Any) -> None:
     """A Progress that says nothing."""
 
 
@@ -88,7 +94,7 @@ def _compress_block(
             task.linear.set(form.dense())
             if weight is not None:
                 store(task, weight, form, stats.get(task.linear.name))
-        progress("linears", number + 1, len(tasks))
+        progress("linears", number + 1, len(tasks), linear=task.linear.name, losses=getattr(form, "losses", None))
     if states and job.tune:
         forms = _tune(job, index, tasks, block, forms, states, arguments)
         for task in tasks:

@@ -177,16 +177,19 @@ class Reader:
 
         The files are closed at its end: pages of a file that stays mapped count as memory of the process.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         handles: dict[str, Any] = {}
         with ExitStack() as stack:
 
             def lazy(name: str) -> Any:
                 shard = self.tensors[name].shard
-                if shard not in handles:
-                    handles[shard] = stack.enter_context(safe_open(self.folder / shard, framework="pt", device="cpu"))
-                return handles[shard].get_slice(name)
+                try:
+                    if shard not in handles:
+                        handles[shard] = stack.enter_context(safe_open(self.folder / shard, framework="pt", device="cpu"))
+                    return handles[shard].get_slice(name)
+                except SafetensorError as error:  # it is stricter than JSON, and knows fewer dtypes
+                    raise CheckpointError(f"{self.folder / shard} is refused by the safetensors library: {error}") from None
 
             yield lazy
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -118,13 +119,14 @@ class Group:
     def _sent(self, form: Form | None, owner: int, device: torch.device) -> Form:
         packed = form.pack() if form else {}
         kinds = [(suffix, tensor.shape, tensor.dtype) for suffix, tensor in packed.items()]
-        name, kinds = self._gathered((form.FORMAT, kinds) if form else None)[owner]
+        said = {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
+        name, kinds, said = self._gathered((form.FORMAT, kinds, said) if form else None)[owner]
         tensors = {}
         for suffix, shape, dtype in kinds:
             tensor = packed[suffix].contiguous() if form else torch.empty(shape, dtype=dtype, device=device)
             self._broadcast(tensor.view(-1).view(torch.uint8), owner)  # as bytes: not every backend sends int16
             tensors[suffix] = tensor
-        return form or form_class(name).unpack(tensors)
+        return form or replace(cast(Any, form_class(name).unpack(tensors)), **said)
 
     def _gathered(self, value: Any) -> list[Any]:
         """`value` of every process, in order."""

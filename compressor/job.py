@@ -104,6 +104,11 @@ class Job:
         return [task for block in self.tasks for task in block]
 
     @property
+    def checked_options(self) -> dict[str, dict[str, Any]]:
+        """The options of the recipe in their types, however they were given."""
+        return {"options": self.every[0].options, "refine_options": self.refine_options, "ratio_options": self.ratio_options}
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether calibration is needed at all."""
         asked = self.refine is not None or self.tune > 0 or self.measures

@@ -52,7 +52,7 @@ class Pattern:
             UsageError: the text is neither form, or out of range.
         """
         text = text.strip()
-        if group := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text):
+        if group := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII):
             n, m = int(group[1]), int(group[2])
             if not 0 < n < m:
                 raise UsageError(f"pattern {text!r} keeps {n} of every {m} weights; {_ACCEPTED}")
@@ -142,7 +142,7 @@ def parse_fraction(name: str, text: str) -> Fraction:
 
 def _fraction(text: str) -> Fraction | None:
     """The number in `"50%"` or `"0.5"`, None for any other text."""
-    number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text)
+    number = re.fullmatch(r"([+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}))(%?)", text, re.ASCII)
     return Fraction(number[1]) / (100 if number[2] else 1) if number else None
 
 

@@ -61,7 +61,7 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str
             raise UsageError("--tune trains on all samples at once, in one process: start it without torchrun")
         if job.measures and group.size > 1:
             raise UsageError("goals are measured in one process: write them with `compress plan`, then give the file with --plan")
-        recipe = replace(recipe, seq_len=job.seq_len)
+        recipe = replace(recipe, seq_len=job.seq_len, **job.checked_options)
         settings = {"recipe": asdict(recipe), "device": device, "max_memory": max_memory, "folder": os.getcwd()}
         others = side_files(job.reader.folder, code=recipe.trust_remote_code)
         mark = fingerprint(recipe, job.reader, others, where, group.size)
@@ -95,6 +95,7 @@ def _prune(
     if states and saved and saved[group.rank]:  # nothing is saved after the last block
         states.load(work, saved[group.rank])
     begun, spent = time.perf_counter(), 0.0
+    progress("blocks", done, len(job.tasks))
     for row in compress_blocks(job, states, device, _storing(job, writer, report), progress, first=done, group=group):
         computed = time.perf_counter()
         saved = group.joined([states.save(work) if states and row.index + 1 < len(job.tasks) else None])
@@ -212,7 +213,7 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
             together[linear.tensor][linear.at] = stored["weight"]
             if not waiting[linear.tensor]:
                 writer.replace(linear.tensor, {linear.tensor.rpartition(".")[2]: together.pop(linear.tensor)})
-        notes = [stats.note if stats else ""]
+        notes = [getattr(form, "note", ""), stats.note if stats else ""]
         if job.packed and isinstance(form, Dense) and job.fits_2_4(task):
             shared = "all experts share one tensor" if linear.at is not None else "other experts of the block are not packed"
             notes.append(f"zeros in place: {shared}")
@@ -228,6 +229,7 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
                 entry=module_entry(form.entry, transposed=linear.transposed),
                 tokens=stats.tokens if stats else None,
                 note="; ".join(note for note in notes if note),
+                losses=getattr(form, "losses", None),
             )
         )
 

@@ -20,6 +20,7 @@ class LinearRow:
         entry: what config.json says of it.
         tokens: calibration tokens it was given, None where there were none.
         note: what else there is to know.
+        losses: relative losses that its method started from and arrived at, where it says so.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LinearRow:
     entry: dict[str, Any]
     tokens: int | None = None
     note: str = ""
+    losses: tuple[float, float] | None = None
 
 
 @dataclass

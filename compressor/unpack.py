@@ -8,7 +8,7 @@ from typing import Any
 from compressor.checkpoint import Reader
 from compressor.errors import CheckpointError
 from compressor.formats import form_class
-from compressor.layout import TRANSPOSED, packed_modules, plain_config
+from compressor.layout import TRANSPOSED, module_entry, packed_modules, plain_config
 from compressor.writer import Writer, check_output
 
 
@@ -45,10 +45,10 @@ def unpack(folder: Path, output: Path) -> int:
 
 def _unpack_one(reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]) -> None:
     form = form_class(entry["format"])
-    transposed = {TRANSPOSED: True} if entry.get(TRANSPOSED) is True else {}
+    transposed = entry.get(TRANSPOSED) is True
     try:
         stored = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
-        if {**stored.entry, **transposed} != entry or set(stored.pack()) != set(suffixes):
+        if module_entry(stored.entry, transposed=transposed) != entry or set(stored.pack()) != set(suffixes):
             raise ValueError(f"config.json says {entry}, its tensors {sorted(suffixes)} are {stored.entry}")
         weight = stored.dense().T if transposed else stored.dense()
     except (KeyError, ValueError) as error:

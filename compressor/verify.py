@@ -17,7 +17,7 @@ from compressor.checkpoint import Reader, read_json
 from compressor.errors import CompressError, NumericalError
 from compressor.formats import Form, form_class
 from compressor.formats.dense import Dense
-from compressor.layout import packed_modules
+from compressor.layout import TRANSPOSED, module_entry, packed_modules
 from compressor.pattern import Pattern
 from compressor_kernels.packing import pack24, unpack24
 
@@ -83,7 +83,7 @@ def _packed(reader: Reader, name: str, entry: dict[str, Any], row: dict[str, Any
     tensors = {tensor.removeprefix(f"{name}."): reader.read(tensor) for tensor in reader.tensors if tensor.startswith(prefix)}
     try:
         form = form_class(entry["format"]).unpack(tensors)
-        if form.entry != entry:
+        if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
             raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
         if extra := set(tensors) - set(form.pack()):
             raise ValueError(f"{min(extra)} does not belong to the format {entry['format']}")

@@ -53,13 +53,16 @@ def check_output(output: Path, reader: Reader) -> None:
     Raises:
         OutputError: it exists, is the input, its parent cannot be written, or the disk has too little room.
     """
+    if not output.name:
+        raise OutputError(f"output {str(output)!r} names no folder to make; choose another with -o")
     if output.resolve() == reader.folder.resolve():
         raise OutputError(f"output {output} is the input folder; choose another with -o")
     if reader.folder.resolve() in output.resolve().parents:
         raise OutputError(f"output {output} is inside the input folder; choose another with -o")
-    for path in (output, report_path(output)):
-        if os.path.lexists(path) and not is_complete(output):
-            raise OutputError(f"output {path} exists already; choose another with -o or remove it")
+    there = os.path.lexists(output) or output.resolve().exists()  # the second for new/.. and the like
+    path = output if there else report_path(output)
+    if (there or os.path.lexists(path)) and not is_complete(output):
+        raise OutputError(f"output {path} exists already; choose another with -o or remove it")
     if len(os.fsencode(output.name)) > 200:
         raise OutputError(f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a shorter one with -o")
     parent = output.resolve().parent

@@ -180,7 +180,7 @@ def damage(random: Random, folder: Path) -> str:
                 path = random.choice([*shards, *texts])
                 path.unlink()
                 said.append(f"{path.name}: gone")
-        except (ValueError, KeyError, IndexError, TypeError, struct.error):
+        except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error):
             pass  # the first damage left nothing to damage
     return "; ".join(said) or "none"
 

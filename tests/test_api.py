@@ -19,7 +19,7 @@ def test_prune_has_a_keyword_for_every_setting():
         assert f"{name}:" in (compressor.prune.__doc__ or "")
 
 
-def test_prune_gives_the_weights_of_the_command_line(cli, demo_model, rows, tmp_path):
+def test_prune_gives_the_bytes_of_the_command_line(cli, demo_model, rows, tmp_path):
     report = compressor.prune(
         demo_model, tmp_path / "a", method="sparsegpt", options={"damp": 0.1}, refine="lsq", refine_options={"iterations": 5},
         dataset=rows, num_samples=4, seq_len=32, ignore=["*k_proj"], device="cpu",
@@ -29,15 +29,14 @@ def test_prune_gives_the_weights_of_the_command_line(cli, demo_model, rows, tmp_
         "prune", demo_model, "-o", tmp_path / "b", "--method", "sparsegpt", "--set", "damp=0.1", "--refine", "lsq", "--set",
         "lsq.iterations=5", "--dataset", rows, "--num-samples", 4, "--seq-len", 32, "--ignore", "*k_proj", "-q",
     )  # fmt: skip
-    for path in {*(tmp_path / "a").iterdir()} - {tmp_path / "a" / name for name in ("recipe.toml", "report.json")}:
-        # the records keep an option as it was given: 0.1 here, the text "0.1" there
+    for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
 def test_keywords_win_over_the_recipe(demo_model, rows, tmp_path):
     steps = []
 
-    def progress(step, done, total, block=None):
+    def progress(step, done, total, *_, **__):
         steps.append(step)
 
     report = compressor.prune(

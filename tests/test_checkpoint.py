@@ -142,7 +142,7 @@ def test_writer_keeps_names_order_bytes_and_replaces(folder, tmp_path):
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"]["total_size"] == written.nbytes
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        [*reader.shards, INDEX, "config.json", "generation_config.json", "note.txt"]
+        [*reader.shards, INDEX, "SHA256SUMS", "config.json", "generation_config.json", "note.txt"]
     )
 
 

@@ -114,6 +114,8 @@ def test_bad_output(refuse, copy, tmp_path):
     (tmp_path / "there").mkdir()
     assert "exists already" in refuse("prune", copy, "-o", tmp_path / "there", "-q")
     assert "is the input folder" in refuse("prune", copy, "-o", copy, "-q")
+    for nameless in ("", ".", "/"):
+        assert "names no folder to make" in refuse("prune", copy, "-o", nameless, "-q")
     assert "is inside the input folder" in refuse("prune", copy, "-o", copy / "out", "-q")
     (tmp_path / "file").touch()
     assert "is not a folder you may write to" in refuse("prune", copy, "-o", tmp_path / "file" / "x", "-q")

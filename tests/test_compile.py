@@ -73,7 +73,9 @@ def loop(listing, holding):
 
 
 def per_weight(body, warps, weights):
-    return len(body) * 32 * warps / weights
+    value = len(body) * 32 * warps / weights
+    print(f"{value:.2f} instructions in the loop for each weight")  # pytest -rP shows it
+    return value
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -25,7 +25,7 @@ ALLOWED = {
     "compressor/report.py": BASE,
     "compressor/text.py": set(),
     "compressor/bundled.py": BASE,
-    "compressor/page/": BASE | {"compressor", "compressor.checkpoint"},
+    "compressor/page/": BASE | {f"compressor.{name}" for name in ("checkpoint", "digest", "scores")} | {"compressor"},
     "compressor/data.py": BASE,
     "compressor/conversion.py": BASE,
     "compressor/experts.py": BASE,
@@ -86,7 +86,7 @@ ALLOWED = {
     | {"compressor"},
     "compressor/blocks.py": LEAVES
     | FORMATS
-    | {f"compressor.{name}" for name in ("calibration", "experts", "job", "refine.tune", "report")}
+    | {f"compressor.{name}" for name in ("calibration", "distributed", "experts", "hidden", "job", "refine.tune", "report")}
     | {"compressor"},
     "compressor/trial.py": {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job")} | {"compressor"},
     "compressor/ratios/": LEAVES

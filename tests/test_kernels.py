@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["sparse24", "armor", "model"])
 def test_in_the_interpreter(name):
     pytest.importorskip("triton", reason="Triton is not installed")

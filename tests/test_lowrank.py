@@ -2,6 +2,7 @@
 
 import torch
 
+from compressor.arrange import arrange
 from compressor_kernels.linear import LowRankLinear
 from compressor_kernels.reference import lowrank
 
@@ -22,3 +23,11 @@ def test_twin_and_module_are_the_product_of_the_factors():
     torch.testing.assert_close(module(x), expected)
     torch.testing.assert_close(module.weight, u @ v)
     assert set(module.state_dict()) == {"weight_u", "weight_v", "bias"}
+
+
+def test_any_runtime_keeps_the_factors():
+    model = torch.nn.Sequential()
+    model.add_module("a", LowRankLinear(8, 4, rank=2, bias=False, dtype=torch.bfloat16))
+    for runtime in ("auto", "packed", "dense"):
+        assert arrange(model, {"a": "a"}, runtime) == {"a": "two thin factors, multiplied by torch"}
+    assert set(model.state_dict()) == {"a.weight_u", "a.weight_v"}

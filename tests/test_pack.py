@@ -42,6 +42,10 @@ def test_pack_gives_the_bytes_that_prune_packs(cli, tiny, tmp_path, family):
     for name in [*Reader(tmp_path / "packed").shards, INDEX, "config.json"]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes(), name
     assert torch.equal(score(tmp_path / "out"), score(tmp_path / "dense"))
+    cli("verify", tmp_path / "packed")
+    cli("unpack", tmp_path / "out", "-o", tmp_path / "again")
+    before, after = tensors_of(tmp_path / "dense"), tensors_of(tmp_path / "again")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_pack_lists_what_does_not_conform(cli, tiny, tmp_path):

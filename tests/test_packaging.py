@@ -17,6 +17,7 @@ def test_wheel_holds_exactly_our_two_packages(tmp_path):
     expected |= {f"compressor/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
     expected |= {"compressor/py.typed", "compressor/page/page.html"}
     assert expected <= set(names)
+    assert "compressor_kernels/table.json" in names
     assert any(name.endswith("LICENSE") for name in names)
 
 

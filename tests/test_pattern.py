@@ -21,7 +21,7 @@ def test_parses(text, sparsity, n, m, shown):
 
 
 @pytest.mark.parametrize(
-    "text", ["abc", "4:2", "0:4", "4:4", "1.5", "-0.2", "150%", "0%", "100%", "", "2:4:8", "nan", "1e-3", "2 : 4"]
+    "text", ["abc", "4:2", "0:4", "4:4", "1.5", "-0.2", "150%", "0%", "100%", "", "2:4:8", "nan", "1e-3", "2 : 4", "٢:٤"]
 )
 def test_refuses_in_one_line(text):
     with pytest.raises(UsageError) as caught:

@@ -5,10 +5,15 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from compressor.checkpoint import Reader
+from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
 from compressor.page import draw, read_record, render
 from compressor.page.charts import _ticks, columns, heat_map
+from compressor.scores import BY_TASK
 from tests.conftest import ROOT
 
 PARTS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
@@ -39,6 +44,10 @@ def folder(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "report.json").write_text(json.dumps(found))
         (folder / "recipe.toml").write_text('method = "wanda"\n')
+        (folder / "config.json").write_text("{}")
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+        if "eval" in beside:
+            beside["eval"] = {"digest": checkpoint_digest(Reader(folder)), **{key: {} for key in BY_TASK}, **beside["eval"]}
         for name, value in beside.items():
             (tmp_path / f"out.{name}.json").write_text(json.dumps(value))
         return folder
@@ -118,8 +127,7 @@ def test_every_string_from_a_file_is_escaped(folder):
     found["left_dense"] = [{"name": evil, "shape": [1], "reason": evil}]
     found["versions"] = {evil: evil}
     scores = {
-        "results": {evil: {evil: 1.0}}, "config": {"model_bytes": 1500}, "higher_is_better": {},
-        "baseline": {"results": {evil: {evil: 2.0}}},
+        "results": {evil: {evil: 1.0}}, "baseline": {"results": {evil: {evil: 2.0}}},
     }  # fmt: skip
     made = folder(found, eval=scores, report={**found, "run": {"device": evil, "seconds": 1.0, "peak_memory": {evil: 5}}})
     (made / "recipe.toml").write_text("# </pre><script>alert(1)</script>")
@@ -171,10 +179,10 @@ def test_scores_of_another_checkpoint_and_the_run_of_another_are_left_out(folder
     found = facts(2)
     scores = {"results": {"books": {"token_perplexity,none": 12.5}}, "higher_is_better": {"books": {"token_perplexity": False}}}
     run = {"device": "cpu", "seconds": 5.0, "block_seconds": [1.0, 2.0], "peak_memory": {"host_bytes": 10}}
-    record = read_record(folder(found, eval={**scores, "config": {"model_bytes": 1500}}, report={**found, "run": run}))
+    record = read_record(folder(found, eval=scores, report={**found, "run": run}))
     assert [(score.task, score.better, score.value, score.before) for score in record.scores] == [("books", "↓", 12.5, None)]
     assert record.run["block_seconds"] == [1.0, 2.0]
-    other = read_record(folder(found, eval={**scores, "config": {"model_bytes": 1}}, report={**found, "parameters": 3, "run": run}))
+    other = read_record(folder(found, eval={**scores, "digest": "another"}, report={**found, "parameters": 3, "run": run}))
     assert not other.scores
     assert "another checkpoint" in render(other)
     assert not other.run
@@ -247,3 +255,14 @@ def test_colours_have_contrast():
 def test_the_template_puts_nothing_in_unescaped():
     template = (ROOT / "compressor" / "page" / "page.html").read_text()
     assert not re.search(r"\|\s*safe|autoescape", template)
+
+
+def test_losses_of_a_method_are_drawn(folder):
+    found = facts(2)
+    for number, row in enumerate(found["linears"]):
+        row["losses"] = [0.4, 0.04 * (number + 1)]
+    record = read_record(folder(found))
+    assert record.rows[1].loss == pytest.approx(0.2)
+    assert "Loss left by linear" in render(record)
+    found["linears"][0]["losses"] = ["x"]
+    assert read_record(folder(found)).rows[0].loss is None

@@ -12,7 +12,7 @@ import torch
 from compressor import pipeline
 from compressor.errors import OutputError
 from compressor.hidden import Batches
-from compressor.journal import Journal, report_path, work_path
+from compressor.journal import Journal, is_complete, report_path, work_path
 from compressor.recipe import Recipe
 
 CASES = {
@@ -82,21 +82,22 @@ def kill_me():
 def test_killed_at_any_step_the_same_command_gives_the_same_bytes(monkeypatch, job, small_batches, tmp_path, case, on_disk):
     if on_disk:
         monkeypatch.setattr(pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder)
-    steps = cut_off(monkeypatch, 0, kill_me)
-    whole = tmp_path / "whole"
-    pipeline.prune(job(case), whole)
+    whole, recipe = tmp_path / "whole", job(case)
+    with monkeypatch.context() as patch:
+        steps = cut_off(patch, 0, kill_me)
+        pipeline.prune(recipe, whole)
     expected, total, output = contents(whole), steps[0], tmp_path / "out"
     assert total > 20
     for after in [*range(1, total + 1, 5), total - 2, total - 1, total]:
 
         def run(after=after):
             cut_off(monkeypatch, after, kill_me)
-            pipeline.prune(job(case), output)
+            pipeline.prune(recipe, output)
 
         assert in_child(run) == -signal.SIGKILL
         assert not output.exists() or contents(output) == expected
-        if not output.exists() or (work_path(output) / "complete.json").exists():
-            pipeline.prune(job(case), output)
+        if not output.exists() or is_complete(output):
+            pipeline.prune(recipe, output)
         assert contents(output) == expected
         assert report_path(output).exists()
         shutil.rmtree(output)
@@ -126,7 +127,7 @@ def test_a_full_disk_can_be_resumed_after_making_room(monkeypatch, job, tmp_path
 def stop_after(blocks):
     """A Progress that interrupts the run after so many blocks."""
 
-    def progress(step, done, total, block=None):
+    def progress(step, done, total, *_, **__):
         if step == "blocks" and done == blocks:
             raise KeyboardInterrupt
 
@@ -142,8 +143,8 @@ def unfinished(job, tmp_path):
 
 def test_it_goes_on_at_the_block_it_was_in(job, unfinished, tmp_path):
     seen = []
-    report = pipeline.prune(job(), unfinished, progress=lambda step, done, total, block=None: seen.append((step, done)))
-    assert [done for step, done in seen if step == "blocks"] == [3]
+    report = pipeline.prune(job(), unfinished, progress=lambda step, done, total, *_, **__: seen.append((step, done)))
+    assert [done for step, done in seen if step == "blocks"] == [2, 3]  # where it goes on, and what it did
     assert report.run["resumed_at_block"] == 2
     assert len(report.run["block_seconds"]) == len(report.blocks) == 3
     pipeline.prune(job(), tmp_path / "whole")
@@ -194,7 +195,7 @@ def test_an_interruption_says_how_to_go_on(cli, tiny, rows, tmp_path, monkeypatc
 
 
 def test_another_run_is_refused_while_one_is_under_way(job, tmp_path):
-    def second(step, done, total, block=None):
+    def second(*_, **__):
         with pytest.raises(OutputError, match=rf"another run \(process {os.getpid()}\) is making the same output"):
             pipeline.prune(job(), tmp_path / "out")
 

@@ -12,7 +12,7 @@ from compressor.cli.show import err, out
 if TYPE_CHECKING:
     from compressor.doctor import Finding
 
-_MARKS = {"ok": "[green]ok[/green]     ", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken[/red] "}
+_COLOURS = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -36,12 +36,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def _show(found: list[Finding]) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     group = ""
     width = max(len(finding.name) for finding in found)
     for finding in found:
         if finding.group != group:
             group = finding.group
-            out.print(f"[bold]{group}[/bold]")
-        out.print(f"  {_MARKS[finding.state]}  {finding.name:<{width}}  {escape(finding.text)}")
+            out.print(group, style="bold")
+        state = Text(f"{finding.state:<7}", style=_COLOURS[finding.state])
+        out.print(Text.assemble("  ", state, f"  {finding.name:<{width}}  {finding.text}"))

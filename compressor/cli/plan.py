@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from compressor.cli.prune import most, show_allocation
 from compressor.cli.show import err, out, pruning_progress, quiet_libraries, table
@@ -117,7 +118,7 @@ def _show(job: Job) -> None:
     show_allocation(job.allocation)
 
 
-def _coloured(value: float) -> str:
+def _coloured(value: float) -> Text:
     """Green for what stays, through yellow, to red for what goes."""
     hue = "green" if value < 0.4 else "yellow" if value < 0.6 else "dark_orange" if value < 0.75 else "red"
-    return f"[{hue}]{100 * value:.1f}[/{hue}]" if value else "[bold green]dense[/bold green]"
+    return Text(f"{100 * value:.1f}", style=hue) if value else Text("dense", style="bold green")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -224,6 +225,8 @@ def _show_report(report: Report) -> None:
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
     out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")
+    for note, count in Counter(row.note for row in report.linears if row.note).items():
+        out.print(f"note: {count} linears: {note}")
     out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())

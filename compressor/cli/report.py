@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Show a run on one HTML page: sizes, errors, scores, time, and what was left dense.
 
-    The page is a single file without scripts. Scores are shown where `compress eval -o DIR.eval.json` has put them.
+    The page is a single file without scripts. Scores are shown where `compress eval` has stored them.
 
     [bold]Examples[/bold]
 

@@ -45,48 +45,75 @@ def quiet_libraries(verbose: bool) -> None:
 
 @contextmanager
 def pruning_progress(quiet: bool) -> Iterator[Any]:
-    """A pipeline Progress: a live bar on a terminal, one line per block elsewhere, nothing if quiet."""
+    """A pipeline Progress: live bars on a terminal, lines elsewhere, nothing if quiet."""
     if quiet:
         yield lambda *args, **kwargs: None
     elif err.is_terminal:
         with _bar() as bar:
-            tasks: dict[str, Any] = {}
-
-            def live(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
-                if step not in tasks:
-                    tasks[step] = bar.add_task(step, total=total, note="")
-                bar.update(tasks[step], completed=done, total=total, note=_note(block))
-
-            yield live
+            yield _live(bar)
     else:
-        yield _line_per_block(time.perf_counter())
+        yield _lines(time.perf_counter())
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=err)
+    columns = (TextColumn("{task.description:12}"), BarColumn(24), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, *times, console=err, speed_estimate_period=86400)  # a linear may take many minutes
 
 
-def _note(block: BlockRow | None) -> str:
-    return "" if block is None or block.error is None else f"error {block.error:.4f}"
+def _live(bar: Progress) -> Any:
+    tasks: dict[str, Any] = {}
+
+    def show(step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Any = None) -> None:
+        if step not in tasks:
+            tasks[step] = bar.add_task(step, total=total, note="")
+        note = _block_note(block) if block else f"{_short(linear)}  {_losses(losses)}" if linear else ""
+        bar.update(tasks[step], completed=done, total=total)
+        if note:
+            bar.update(tasks[step], note=note)
+        if step == "linears":  # so that the blocks, and with them the model, have an estimate before the first is done
+            blocks = next(task for task in bar.tasks if task.id == tasks["blocks"])
+            bar.update(blocks.id, completed=int(blocks.completed) + min(done / total, 0.999))
+
+    return show
 
 
-def _line_per_block(started: float) -> Any:
-    begun = {"blocks": 0.0, "last": started}
+def _lines(started: float) -> Any:
+    """A line per block, and one per linear where its method reports losses."""
+    begun, last, blocks = started, started, (0, 1)
+    steps: dict[str, float] = {}  # when each began
 
-    def line(step: str, done: int, total: int, block: BlockRow | None = None) -> None:
+    def line(step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Any = None) -> None:
+        nonlocal begun, last, blocks
         now = time.perf_counter()
-        begun.setdefault(step, now if not done else begun["last"])
-        begun["blocks"], begun["last"] = begun["blocks"] or now, now
-        if block is None:
-            if done == total and step != "linears":
-                err.print(f"{step}: {now - begun.pop(step):.1f} s")
-                begun["blocks"] = now
-            return
-        left = (now - begun["blocks"]) / done * (total - done)
-        err.print(f"block {done}/{total}  {now - started:.1f} s  {_note(block)}  eta {left:.0f} s")
+        if done == total and step not in ("blocks", "linears"):
+            err.print(f"{step}: {now - steps.pop(step, last):.1f} s")
+        steps.setdefault(step, last if done else now)
+        if step == "blocks":
+            blocks = (done, total)
+            begun = now if done == 0 else begun
+        finished = blocks[0] + (done / total if step == "linears" else 0)
+        left = f"eta {(now - begun) * (blocks[1] / finished - 1):.0f} s" if finished else ""
+        if linear and losses:
+            err.print(f"  {linear}  {_losses(losses)}  {now - last:.1f} s  {left}")
+        elif block:
+            err.print(f"block {done}/{total}  {now - started:.1f} s  {_block_note(block)}  {left}")
+        last = now
 
     return line
+
+
+def _block_note(block: BlockRow) -> str:
+    return "" if block.error is None else f"error {block.error:.4f}"
+
+
+def _losses(losses: tuple[float, float] | None) -> str:
+    """What a method that lowers a loss started from and arrived at."""
+    return f"loss {losses[0]:.4f} → {losses[1]:.4f}" if losses else ""
+
+
+def _short(linear: str) -> str:
+    return ".".join(linear.split(".")[-2:])
 
 
 @contextmanager

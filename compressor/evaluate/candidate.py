@@ -28,7 +28,9 @@ def load_model(model: str, *, device: str, dtype: str = "auto", trust_remote_cod
 
     folder = resolve(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    return compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code).to(device), folder
+    # loaded where it runs: what is loaded on the CPU is unpacked there, and stays dense when it is moved
+    place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+    return compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code, **place), folder
 
 
 @dataclass(frozen=True)

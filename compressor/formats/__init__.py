@@ -3,6 +3,7 @@
 A form has three verbs: `dense()` gives the weight `[out, in]`, `pack()` the tensors that are stored, by the suffix that
 replaces `weight` in the tensor's name, and the class method `unpack(tensors)` the form again. For training it comes apart:
 `factors()` are plain matrices, `product` multiplies them, differentiably, and `from_factors` makes a form of them again.
+A form may carry what its method wants said of it in the report: `note`, and `losses`, the relative loss at start and end.
 """
 
 from __future__ import annotations

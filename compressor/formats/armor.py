@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,6 +23,8 @@ class Armor:
     metadata: Tensor
     a: Tensor
     b: Tensor
+    note: str = field(default="", compare=False)
+    losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @classmethod
     def from_factors(cls, a: Tensor, core: Tensor, b: Tensor) -> Self:

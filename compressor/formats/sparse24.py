@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -17,6 +17,8 @@ class Sparse24:
     FORMAT: ClassVar[str] = "sparse24"
     values: Tensor
     metadata: Tensor
+    note: str = field(default="", compare=False)
+    losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @classmethod
     def from_dense(cls, weight: Tensor) -> Self:

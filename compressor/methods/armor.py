@@ -9,6 +9,7 @@ The optimisers are in armor_separable.py and armor_full.py, their common algebra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ class _Objective(NamedTuple):
         applied = difference * self.gram if self.gram.dim() == 1 else difference @ self.gram
         return (applied * difference).sum(dtype=torch.float64).item()
 
+    def relative_loss(self, compressed: Tensor) -> float:
+        """1 for an all-zero weight."""
+        return self.loss(compressed) / max(self.loss(torch.zeros_like(compressed)), 1e-300)
+
 
 def compress(
     weight: Tensor,
@@ -76,7 +81,8 @@ def compress(
         seed: of the noise and of the order of the sweeps.
 
     Returns:
-        Armor; Sparse24 where wrappers do not pay or nothing better than NoWag-P was found.
+        Armor; Sparse24 where wrappers do not pay or nothing better than NoWag-P was found. It carries the relative losses
+        of NoWag-P and its own, and a note why it is plain 2:4 where it is.
 
     Raises:
         UsageError: an option out of range, a pattern that is not 2:4, or statistics without the Gram matrix.
@@ -86,7 +92,7 @@ def compress(
     baseline = Sparse24.from_dense(nowag.compress(weight, stats, pattern).weight)
     h = stats.norm.double().square() / stats.tokens
     if not bool((weight != 0).any()) or not bool((h > 0).any()):
-        return baseline
+        return replace(baseline, note="plain 2:4: the weight or its inputs are zero")
     objective = _objective(weight, stats, h, proxy, finish)
     blocks = block_sizes(weight.shape[0], weight.shape[1], block_size, overhead)
     generator = torch.Generator(weight.device).manual_seed(seed)
@@ -96,8 +102,11 @@ def compress(
     else:
         factors = _factorise(objective, start, iterations, proxy, anneal, finish, damp, generator)
         form = _store(objective, factors, weight.dtype, damp)
-    # `not <=` and not `>`: a loss that is not a number (an overflow in the cast to float16) must lose as well
-    return form if objective.loss(form.dense()) <= objective.loss(baseline.dense()) else baseline
+    before, after = objective.relative_loss(baseline.dense()), objective.relative_loss(form.dense())
+    if not after <= before:  # and not `after > before`: a loss that is not a number, from an overflow in float16, must lose too
+        return replace(baseline, losses=(before, before), note="plain 2:4: nothing better than NoWag-P was found")
+    why = "" if blocks else f"plain 2:4: no blocks of A and B that divide {list(weight.shape)} fit overhead {overhead:g}"
+    return replace(form, losses=(before, after), note=why)
 
 
 def block_sizes(rows: int, columns: int, block_size: int, overhead: float) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ Hessian with respect to S is (AᵀA) ⊗ G, G = B H Bᵀ, and whose half-gradien
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,12 @@ def proximal_solve(gram: Tensor, rhs: Tensor, current: Tensor) -> Tensor:
     return torch.where(good[:, None, None], solution, current)
 
 
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """PAIRS, `[6, 2]`; kept, because copying a list to a GPU makes the host wait for everything before it."""
+    return torch.tensor(PAIRS, device=device)
+
+
 def pair_inverses(gram: Tensor) -> Tensor:
     """Inverses of the six 2x2 principal minors of each 4x4 matrix, as their entries 00, 01 = 10, 11.
 
@@ -111,7 +118,7 @@ def pair_inverses(gram: Tensor) -> Tensor:
     Returns:
         `[3, 6, ...]`: the groups come last, so that what is done to all pairs at once runs over long rows.
     """
-    first, second = torch.tensor(PAIRS, device=gram.device).T
+    first, second = _pairs(gram.device).T
     g00, g11, g01 = (gram[..., x, y].movedim(-1, 0) for x, y in ((first, first), (second, second), (first, second)))
     product = g00 * g11
     determinant = torch.maximum(product - g01.square(), _SINGULAR * product).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -133,7 +140,7 @@ def best_pair(target: Tensor, inverses: Tensor, scale: Tensor, noise: Tensor | N
     Returns:
         values `[4, ...]`, two of them zero, and the index of the pair `[...]`.
     """
-    first, second = torch.tensor(PAIRS, device=target.device).T
+    first, second = _pairs(target.device).T
     t0, t1 = target.index_select(0, first), target.index_select(0, second)
     x0, x1 = inverses[0] * t0 + inverses[1] * t1, inverses[1] * t0 + inverses[2] * t1
     gain = (t0 * x0 + t1 * x1) / scale
@@ -161,7 +168,7 @@ def _argmax(gain: Tensor) -> Tensor:
 def pair_mask(index: Tensor) -> Tensor:
     """bool `[..., 4]` of pair indices `[...]`."""
     table = torch.zeros(6, 4, dtype=torch.bool, device=index.device)
-    table.scatter_(1, torch.tensor(PAIRS, device=index.device), True)
+    table.scatter_(1, _pairs(index.device), True)
     return table[index]
 
 

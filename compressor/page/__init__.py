@@ -86,6 +86,7 @@ def _maps(record: Record) -> dict[str, tuple[str, Mapping[tuple[int, str], float
     zeros = cells(lambda row: row.sparsity if row.rank is None else None)
     return {
         "error": ("Error by linear", cells(lambda row: row.error), text.number, "left dense"),
+        "loss": ("Loss left by linear, of that at the start", cells(lambda row: row.loss), _percent, "not said by its method"),
         "sparsity": ("Zeros by linear", zeros, _percent, "left dense, or of low rank"),
         "rank": ("Rank by linear", cells(lambda row: row.rank), text.number, "not of low rank"),
         "bytes": ("Bytes by linear, of dense", share, _share, "left dense"),

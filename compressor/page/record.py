@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import read_json
+from compressor.checkpoint import Reader, read_json
+from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
+from compressor.scores import arrow, metrics, read_scores, scores_path
 
 _IN_BLOCK = re.compile(r".*?\.(\d{1,6})\.(.+)")
 _LONGEST_RECIPE = 1 << 16
@@ -18,7 +20,10 @@ _LONGEST_RECIPE = 1 << 16
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed linear. `block` is None outside the blocks; `part` is its name inside, numbers of experts as `*`."""
+    """One compressed linear. `block` is None outside the blocks; `part` is its name inside, numbers of experts as `*`.
+
+    `loss` is the relative loss its method arrived at as a fraction of that it started from, where it says so.
+    """
 
     name: str
     block: int | None
@@ -27,6 +32,7 @@ class Row:
     format: str
     sparsity: float
     error: float | None
+    loss: float | None
     rank: int | None
     dense_bytes: int
     bytes: int
@@ -91,7 +97,7 @@ def read_record(folder: Path) -> Record:
     totals = found.inside("totals")
     beside = folder.resolve()
     output_bytes = found.whole("output_bytes")
-    scores, notes = _scores(beside.with_name(f"{beside.name}.eval.json"), output_bytes)
+    scores, notes = _scores(folder)
     recipe = found.get("recipe", dict)
     left: dict[str, list[tuple[str, list[int]]]] = {}
     for entry in found.entries("left_dense"):
@@ -181,10 +187,17 @@ def _row(entry: _Checked) -> Row:
         format=entry.get("format", str),
         sparsity=entry.real("sparsity"),
         error=None if entry.found.get("error") is None else entry.real("error"),
+        loss=_fraction(entry.found.get("losses")),
         rank=rank if type(rank) is int and 0 <= rank < 1 << 31 else None,
         dense_bytes=entry.whole("dense_bytes"),
         bytes=entry.whole("bytes"),
     )
+
+
+def _fraction(losses: Any) -> float | None:
+    """What is left of the loss a method started from."""
+    pair = isinstance(losses, list) and len(losses) == 2 and all(map(is_number, losses))
+    return losses[1] / losses[0] if pair and losses[0] > 0 and losses[1] >= 0 else None
 
 
 def _recipe_text(path: Path) -> str:
@@ -212,34 +225,17 @@ def _run(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scores(path: Path, output_bytes: int) -> tuple[list[Score], list[str]]:
-    """The evaluation stored beside the folder, in lm-eval's schema; not one of a checkpoint of another size."""
+def _scores(folder: Path) -> tuple[list[Score], list[str]]:
+    """The evaluation that is stored beside the folder, if it is of these very weights."""
+    path = scores_path(folder)
     if not path.is_file():
         return [], []
-    found = read_json(path)
-    config = found.get("config")
-    if not isinstance(config, dict) or config.get("model_bytes") != output_bytes:
+    found = read_scores(folder, checkpoint_digest(Reader(folder)))
+    if found is None:
         return [], [f"{path.name} was left out: it is about another checkpoint. Run compress eval again."]
-    baseline = found.get("baseline")
-    before = _results(baseline) if isinstance(baseline, dict) else {}
-    scores = [
-        Score(task, metric, _better(found, task, metric), value, before.get((task, metric)))
-        for (task, metric), value in _results(found).items()
-    ]
-    return scores, []
-
-
-def _results(found: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    results = found.get("results")
-    return {
-        (str(task), str(metric)): float(value)
-        for task, values in (results.items() if isinstance(results, dict) else ())
-        for metric, value in (values.items() if isinstance(values, dict) else ())
-        if is_number(value) and type(value) is float and "stderr" not in metric
-    }
-
-
-def _better(found: Mapping[str, Any], task: str, metric: str) -> str:
-    higher = found.get("higher_is_better")
-    entry = higher.get(task) if isinstance(higher, dict) else None
-    return "↓" if isinstance(entry, dict) and entry.get(metric.split(",")[0]) is False else "↑"
+    baseline: Any = found.get("baseline")
+    known = isinstance(baseline, dict) and isinstance(baseline.get("results"), dict)
+    before = {(task, metric): value for task, metric, value in metrics(baseline)} if known else {}
+    return [
+        Score(task, metric, arrow(found, task, metric), value, before.get((task, metric))) for task, metric, value in metrics(found)
+    ], []

@@ -29,6 +29,7 @@ Place = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Call = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 _BETAS = (0.9, 0.95)
+_PRODUCT = 0.2  # of the step size, for the factors of a product: all of them move at once (docs/armor.md)
 
 
 def tune(
@@ -116,7 +117,12 @@ def _train(
     }
     every = [factor for parts in factors.values() for factor in parts.values()]
     masks = [factor.detach() != 0 for factor in every]
-    optimizer = torch.optim.Adam([{"params": [factor], "lr": rate * _size(factor)} for factor in every], betas=_BETAS)
+    groups = [
+        {"params": [factor], "lr": rate * _size(factor) * (_PRODUCT if len(parts) > 1 else 1)}
+        for parts in factors.values()
+        for factor in parts.values()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
     total = epochs * len(hidden)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)))
     scale = _scale(hidden, targets)

@@ -84,5 +84,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
 
 
 def words(x: Tensor) -> Tensor:
-    """The same memory as int32."""
-    return x.view(torch.int32)
+    """The same memory as int32; a copy where it begins in the middle of a word."""
+    return (x.clone() if x.storage_offset() * x.itemsize % 4 else x).view(torch.int32)

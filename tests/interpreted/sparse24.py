@@ -98,3 +98,10 @@ def test_the_self_check_sees_a_wrong_fragment(monkeypatch):
     swapped = lambda *packed: plain(*packed)._replace(values=plain(*packed).values.flip(2))  # noqa: E731  # the two steps
     monkeypatch.setattr(ops, "to_fragments", swapped)
     assert not ops.fragments_are_right(torch.device("cpu"))
+
+
+def test_an_input_that_begins_in_the_middle_of_a_word():
+    x, weight, bias = problem(3, (40, 132), torch.float16)
+    shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
+    fragments = to_fragments(*pack24(weight))
+    check(shifted, weight, bias, lambda semaphore: ops.run_fragments(shifted, fragments, 40, bias, semaphore, MMA))
