@@ -77,8 +77,9 @@ def score(folder: Path, model: str) -> float:
 
 
 def measure(results: Path) -> None:
-    for model in TESTS:
-        for method, keep in [("dense", "100%"), *((method, keep) for method in METHODS for keep in KEEPS)]:
+    cases = [("dense", "100%"), *((method, keep) for method in METHODS for keep in KEEPS)]
+    for method, keep in cases:
+        for model in TESTS:
             if (model, method, keep) in read(results):
                 continue
             found = {"ppl": score(SHARED / "models" / model, model)} if method == "dense" else run(model, method, keep)

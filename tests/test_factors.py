@@ -51,7 +51,7 @@ def test_output_error_is_the_dropped_tail(shape, rank):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_sided_error_is_the_dropped_tail(shape):
-    weight, x, stats = problem(*shape)
+    weight, _, stats = problem(*shape)
     g = torch.randn(300, shape[0], generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, shape[0])
     gradients = g.T @ g
     found = weight - kfac.compress(weight, stats, 9, gradients).dense()
