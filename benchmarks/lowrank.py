@@ -76,10 +76,10 @@ def score(folder: Path, model: str) -> float:
     return perplexity(compressor.load(folder, dtype=torch.float32), rows)
 
 
-def measure(results: Path) -> None:
-    cases = [("dense", "100%"), *((method, keep) for method in METHODS for keep in KEEPS)]
+def measure(results: Path, models: list[str], methods: list[str], keeps: list[str]) -> None:
+    cases = [("dense", "100%"), *((method, keep) for method in methods for keep in keeps)]
     for method, keep in cases:
-        for model in TESTS:
+        for model in models:
             if (model, method, keep) in read(results):
                 continue
             found = {"ppl": score(SHARED / "models" / model, model)} if method == "dense" else run(model, method, keep)
@@ -133,6 +133,9 @@ def decompositions() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("lowrank.jsonl"))
+    parser.add_argument("--model", nargs="+", default=list(TESTS), choices=TESTS)
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--keep", nargs="+", default=KEEPS, choices=KEEPS)
     parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
     parser.add_argument("--svd", action="store_true", help="measure a decomposition")
     arguments = parser.parse_args()
@@ -140,7 +143,7 @@ def main() -> None:
         decompositions()
         return
     if not arguments.table:
-        measure(arguments.results)
+        measure(arguments.results, arguments.model, arguments.method, arguments.keep)
     print(table(read(arguments.results)))
 
 
