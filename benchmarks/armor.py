@@ -3,8 +3,10 @@
     python benchmarks/armor.py reference                 # proxy loss and CPU time against the paper's loop: half an hour
     python benchmarks/armor.py speed --size 4096         # seconds for one large linear
     python benchmarks/armor.py perplexity MODEL CALIBRATION.jsonl TEST.jsonl --method armor --options overhead=0.0625
+    python benchmarks/armor.py guarantee MODEL CALIBRATION.jsonl      # every linear against NoWag-P, in three dtypes
 
-CALIBRATION and TEST hold one {"input_ids": [...]} a line. Statistics of a block come from the compressed blocks before it.
+CALIBRATION and TEST hold one {"input_ids": [...]} a line. Statistics of a block come from the compressed blocks before it,
+or with --dense-statistics from the dense model.
 
 Each case writes one JSON line with hardware and versions to standard output.
 """
@@ -237,8 +239,9 @@ def run_perplexity(args: argparse.Namespace) -> None:
     calibration = token_rows(args.calibration)
     method = None if args.method == "dense" else method_of(args.method)
     started, size, dense_size, wrappers, weights = time.process_time(), 0, 0, 0, 0
-    for block in model.model.layers if method else []:
-        for linears, stats in block_statistics(model, block, calibration, share=args.share):
+    found = (block_statistics(model, block, calibration, share=args.share) for block in (model.model.layers if method else []))
+    for groups in list(found) if args.dense_statistics else found:
+        for linears, stats in groups:
             weight = torch.cat([linear.weight.detach() for linear in linears])
             form = method.compress(weight, stats, P24, **parse_options(args.options, method.compress))
             for linear, part in zip(linears, form.dense().split([linear.out_features for linear in linears]), strict=True):
@@ -251,10 +254,37 @@ def run_perplexity(args: argparse.Namespace) -> None:
             size += sum(tensor.nbytes for tensor in form.pack().values())
             dense_size += weight.nbytes
     cpu = round(time.process_time() - started, 1)
-    options = " ".join([*args.options, *["share"] * args.share])
+    options = " ".join([*args.options, *["share"] * args.share, *["dense statistics"] * args.dense_statistics])
     row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "method": args.method, "options": options}
     row |= {"perplexity": round(perplexity(model, token_rows(args.test)), 4), "overhead": round(wrappers / max(1, weights), 4)}
     emit(**row, bytes_of_dense=round(size / dense_size, 4) if method else 1.0, cpu_s=cpu)
+
+
+def run_guarantee(args: argparse.Namespace) -> None:
+    """ARMOR's loss over NoWag-P's for every linear and dtype, both computed here from what would be stored."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    calibration, options = token_rows(args.calibration), parse_options(args.options, armor.compress)
+    ratios: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: [], torch.float16: []}
+    for block in model.model.layers:
+        for linears, stats in block_statistics(model, block, calibration, share=False):
+            for dtype, found in ratios.items():
+                weight = linears[0].weight.detach().to(dtype)
+                forms = armor.compress(weight, stats, P24, **options), nowag.compress(weight, stats, P24)
+                ours, plain = (output_loss(weight, form.dense(), stats) for form in forms)
+                found.append(ours / plain)
+    for dtype, found in ratios.items():
+        row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "dtype": str(dtype), "options": " ".join(args.options)}
+        worst = {"worst": round(max(found), 4), "median": round(sorted(found)[len(found) // 2], 4)}
+        emit(**row, linears=len(found), not_worse=sum(ratio <= 1 for ratio in found), **worst)
+
+
+def output_loss(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:
+    """tr(D H Dᵀ), D = W - Ŵ, in float64."""
+    assert stats.gram is not None
+    difference = weight.double() - compressed.double()
+    return ((difference @ stats.gram.double()) * difference).sum().item()
 
 
 def method_of(name: str) -> ModuleType:
@@ -324,7 +354,13 @@ def main() -> None:
     models.add_argument("--method", default="armor", help="dense changes nothing")
     models.add_argument("--options", nargs="*", default=[])
     models.add_argument("--share", action="store_true", help="one B for the linears of one input")
+    models.add_argument("--dense-statistics", action="store_true", help="statistics of all blocks from the dense model")
     models.set_defaults(run=run_perplexity)
+    guarantee = commands.add_parser("guarantee")
+    guarantee.add_argument("model")
+    guarantee.add_argument("calibration")
+    guarantee.add_argument("--options", nargs="*", default=[])
+    guarantee.set_defaults(run=run_guarantee)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

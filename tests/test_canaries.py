@@ -1,8 +1,13 @@
 """Quality on really trained models: perplexities equal those of an independent implementation of the formulas."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from benchmarks.armor import block_statistics, output_loss, token_rows
 from compressor.evaluate import METRIC, evaluate
+from compressor.methods import armor, nowag
+from compressor.pattern import Pattern
 from compressor.pipeline import prune
 from compressor.recipe import Recipe
 
@@ -34,3 +39,20 @@ def test_quality_equals_the_reference(method, pattern, canaries, tmp_path):
     prune(Recipe(str(canaries / "models" / "babyllama105"), method=method, pattern=pattern, dataset=calibration), tmp_path / "out")
     *expected, tolerance = CASES[method, pattern]
     assert scores(tmp_path / "out", canaries) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["babyllama105", "stories260K", "books-1m"])
+def test_armor_is_never_worse_than_nowag(name, canaries):
+    """Every linear, in every dtype it may be stored in. `benchmarks/armor.py guarantee` does it with the defaults."""
+    model = AutoModelForCausalLM.from_pretrained(canaries / "models" / name, dtype=torch.float32).eval()
+    rows = token_rows(str(canaries / "data" / "canary" / f"{name}-calib.jsonl"))[:8]
+    pattern, worse = Pattern.parse("2:4"), []
+    for block in model.model.layers:
+        for (linear,), stats in block_statistics(model, block, rows, share=False):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                weight = linear.weight.detach().to(dtype)
+                found = armor.compress(weight, stats, pattern, iterations=2, finish=1)
+                plain = nowag.compress(weight, stats, pattern)
+                if not output_loss(weight, found.dense(), stats) <= output_loss(weight, plain.dense(), stats):
+                    worse.append((linear, dtype))
+    assert not worse
