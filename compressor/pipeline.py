@@ -35,6 +35,7 @@ from compressor.job import Job, Task, make_job
 from compressor.journal import Journal, work_path
 from compressor.layout import compressed_config, module_entry
 from compressor.memory import choose_home, parse_size
+from compressor.pattern import Pattern
 from compressor.ranks import Spectrum
 from compressor.ranks import allocate as ranks
 from compressor.recipe import Recipe
@@ -230,6 +231,7 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
                 tokens=stats.tokens if stats else None,
                 note="; ".join(note for note in notes if note),
                 losses=getattr(form, "losses", None),
+                pattern=str(task.goal) if isinstance(task.goal, Pattern) and task.goal.m else "",
             )
         )
 

@@ -20,6 +20,7 @@ class LinearRow:
         entry: what config.json says of it.
         tokens: calibration tokens it was given, None where there were none.
         note: what else there is to know.
+        pattern: the n:m it has, empty where it has none.
         losses: relative losses that its method started from and arrived at, where it says so.
     """
 
@@ -34,6 +35,7 @@ class LinearRow:
     tokens: int | None = None
     note: str = ""
     losses: tuple[float, float] | None = None
+    pattern: str = ""
 
 
 @dataclass

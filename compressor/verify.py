@@ -53,7 +53,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
         found["problems"] += _packed(reader, name, entry, rows.get(name))
     dense = [row for name, row in rows.items() if name not in modules]
     for row in dense:
-        found["problems"] += _plain(reader, row, _report(folder))
+        found["problems"] += _plain(reader, row)
     known = {f"{name}." for name in modules}
     stray = [name for name in reader.tensors if ".weight_" in name and f"{name.rpartition('.')[0]}." not in known]
     found["problems"] += [f"{name} is packed, but config.json does not list it" for name in stray]
@@ -104,16 +104,16 @@ def _check_canonical(values: Tensor, metadata: Tensor) -> None:
         raise ValueError("its metadata does not name the columns that the format prescribes for its values")
 
 
-def _plain(reader: Reader, row: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
-    """A linear stored with zeros in place: as sparse as the report says, and legal in the pattern of the run."""
+def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
+    """A linear stored with zeros in place: as sparse as the report says, and legal in its pattern."""
     name = f"{row['name']}.weight"
     if name not in reader.tensors:
         yield f"{name}, which report.json names, is not there"
         return
     weight = reader.read(name)
     yield from _as_reported(row["name"], Dense(weight), row)
-    pattern = Pattern.parse(row.get("goal") or report["recipe"]["pattern"])
-    if pattern.m and not (_legal(pattern, weight) or _legal(pattern, weight.T)):  # gpt2's Conv1D stores [in, out]
+    pattern = Pattern.parse(str(row["pattern"])) if row.get("pattern") else None
+    if pattern and not (_legal(pattern, weight) or _legal(pattern, weight.T)):  # gpt2's Conv1D stores [in, out]
         yield f"{row['name']} has a group with more non-zeros than the pattern {pattern} allows"
 
 

@@ -25,5 +25,5 @@ def unpack(
 
     count = run(folder, output)
     if not quiet:
-        err.print(f"{count} packed linears are dense again, zeros in place")
+        err.print(f"{count} packed linears are dense again")
     print(output)
