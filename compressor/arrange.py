@@ -60,8 +60,6 @@ def _arrange_one(module: Any, runtime: str) -> str:
     weight = module.weight_u if isinstance(module, LowRankLinear) else module.weight_values
     if _moved(module, weight):
         return "packed, unpacked at every call: accelerate moves its tensors"
-    if isinstance(module, LowRankLinear) and not backend.runs(weight):
-        return "two thin products"
     on_cpu = weight.device.type == "cpu"
     if isinstance(module, LowRankLinear) and (runtime == "dense" or not backend.runs(weight)):
         return "two thin factors, multiplied by torch"
