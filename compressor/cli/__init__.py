@@ -75,6 +75,8 @@ def root(
 
 def main() -> None:
     """Entry point: one clear line for every expected error, and the exit code."""
+    # threads that spin while they wait for each other made a run ten times as long on two busy cores; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not for our users
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, lambda received, _: sys.exit(128 + received))  # unwinds, so that nothing half-written stays
