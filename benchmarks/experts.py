@@ -17,21 +17,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from compressor import data
+from compressor.evaluate import perplexity
+from compressor.pipeline import prune
+from compressor.recipe import Recipe
+from compressor.runtime import load
 
-from compressor import data  # noqa: E402
-from compressor.evaluate import perplexity  # noqa: E402
-from compressor.pipeline import prune  # noqa: E402
-from compressor.recipe import Recipe  # noqa: E402
-from compressor.runtime import load  # noqa: E402
-
-SHARED = Path(os.environ.get("COMPRESS_SHARED", ROOT.parent / "shared"))
+SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
 EXPERTS, CHOSEN, SEQ = 8, 2, 256
 
 

@@ -1,7 +1,7 @@
 """What works with which family: the table of docs/families.md, from tiny random checkpoints.
 
-python benchmarks/families.py                # all of them, a few minutes on a CPU
-python benchmarks/families.py llama mixtral
+python -m benchmarks.families                # all of them, a few minutes on a CPU
+python -m benchmarks.families llama mixtral
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+import torch
+import transformers
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from compressor import calibration  # noqa: E402
-from compressor.checkpoint import Reader  # noqa: E402
-from compressor.errors import CompressError  # noqa: E402
-from compressor.model import Skeleton  # noqa: E402
-from compressor.pipeline import prune  # noqa: E402
-from compressor.recipe import Recipe  # noqa: E402
-from compressor.runtime import load  # noqa: E402
-from tests.families import EVERY, build  # noqa: E402
+from compressor import calibration
+from compressor.checkpoint import Reader
+from compressor.errors import CompressError
+from compressor.model import Skeleton
+from compressor.pipeline import prune
+from compressor.recipe import Recipe
+from compressor.runtime import load
+from tests.families import EVERY, build
 
 IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
 ARMOR = {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}

@@ -77,6 +77,31 @@ def compress_blocks(
         yield BlockRow(index, _compress_block(job, index, states, device, store, progress, group))
 
 
+def dense_blocks(
+    job: Job, states: States, device: torch.device, *, gram: bool = False
+) -> Iterator[tuple[list[Task], dict[str, InputStats]]]:
+    """Each block of the dense model, loaded meanwhile: its tasks and, by linear, the statistics of their inputs.
+
+    Args:
+        job: its tasks' linears are observed.
+        states: calibration on entering block 0, left as it is.
+        device: where the blocks are computed.
+        gram: whether the statistics need the Gram matrix.
+
+    Raises:
+        NumericalError: a linear saw no tokens, or others than finite ones.
+    """
+    hidden = list(states.hidden)
+    for index, tasks in enumerate(job.tasks):
+        block = job.skeleton.load_block(index, device)
+        with collecting({task.linear.name: task.linear.module for task in tasks}, gram=gram) as stats:
+            hidden = [calibration.run(block, batch, states.arguments[index]) for batch in hidden]
+        for task in tasks:
+            (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
+        yield tasks, stats
+        job.skeleton.free_block(index)
+
+
 def _compress_block(
     job: Job, index: int, states: States | None, device: torch.device, store: Store, progress: Progress, group: Group
 ) -> float | None:

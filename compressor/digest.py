@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from compressor import cache
 from compressor.checkpoint import Reader
+from compressor.durable import sha256
 
 _RECORDS = {"report.json"}  # say how the weights came about; what is computed does not depend on them
 _DECISIVE = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".py"}
@@ -19,8 +19,7 @@ def file_sha256(path: Path) -> str:
     known = cache.load("sha256", key)
     if known and isinstance(known.get("sha256"), str):
         return known["sha256"]
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     cache.save("sha256", key, {"sha256": found})
     return found
 

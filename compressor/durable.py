@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE = 1 << 22  # bytes read at once
 
@@ -39,3 +43,11 @@ def sha256(path: Path, start: int = 0, stop: int | None = None) -> str:
             digest.update(data)
             left -= len(data)
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; of the tensor itself where it is contiguous and in host memory."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data

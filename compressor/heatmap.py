@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ def sparsities(job: Job) -> tuple[list[str], list[list[float | None]]]:
 
 def check_drawing(path: Path) -> None:
     """Raise UsageError where a picture cannot be made: the library is not there, or the name is not one of a picture."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'compress-llm[plot]'") from None
+    require_matplotlib("--plot")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path} ends in {path.suffix!r}; accepted: .png, .svg, .pdf")
 

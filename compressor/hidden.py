@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from compressor.durable import tensor_bytes
 from compressor.errors import OutputError
 
 Step = Callable[[int, Tensor], Tensor]
@@ -105,7 +106,7 @@ class Batches(Sequence[Tensor]):
             whole = self._file.stat().st_size == self._count * self._nbytes()
             for number in range(self._count if whole else 0):
                 batch = self._read(self._file, number)
-                self._digest.update(_raw(batch))
+                self._digest.update(tensor_bytes(batch))
                 if not isinstance(self.home, Path):
                     self._held.append(batch.to(self.home))
         except OSError:
@@ -136,7 +137,7 @@ class Batches(Sequence[Tensor]):
         batch = torch.empty(self._kind[0], dtype=self._kind[1])
         with path.open("rb") as file:
             file.seek(number * self._nbytes())
-            if file.readinto(_raw(batch)) != self._nbytes():
+            if file.readinto(tensor_bytes(batch)) != self._nbytes():
                 raise OutputError(f"{path} became shorter while it was used")
         return batch
 
@@ -145,7 +146,7 @@ class Batches(Sequence[Tensor]):
             self._put(file, batch)
 
     def _put(self, file: BinaryIO, batch: Tensor) -> None:
-        raw = _raw(batch)
+        raw = tensor_bytes(batch)
         file.write(raw)
         self._digest.update(raw)
 
@@ -157,9 +158,3 @@ def advance(batches: Batches | list[Tensor], step: Step) -> None:
     else:
         for number, batch in enumerate(batches):
             batches[number] = step(number, batch)
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; of the tensor itself where it is contiguous and in host memory."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data

@@ -210,14 +210,6 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             _rehearse(method, options, refine, refine_options, each)
     goal = 1 if factors(method) else pattern
     allocation = _ranks(recipe, method) if factors(method) else _allocation(recipe, pattern)
-    if (
-        method.NEEDS_INPUTS
-        or refine
-        or recipe.tune
-        or recipe.dense_fraction
-        or ("ratios" in allocation and allocation["ratios"].NEEDS_INPUTS)
-    ):
-        data.check_dataset(recipe.dataset)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
         check_output(output, reader)
@@ -237,6 +229,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len, seed=recipe.seed,
         left_dense=left_dense, **allocation,
     )  # fmt: skip
+    if job.needs_inputs:
+        data.check_dataset(recipe.dataset)
     if not entries:
         return job.check_experts()
     goals = plan.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})

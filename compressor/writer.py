@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from compressor import manifest
 from compressor.checkpoint import INDEX, ITEM_BITS, SINGLE, Reader
-from compressor.durable import sha256, sync
+from compressor.durable import sha256, sync, tensor_bytes
 from compressor.errors import OutputError
 from compressor.journal import damaged, is_complete, report_path, work_path
 
@@ -136,7 +136,7 @@ class Writer:
         parts = self.parts.setdefault(name, [])
         with (self.spool / self.reader.tensors[name].shard).open("ab") as file:
             for suffix, tensor in tensors.items():
-                raw, start = _raw(tensor), file.tell()
+                raw, start = tensor_bytes(tensor), file.tell()
                 file.write(raw)
                 own = f"{prefix}.{suffix}" if prefix else suffix
                 digest = hashlib.sha256(raw).hexdigest()
@@ -280,13 +280,6 @@ def _copy_range(path: Path, start: int, stop: int, target: BinaryIO, digest: Any
             target.write(data)
             digest.update(data)
             left -= len(data)
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -25,14 +25,14 @@ ALLOWED = {
     "compressor/report.py": BASE,
     "compressor/text.py": set(),
     "compressor/bundled.py": BASE,
-    "compressor/page/": BASE | {f"compressor.{name}" for name in ("checkpoint", "digest", "scores")} | {"compressor"},
+    "compressor/page/": BASE | {f"compressor.{name}" for name in ("checkpoint", "digest", "drawing", "scores")} | {"compressor"},
     "compressor/data.py": BASE,
     "compressor/conversion.py": BASE,
     "compressor/experts.py": BASE,
     "compressor/packed_experts.py": BASE | {"compressor", "compressor.experts"},
     "compressor/model.py": BASE | {"compressor", "compressor.checkpoint", "compressor.experts"},
     "compressor/cache.py": set(),
-    "compressor/digest.py": {"compressor", "compressor.checkpoint"},
+    "compressor/digest.py": {"compressor", "compressor.checkpoint", "compressor.durable"},
     "compressor/scores.py": BASE | {"compressor.checkpoint"},
     "compressor/licence.py": set(),
     "compressor/doctor.py": {"compressor.cache", "compressor_kernels.linear", "compressor_kernels.packing"},
@@ -42,7 +42,9 @@ ALLOWED = {
     "compressor/hub.py": BASE | {"compressor.digest", "compressor.licence", "compressor.publication"},
     "compressor/durable.py": set(),
     "compressor/manifest.py": {"compressor.durable"},
-    "compressor/hidden.py": BASE,
+    "compressor/drawing.py": BASE,
+    "compressor/heatmap.py": BASE | {"compressor.drawing", "compressor.job"},
+    "compressor/hidden.py": BASE | {"compressor.durable"},
     "compressor/memory.py": BASE | {"compressor.job"},
     "compressor/fingerprint.py": {f"compressor.{name}" for name in ("checkpoint", "durable", "recipe", "report")},
     "compressor/journal.py": BASE | {"compressor.durable", "compressor.fingerprint"},
@@ -110,7 +112,7 @@ ALLOWED = {
     | {f"compressor.{name}" for name in ("checkpoint", "experts", "layout", "model", "report", "writer")},
     "compressor/legacy.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/evaluate/": BASE
-    | {f"compressor.{name}" for name in ("cache", "checkpoint", "data", "digest", "report", "runtime", "scores")}
+    | {f"compressor.{name}" for name in ("cache", "checkpoint", "data", "digest", "drawing", "report", "runtime", "scores")}
     | {"compressor"},
 }
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli import options
 from compressor.cli.prune import run_and_show, show_left
 from compressor.cli.show import err, out, quiet_libraries
 
@@ -20,10 +21,8 @@ compress lowrank ./model -o out --keep 60% --dataset text.jsonl --tune 4"""
 
 
 def lowrank(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)
-    ] = None,
+    model: options.Model,
+    output: options.OutputFolder = None,
     method: Annotated[str | None, typer.Option(help="kfac, svd_llm, asvd, welore or svd.", show_default="kfac")] = None,
     keep: Annotated[str | None, typer.Option(help="Of the parameters of the linears: 70%.", show_default=False)] = None,
     ranks: Annotated[
@@ -33,44 +32,28 @@ def lowrank(
     plan: Annotated[
         Path | None, typer.Option(help="What every linear becomes: a file such as OUT/plan.toml.", show_default=False)
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
-    ] = None,
+    dataset: options.Dataset = None,
+    num_samples: options.NumSamples = None,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = None,
+    recipe: options.RecipeName = None,
     assign: Annotated[
         list[str] | None,
         typer.Option(
             "--set", metavar="NAME=VALUE", help="Option of the method, or of the ranks (ranks.align=32).", show_default=False
         ),
     ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    max_memory: Annotated[
-        str,
-        typer.Option(
-            help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"
-        ),
-    ] = "",
-    dtype: Annotated[str | None, typer.Option(help="Of the forward passes.", show_default="auto")] = None,
-    expert_tokens: Annotated[
-        str | None, typer.Option(help="What calibrates experts: all tokens, or those routed to each.", show_default="all")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
+    ignore: options.Ignore = None,
+    device: options.Device = "auto",
+    max_memory: options.MaxMemory = "",
+    dtype: options.Dtype = None,
+    expert_tokens: options.ExpertTokens = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
+    as_json: options.ReportJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Replace linears by products of two thin factors, one decoder block in memory at a time."""
     from compressor.bundled import find

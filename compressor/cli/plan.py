@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from compressor.cli import options
 from compressor.cli.prune import most, show_allocation
 from compressor.cli.show import err, out, pruning_progress, quiet_libraries, table
 
@@ -23,44 +24,32 @@ compress prune org/model -o out --plan plan.toml --method sparsegpt --dataset te
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)],
+    model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to make; must not exist.", show_default=False)],
     plot: Annotated[Path | None, typer.Option(help="Draw it too: a .png, .svg or .pdf file.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="As for prune: curves are measured with it.", show_default="wanda")] = None,
     refine: Annotated[str | None, typer.Option(help="As for prune: plans are tried with it.", show_default="none")] = None,
     pattern: Annotated[str | None, typer.Option(help="n:m, or a sparsity such as 60%.", show_default="2:4")] = None,
-    ratios: Annotated[str | None, typer.Option(help="uniform, ecoflap, owl or curve, for a sparsity.", show_default="none")] = None,
-    max_sparsity: Annotated[
-        str | None, typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own")
-    ] = None,
-    dense_fraction: Annotated[
-        str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="TOML file, or the name of a bundled recipe; options given here win.", show_default=False)
-    ] = None,
+    ratios: options.Ratios = None,
+    max_sparsity: options.MaxSparsity = None,
+    dense_fraction: options.DenseFraction = None,
+    dataset: options.Dataset = None,
+    num_samples: options.NumSamples = None,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = None,
+    recipe: options.RecipeName = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="As for prune, such as ratios.tokens=4096.", show_default=False),
     ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Of the forward passes.", show_default="auto")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
+    ignore: options.Ignore = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Choose what every linear becomes and write it to a file; the checkpoint is only read."""
     from compressor.bundled import find

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.cli import options
 from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, speaks, table
 
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)
-    ] = None,
+    model: options.Model,
+    output: options.OutputFolder = None,
     method: Annotated[str | None, typer.Option(help="magnitude, wanda, nowag, sparsegpt or armor.", show_default="wanda")] = None,
     refine: Annotated[
         str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
@@ -50,30 +49,18 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
     ] = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option(help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.", show_default="none"),
-    ] = None,
-    max_sparsity: Annotated[
-        str | None, typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own")
-    ] = None,
-    dense_fraction: Annotated[
-        str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
-    ] = None,
+    ratios: options.Ratios = None,
+    max_sparsity: options.MaxSparsity = None,
+    dense_fraction: options.DenseFraction = None,
     plan: Annotated[
         Path | None, typer.Option(help="What every linear becomes: a file of `compress plan`.", show_default=False)
     ] = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
-    ] = None,
+    dataset: options.Dataset = None,
+    num_samples: options.NumSamples = None,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = None,
+    recipe: options.RecipeName = None,
     assign: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,31 +70,17 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    max_memory: Annotated[
-        str,
-        typer.Option(
-            help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"
-        ),
-    ] = "",
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")
-    ] = None,
-    expert_tokens: Annotated[
-        str | None,
-        typer.Option(help="What calibrates the experts of a mixture: all tokens, or those routed to each.", show_default="all"),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
+    ignore: options.Ignore = None,
+    device: options.Device = "auto",
+    max_memory: options.MaxMemory = "",
+    dtype: options.Dtype = None,
+    expert_tokens: options.ExpertTokens = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
+    as_json: options.ReportJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Prune a checkpoint, one decoder block in memory at a time."""
     from compressor.bundled import find

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
 from compressor.scores import arrow, label, metrics
 
@@ -23,10 +24,7 @@ def check_plot(path: Path) -> None:
         raise OutputError(f"output {path} exists already; choose another with --plot or remove it")
     if not path.resolve().parent.is_dir():
         raise OutputError(f"output {path} cannot be written: {path.resolve().parent} is not a folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'compress-llm[plot]'") from None
+    require_matplotlib("--plot")
 
 
 def draw(scored: Mapping[str, Mapping[str, Any]], path: Path, *, baseline: str | None = None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from compressor.errors import OutputError, UsageError
+from compressor.drawing import require_matplotlib
+from compressor.errors import OutputError
 from compressor.page.charts import Chart
 from compressor.page.colours import LIGHT
 
@@ -17,10 +18,9 @@ def write_pictures(charts: list[Chart], folder: Path) -> None:
         UsageError: matplotlib is not installed.
         OutputError: a file is there already, or cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--png needs matplotlib: pip install 'compress-llm[plot]'") from None
+    require_matplotlib("--png")
+    from matplotlib.figure import Figure
+
     for chart in charts:
         if (folder / f"{chart.name}.png").exists():
             raise OutputError(f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png or remove it")

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import calibration
 from compressor.allocation import better
-from compressor.blocks import Progress
+from compressor.blocks import Progress, dense_blocks
 from compressor.calibration import States
 from compressor.curvature import measure
 from compressor.errors import UsageError
 from compressor.job import Job, Task
 from compressor.ranks import Ranks, Spectrum, uniform
-from compressor.stats import InputStats, collecting
+from compressor.stats import InputStats
 from compressor.trial import TOKENS, Trial
 
 Spectra = dict[str, Spectrum]
@@ -114,16 +113,10 @@ def _spectra(job: Job, states: States | None, device: torch.device, progress: Pr
             progress("spectra", done + 1, len(job.every))
         return spectra
     assert states
-    part = states.at_least(TOKENS)
-    for index, tasks in enumerate(job.tasks):
-        block, arguments = job.skeleton.load_block(index, device), part.arguments[index]
-        with collecting({task.linear.name: task.linear.module for task in tasks}, gram=job.needs_gram) as stats:
-            part.hidden = [calibration.run(block, hidden, arguments) for hidden in part.hidden]
+    for done, (tasks, stats) in enumerate(dense_blocks(job, states.at_least(TOKENS), device, gram=job.needs_gram)):
         for task in tasks:
-            (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
             spectra[task.linear.name] = _spectrum(job, task, stats[task.linear.name], device)
-        job.skeleton.free_block(index)
-        progress("spectra", index + 1, len(job.tasks))
+        progress("spectra", done + 1, len(job.tasks))
     return spectra
 
 

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import calibration
-from compressor.blocks import Progress
+from compressor.blocks import Progress, dense_blocks
 from compressor.calibration import States
 from compressor.errors import UsageError
 from compressor.job import Job
 from compressor.ratios.apportion import apportion
 from compressor.ratios.groups import ceiling, groups, inside
-from compressor.stats import InputStats, collecting
 
 NEEDS_INPUTS = True
 
@@ -79,18 +77,12 @@ def shifted(sizes: Sequence[int], kept: Sequence[Fraction], zeros: int, most: Fr
 
 def _outlier_ratios(job: Job, states: States, device: torch.device, progress: Progress, outlier: float) -> list[float]:
     """D of every block that has linears to prune, from the dense model."""
-    hidden, found = list(states.hidden), []
-    for index, tasks in enumerate(job.tasks):
-        block = job.skeleton.load_block(index, device)
-        with collecting({task.linear.name: task.linear.module for task in tasks}) as stats:
-            hidden = [calibration.run(block, batch, states.arguments[index]) for batch in hidden]
-        for task in tasks:
-            stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
+    found = []
+    for done, (tasks, stats) in enumerate(dense_blocks(job, states, device)):
         scores = [task.linear.get().abs().float() * stats[task.linear.name].norm for task in tasks]
         if scores:
             found.append(_share_above(scores, outlier))
-        job.skeleton.free_block(index)
-        progress("outliers", index + 1, len(job.tasks))
+        progress("outliers", done + 1, len(job.tasks))
     return found
 
 

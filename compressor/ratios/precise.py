@@ -16,8 +16,8 @@ def check_seen(name: str, tap: Taps) -> None:
     """Raise NumericalError where no token of the calibration reached a linear."""
     if not tap.inputs:
         raise NumericalError(
-            f"{name} saw no tokens of the calibration that ratios are measured on: "
-            f"raise ratios.tokens or leave it dense with --ignore {name!r}"
+            f"{name} saw no tokens of that part of the calibration which gradients are measured on: "
+            f"give more samples, raise ratios.tokens where it applies, or leave it dense with --ignore {name!r}"
         )
 
 

@@ -1,0 +1,44 @@
+"""Options that several commands take: each means one thing, and says it in one way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)]
+OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)]
+Dataset = Annotated[
+    str | None, typer.Option(help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self")
+]
+NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")]
+Seed = Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
+]
+Ratios = Annotated[
+    str | None, typer.Option(help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.", show_default="none")
+]
+MaxSparsity = Annotated[str | None, typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own")]
+DenseFraction = Annotated[
+    str | None, typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none")
+]
+Ignore = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+MaxMemory = Annotated[
+    str,
+    typer.Option(help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"),
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")]
+ExpertTokens = Annotated[
+    str | None,
+    typer.Option(help="What calibrates the experts of a mixture: all tokens, or those routed to each.", show_default="all"),
+]
+Revision = Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
+ReportJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")]
