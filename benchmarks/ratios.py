@@ -35,7 +35,7 @@ from compressor.calibration import States
 from compressor.evaluate import perplexity
 from compressor.job import Job, make_job
 from compressor.pattern import Pattern
-from compressor.pipeline import _calibrate
+from compressor.pipeline import calibrate
 from compressor.ratios import allocator, dense
 from compressor.recipe import Recipe
 from compressor.refine import refinement
@@ -76,7 +76,7 @@ def load(name: str, method: str, models: Path, rows: Path) -> Case:
     folder = models / name
     recipe = Recipe(str(folder), method=method, pattern="50%", dtype="float32", dataset=str(rows / f"{name}-calib.jsonl"))
     job = make_job(recipe, None)
-    states = _calibrate(job, recipe, CPU, silent)
+    states = calibrate(job, recipe, CPU)
     test = data.evaluation_rows(
         str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, job.skeleton.config.vocab_size, seq_len=job.seq_len
     )

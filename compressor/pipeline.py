@@ -186,14 +186,18 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
     where = choose_device(device)
     job = make_job(recipe, None)
-    states = None
-    if job.measures:
-        progress("calibration", 0, 1)
-        states = calibration.capture(job.skeleton, _samples(job, recipe, where), where)
-        progress("calibration", 1, 1)
+    states = calibrate(job, recipe, where, progress) if job.measures else None
     with TemporaryDirectory() as folder:
         job, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)
         return _chosen(job, states, spectra, where, progress)
+
+
+def calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progress = silent) -> States:
+    """The calibration on entering block 0, all of it on `device`."""
+    progress("calibration", 0, 1)
+    states = calibration.capture(job.skeleton, _samples(job, recipe, device), device)
+    progress("calibration", 1, 1)
+    return states
 
 
 def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
