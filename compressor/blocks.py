@@ -182,17 +182,16 @@ def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) ->
     if job.needs_inputs:
         (stats or InputStats(1)).check(task.linear.name)
     try:
-        measured = [job.gradients.of(task.linear.name, weight.device)] if job.gradients and _needs_gradients(task) else []
-        form: Form = task.method.compress(weight, stats, task.goal, *measured, **task.options)
+        form: Form = (
+            job.factored.of(task.linear.name, task.goal, weight.device)
+            if job.factored and isinstance(task.goal, int) and task.needs_gradients
+            else task.method.compress(weight, stats, task.goal, **task.options)
+        )
         if job.refine and task.refined:
             form = Dense(job.refine.refine(weight, form.dense(), stats, task.goal, **job.refine_options))
     except NumericalError as error:
         raise NumericalError(f"{task.linear.name}: {error}") from None
     return form
-
-
-def _needs_gradients(task: Task) -> bool:
-    return isinstance(task.goal, int) and task.method.NEEDS_GRADIENTS
 
 
 def _packed(job: Job, task: Task, form: Form) -> Form:

@@ -1,12 +1,19 @@
-"""Gram matrices of the gradients at the outputs of linears, B = Σ g gᵀ, from one streamed forward and backward pass.
+"""What a weight change costs the loss, as a product of two small matrices, and the factors of every linear in that metric.
 
-Those of a block are spilled to disk as soon as they are there and read one by one when its linears are factored, so
-that memory stays one block. The pass runs in float32, on the dense model.
+To second order the loss rises by ½ Σ_t (g_tᵀ ΔW x_t)² = ½ vec(ΔW)ᵀ F vec(ΔW), x_t the input of a linear at token t, g_t the
+gradient at its output, F = Σ_t (g_t ⊗ x_t)(g_t ⊗ x_t)ᵀ the empirical Fisher information. Its marginals over the two sides are
+
+    A = Σ_t ‖g_t‖² x_t x_tᵀ      B = Σ_t ‖x_t‖² g_t g_tᵀ      and      F ≈ B ⊗ A / tr F
+
+which is exact where F is such a product. K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671) takes Σ x xᵀ and
+Σ g gᵀ, for which ‖x_t‖ and ‖g_t‖ have to be independent: they are not, most tokens have next to no gradient.
+
+The pass runs in float32, on the dense model, and factors each linear while its block is there. The factors are spilled to
+disk, one file a block, columns by descending singular value: those of any lower rank are the first columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,70 +23,80 @@ from torch import Tensor
 
 from compressor.blocks import Progress
 from compressor.calibration import States
+from compressor.errors import NumericalError
+from compressor.formats.lowrank import LowRank
 from compressor.gradients import Taps, backward_blocks
 from compressor.job import Job, Task
+from compressor.ranks import Spectrum, largest_rank
 from compressor.ratios.precise import check_seen, in_float32
-from compressor.stats import InputStats
 
 TOKENS = 32_768  # of the calibration, if there are so many
 
-Seen = Callable[[Task, InputStats, Tensor], None]
-"""Told of each linear: its task, the statistics of its inputs with the Gram matrix, the Gram matrix of its gradients."""
 
-
-class GradientGrams:
-    """Those of all linears of a job, in files of `folder`, one a block."""
+class Factored:
+    """The factors of linears, in files of `folder`, one a block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
 
-    def keep(self, index: int, grams: dict[str, Tensor]) -> None:
-        """Write those of block `index`, float32 `[out, out]` by the names of the linears."""
-        path = self.folder / f"gradients-{index:05}.safetensors"
-        save_file({name: gram.cpu().contiguous() for name, gram in grams.items()}, path)
-        self._files |= dict.fromkeys(grams, path)
+    def keep(self, index: int, forms: dict[str, LowRank]) -> None:
+        """Write those of block `index`, by the names of the linears."""
+        path = self.folder / f"factors-{index:05}.safetensors"
+        tensors = {f"{name}.{key}": tensor for name, form in forms.items() for key, tensor in form.factors().items()}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        self._files |= dict.fromkeys(forms, path)
 
-    def of(self, name: str, device: torch.device) -> Tensor:
-        """That of the linear `name`."""
+    def of(self, name: str, rank: int, device: torch.device) -> LowRank:
+        """Those of the linear `name`, cut to `rank`; only that part of the file is read."""
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).to(device)
+            u, v = file.get_slice(f"{name}.u")[:, :rank], file.get_slice(f"{name}.v")[:rank]
+        return LowRank(u.contiguous().to(device), v.contiguous().to(device))
 
 
-def measure(job: Job, states: States, device: torch.device, folder: Path, progress: Progress, seen: Seen) -> GradientGrams:
-    """One pass over the calibration.
+def factor_all(
+    job: Job, states: States, device: torch.device, folder: Path, progress: Progress
+) -> tuple[Factored, dict[str, Spectrum]]:
+    """One pass over the calibration; gives the factors of every linear whose method needs gradients, and its singular values.
 
     Args:
-        job: every task's linear is measured.
+        job: with `keep` a linear is factored to the largest rank that pays, else to that of its goal.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
         folder: for the files; it exists.
         progress: told of every block.
-        seen: told of every linear.
     """
     skeleton, part = in_float32(job, states, TOKENS, device)
-    found = GradientGrams(folder)
+    found, spectra = Factored(folder), {}
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
-        grams: dict[str, Tensor] = {}
-        for task, stats, gram in _grams(job.tasks[index], taps):
-            seen(task, stats, gram)
-            grams[task.linear.name] = gram
-        found.keep(index, grams)
+        forms = {}
+        for task in job.tasks[index]:
+            if task.needs_gradients:
+                name = task.linear.name
+                forms[name], values = _factor(job, task, taps.pop(name), device)
+                spectra[name] = Spectrum(task.linear.shape, values.cpu())
+        found.keep(index, forms)
         progress("gradients", done + 1, len(job.tasks))
-    return found
+    return found, spectra
 
 
-def _grams(tasks: list[Task], taps: dict[str, Taps]) -> Iterator[tuple[Task, InputStats, Tensor]]:
-    shared: dict[int, InputStats] = {}  # linears that read one tensor
-    for task in tasks:
-        tap = taps[task.linear.name]
-        check_seen(task.linear.name, tap)
-        first = tap.inputs[0]
-        if id(first) not in shared:
-            shared[id(first)] = InputStats(first.shape[-1], gram=True, device=first.device)
-            for rows in tap.inputs:
-                shared[id(first)].update(rows)
-        gram = torch.zeros(task.linear.shape[0], task.linear.shape[0], device=first.device)
-        for rows in tap.gradients:
-            gram.addmm_(rows.float().T, rows.float())
-        yield task, shared[id(first)], gram
+def marginals(tap: Taps) -> tuple[Tensor, Tensor]:
+    """A `[in, in]` and B `[out, out]` of what went through one linear, float32."""
+    first, gradient = tap.inputs[0], tap.gradients[0]
+    a = torch.zeros(first.shape[-1], first.shape[-1], device=first.device)
+    b = torch.zeros(gradient.shape[-1], gradient.shape[-1], device=first.device)
+    for x, g in zip(tap.inputs, tap.gradients, strict=True):
+        inputs = x.float() * g.float().norm(dim=1, keepdim=True)
+        outputs = g.float() * x.float().norm(dim=1, keepdim=True)
+        a.addmm_(inputs.T, inputs)
+        b.addmm_(outputs.T, outputs)
+    return a, b
+
+
+def _factor(job: Job, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
+    check_seen(task.linear.name, tap)
+    rank = max(1, largest_rank(task.linear.shape)) if job.keep else task.goal
+    try:
+        return task.method.decompose(task.linear.read(job.reader).to(device), rank, *marginals(tap), **task.options)
+    except NumericalError as error:
+        raise NumericalError(f"{task.linear.name}: {error}") from None

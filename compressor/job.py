@@ -17,7 +17,7 @@ from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import only_stacks
-from compressor.methods import factors, method_module
+from compressor.methods import factors, method_module, options_of
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import allocator as rank_allocator
@@ -30,7 +30,7 @@ from compressor.stats import InputStats
 from compressor.writer import check_output
 
 if TYPE_CHECKING:
-    from compressor.curvature import GradientGrams
+    from compressor.curvature import Factored
 
 _COUNTERPARTS = ("sparsegpt", "svd_llm")  # of a plan that mixes goals: what prunes, what factors where the method does the other
 
@@ -55,6 +55,11 @@ class Task:
             return float(self.goal.sparsity)
         return 1 - self.goal * sum(self.linear.shape) / self.linear.size
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the linear is factored in a backward pass."""
+        return factors(self.method) and self.method.NEEDS_GRADIENTS
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +80,7 @@ class Job:
         allocation: what that measured; empty before it ran.
         keep: of the parameters of the linears; None where goals are patterns or of a plan. Until ranks are chosen, goals are 1.
         ranks, rank_options: what gives every linear a rank; None without `keep`.
-        gradients: Gram matrices of the gradients at the outputs, once they are measured.
+        factored: what methods that need gradients made of their linears, once that is done.
     """
 
     reader: Reader
@@ -96,7 +101,7 @@ class Job:
     keep: Fraction | None = None
     ranks: ModuleType | None = None
     rank_options: dict[str, Any] = field(default_factory=dict)
-    gradients: GradientGrams | None = None
+    factored: Factored | None = None
 
     @property
     def every(self) -> list[Task]:
@@ -125,7 +130,7 @@ class Job:
     @property
     def needs_gradients(self) -> bool:
         """Whether a backward pass is needed."""
-        return any(factors(task.method) and task.method.NEEDS_GRADIENTS for task in self.every)
+        return any(task.needs_gradients for task in self.every)
 
     @property
     def needs_gram(self) -> bool:
@@ -197,7 +202,7 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     """Check everything cheap: names, options, output, checkpoint, pattern against every linear, dataset, lengths."""
     pattern = Pattern.parse(recipe.pattern)
     method = method_module(recipe.method)
-    options = check_options(f"method {recipe.method}", method.compress, recipe.options)
+    options = check_options(f"method {recipe.method}", options_of(method), recipe.options)
     refine = refinement(recipe.refine) if recipe.refine else None
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
     if refine and not method.REFINABLE:
@@ -319,7 +324,10 @@ def _rehearse_rank(method: ModuleType, options: dict[str, Any]) -> None:
     weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     stats = InputStats(16, gram=True)
     stats.update(weight)
-    method.compress(weight, stats, 4, *([weight @ weight.T] if method.NEEDS_GRADIENTS else []), **options)
+    if method.NEEDS_GRADIENTS:
+        method.decompose(weight, 4, stats.gram, weight @ weight.T, **options)
+    else:
+        method.compress(weight, stats, 4, **options)
 
 
 def _sequence_length(asked: int, limit: int | None) -> int:

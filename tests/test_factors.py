@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.curvature import Factored, marginals
 from compressor.errors import NumericalError, UsageError
 from compressor.formats.lowrank import LowRank
-from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, svd, svd_llm
+from compressor.gradients import Taps
+from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, options_of, svd, svd_llm
 from compressor.methods.factor import root
 from compressor.ranks import Spectrum, allocator, largest_rank, parameters, step, threshold, uniform, welore
 from compressor.stats import InputStats
@@ -54,14 +56,54 @@ def test_two_sided_error_is_the_dropped_tail(shape):
     weight, _, stats = problem(*shape)
     g = torch.randn(300, shape[0], generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, shape[0])
     gradients = g.T @ g
-    found = weight - kfac.compress(weight, stats, 9, gradients).dense()
-    left, right = root(gradients, 1e-3), root(stats.gram.double() / stats.tokens, 1e-6)
-    tail = kfac.spectrum(weight, stats, gradients)[9:].square().sum()
+    form, values = kfac.decompose(weight, 9, stats.gram, gradients)
+    found = weight - form.dense()
+    left, right = root(gradients, 1e-3), root(stats.gram.double() / stats.gram.double().trace(), 1e-6)
+    tail = values[9:].square().sum()
     assert abs((left.T @ found.double() @ right).square().sum() / tail - 1) < 1e-4
     literal = torch.linalg.svd(left.T @ weight.double() @ right)
     cut = (literal.U[:, :9] * literal.S[:9]) @ literal.Vh[:9]
     expected = torch.linalg.inv(left.T) @ cut @ torch.linalg.inv(right)
     torch.testing.assert_close(weight - found, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_marginals_are_the_partial_traces_of_the_fisher_information():
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(50, 6, generator=generator), torch.randn(50, 4, generator=generator)
+    a, b = marginals(Taps([x[:30], x[30:]], [g[:30], g[30:]]))
+    fisher = torch.zeros(4, 6, 4, 6, dtype=torch.float64)
+    for inputs, gradient in zip(x.double(), g.double(), strict=True):
+        outer = torch.outer(gradient, inputs)
+        fisher += torch.einsum("oi,pj->oipj", outer, outer)
+    torch.testing.assert_close(a.double(), torch.einsum("oioj->ij", fisher), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b.double(), torch.einsum("oipi->op", fisher), rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_of_the_loss():
+    weight, x, _ = problem(24, 40)
+    g = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    pairs = Taps([x.repeat_interleave(len(g), 0)], [g.repeat(len(x), 1)])  # every input with every gradient
+    form, values = kfac.decompose(weight, 5, *marginals(pairs), damp=1e-10, gradient_damp=1e-10)
+    change = (form.dense() - weight).double()
+    rise = torch.einsum("to,oi,ti->t", pairs.gradients[0].double(), change, pairs.inputs[0].double()).square().sum()
+    assert abs(rise / values[5:].square().sum() - 1) < 1e-3
+
+
+def test_factors_of_a_lower_rank_are_the_first_columns(tmp_path):
+    weight, _, stats = problem(24, 40)
+    form, _ = kfac.decompose(weight, 14, stats.gram, weight @ weight.T)
+    lower, _ = kfac.decompose(weight, 6, stats.gram, weight @ weight.T)
+    files = Factored(tmp_path)
+    files.keep(0, {"linear": form})
+    found = files.of("linear", 6, torch.device("cpu"))
+    torch.testing.assert_close(found.dense(), lower.dense())
+    assert found.v.shape == (6, 40)
+
+
+def test_a_linear_that_no_gradient_reaches_is_refused():
+    weight, _, stats = problem(24, 40)
+    with pytest.raises(NumericalError, match="no gradient of the loss reaches it"):
+        kfac.decompose(weight, 3, 0 * stats.gram, 0 * weight @ weight.T)
 
 
 def test_asvd_scales_columns_and_alpha_zero_is_plain():
@@ -115,8 +157,8 @@ def test_every_factorization_has_what_the_pipeline_asks_for():
         assert factors(method)
         assert allocator(method.RANKS)
         assert not method.REFINABLE
-        assert isinstance(method.NEEDS_GRADIENTS, bool)
-        assert callable(method.spectrum)
+        assert callable(method.decompose if method.NEEDS_GRADIENTS else method.spectrum)
+        assert callable(options_of(method))
 
 
 def spectra(seed, count=5):

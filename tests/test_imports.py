@@ -95,7 +95,8 @@ ALLOWED = {
     | {f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "head", "job", "model")}
     | {"compressor"},
     "compressor/curvature.py": {
-        f"compressor.{name}" for name in ("blocks", "calibration", "gradients", "job", "ratios.precise", "stats")
+        f"compressor.{name}"
+        for name in ("blocks", "calibration", "errors", "formats.lowrank", "gradients", "job", "ranks", "ratios.precise")
     },
     "compressor/ranks/": LEAVES
     | {f"compressor.{name}" for name in ("allocation", "blocks", "calibration", "curvature", "job", "trial")}

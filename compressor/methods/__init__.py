@@ -7,16 +7,23 @@
 A method that makes thin factors takes a rank in place of the pattern and has, beside these,
 
     RANKS            name of the allocator (compressor/ranks/) that is its default
-    NEEDS_GRADIENTS  `compress` takes the Gram matrix of the gradients at the outputs after the rank
+    NEEDS_GRADIENTS  False
     spectrum         singular values in its own metric, of the same arguments without the rank
+
+or, where it sees gradients, NEEDS_GRADIENTS = True and, in place of `compress` and `spectrum`,
+
+    decompose(weight, rank, inputs, outputs, *, option=default, …) -> factors and singular values, of the two marginals of
+                     compressor/curvature.py
 
 The keyword-only parameters with defaults are the method's options. Adding a method: one file here, one name below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from compressor.errors import UsageError, did_you_mean
 
@@ -30,6 +37,11 @@ def method_module(name: str) -> ModuleType:
     if name not in known:
         raise UsageError(f"unknown method {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
     return import_module(f"compressor.methods.{name}")
+
+
+def options_of(method: ModuleType) -> Callable[..., Any]:
+    """The function whose keyword-only parameters are the options of `method`."""
+    return method.decompose if factors(method) and method.NEEDS_GRADIENTS else method.compress
 
 
 def factors(method: ModuleType) -> bool:

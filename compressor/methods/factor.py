@@ -63,7 +63,14 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def truncate(weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None) -> LowRank:
-    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, factors of equal size, in the weight's dtype.
+    """The factors that `decompose` gives."""
+    return decompose(weight, rank, left, right)[0]
+
+
+def decompose(weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None) -> tuple[LowRank, Tensor]:
+    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, and all singular values of M, float64, descending.
+
+    The factors are of like size and in the weight's dtype. Their first columns are those of the nearest weight of a lower rank.
 
     Args:
         weight: `[out, in]`.
@@ -86,12 +93,12 @@ def truncate(weight: Tensor, rank: int, left: Tensor | None = None, right: Tenso
         basis, scale = _leading(squares, vectors, rank)
         u = basis if left is None else solve_triangular(left.T, basis, upper=True)
         v = (basis if left is None else left @ basis).T @ weight.double()
-        return _balanced(u, v, scale, weight.dtype)
+        return _balanced(u, v, scale, weight.dtype), squares.flip(0).clamp_min(0).sqrt()
     squares, vectors = torch.linalg.eigh(whitened.T @ whitened)
     basis, scale = _leading(squares, vectors, rank)
     u = weight.double() @ (basis if right is None else right @ basis)
     v = basis.T if right is None else solve_triangular(right, basis.T, upper=False, left=False)
-    return _balanced(u, v, 1 / scale, weight.dtype)
+    return _balanced(u, v, 1 / scale, weight.dtype), squares.flip(0).clamp_min(0).sqrt()
 
 
 def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compressor.allocation import better
 from compressor.blocks import Progress, dense_blocks
 from compressor.calibration import States
-from compressor.curvature import measure
+from compressor.curvature import factor_all
 from compressor.errors import UsageError
 from compressor.job import Job, Task
 from compressor.ranks import Ranks, Spectrum, uniform
@@ -32,23 +31,15 @@ Spectra = dict[str, Spectrum]
 def with_gradients(
     job: Job, states: States | None, device: torch.device, folder: Path, progress: Progress
 ) -> tuple[Job, Spectra | None]:
-    """The job with the gradients its methods need, spilled into `folder`, and the spectra that fell off on the way.
+    """The job with the factors of its methods that need gradients, spilled into `folder`, and the spectra that fell off.
 
-    It is repeated where a run goes on: the pass is deterministic, and its matrices are too large to keep twice.
+    It is repeated where a run goes on: the pass is deterministic, and its factors are too large to keep twice.
     """
     if not job.needs_gradients:
         return job, None
     assert states
-    spectra: Spectra = {}
-
-    def seen(task: Task, stats: InputStats, gradients: Tensor) -> None:
-        if job.keep and task.method.NEEDS_GRADIENTS:
-            weight = task.linear.read(job.reader).to(device)
-            values = task.method.spectrum(weight, stats, gradients, **task.options)
-            spectra[task.linear.name] = Spectrum(task.linear.shape, values.cpu())
-
-    scratch = Path(tempfile.mkdtemp(prefix="gradients-", dir=folder))
-    return replace(job, gradients=measure(job, states, device, scratch, progress, seen)), spectra
+    factored, spectra = factor_all(job, states, device, Path(tempfile.mkdtemp(prefix="factors-", dir=folder)), progress)
+    return replace(job, factored=factored), spectra
 
 
 def allocate(job: Job, states: States | None, spectra: Spectra | None, device: torch.device, progress: Progress) -> Job:
