@@ -1,5 +1,7 @@
 """Quality on really trained models: perplexities equal those of an independent implementation of the formulas."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -39,6 +41,17 @@ def test_quality_equals_the_reference(method, pattern, canaries, tmp_path):
     prune(Recipe(str(canaries / "models" / "babyllama105"), method=method, pattern=pattern, dataset=calibration), tmp_path / "out")
     *expected, tolerance = CASES[method, pattern]
     assert scores(tmp_path / "out", canaries) == pytest.approx(expected, rel=tolerance)
+
+
+def test_factors_that_see_gradients_halve_the_rise_of_the_loss(canaries, tmp_path):
+    """At half the parameters, beside SVD-LLM, on TinyStories; benchmarks/lowrank.py has the whole table."""
+    calibration = str(canaries / "data" / "canary" / "babyllama105-calib.jsonl")
+    found = {}
+    for method in ("svd_llm", "kfac"):
+        recipe = Recipe(str(canaries / "models" / "babyllama105"), method=method, keep="50%", dataset=calibration)
+        prune(recipe, tmp_path / method)
+        found[method] = math.log(scores(tmp_path / method, canaries)[1] / DENSE[1])
+    assert found["kfac"] <= found["svd_llm"] / 2
 
 
 @pytest.mark.parametrize("name", ["babyllama105", "stories260K", "books-1m"])
