@@ -1,5 +1,6 @@
 """Processes that share a run give the bytes that one process gives; one that dies leaves what the others can go on from."""
 
+import errno
 import os
 import re
 import shutil
@@ -15,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor import blocks, pipeline, plan
+from compressor import blocks, memory, pipeline, plan
 from compressor.distributed import Group
 from compressor.errors import CompressError, NumericalError
-from compressor.journal import work_path
+from compressor.journal import Journal, work_path
 from compressor.recipe import Recipe
 from tests.test_experts import never_route
 from tests.test_resume import contents, kill_me
@@ -91,6 +92,16 @@ def test_two_processes_write_the_bytes_of_one(recipe, tmp_path, case):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_two_processes_with_too_little_memory_write_the_bytes_of_one(monkeypatch, recipe, tmp_path):
+    job = recipe("sparsegpt")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_left", lambda job, device, limit: 100)  # hidden states on disk, Gram matrices one by one
+        codes, said = in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "two", max_memory="100GB"))
+    assert codes == [0, 0], said
+    pipeline.prune(job, tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_factors_of_a_plan_are_made_by_several_processes(recipe, tmp_path):
     job = replace(recipe("kfac"), keep="", plan=str(tmp_path / "plan.toml"))
     planned = pipeline.make_plan(recipe("kfac"))
@@ -124,6 +135,26 @@ def test_an_error_of_the_first_process_is_one_in_all(monkeypatch, recipe, tmp_pa
     monkeypatch.setattr(pipeline, "allocate", refused)
     job = recipe("ratios")
     assert in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "out")) == ([3, 3], ["no goals", "no goals"])
+
+
+def test_a_disk_that_is_full_ends_all_and_can_be_resumed(monkeypatch, recipe, tmp_path):
+    job, output = recipe("wanda"), tmp_path / "out"
+
+    def full(journal, block):
+        if len(journal.blocks):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(journal, block)
+
+    real = Journal.record
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "record", full)
+        codes, said = in_processes(2, lambda rank: pipeline.prune(job, output))
+    assert codes == [3, 3]
+    assert "No space left on device; make room or mend it, then: 1 blocks of" in said[0]
+    codes, said = in_processes(2, lambda rank: pipeline.prune(job, output))
+    assert codes == [0, 0], said
+    pipeline.prune(job, tmp_path / "one")
+    assert contents(output) == contents(tmp_path / "one")
 
 
 @given(st.lists(st.integers(1, 1000), max_size=20), st.integers(1, 5))
