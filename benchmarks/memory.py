@@ -3,7 +3,7 @@
     python benchmarks/memory.py                    # 22 blocks, the shape of TinyLlama, 2.2 GB
     python benchmarks/memory.py --blocks 4 8 16 32 --csv memory.csv
     python benchmarks/memory.py --blocks 4 --samples 2 4 8 16 --seq-len 256
-    python benchmarks/memory.py --blocks 1 --experts 32 --method sparsegpt --max-memory 100GB 1.8GB    # Gram matrices in groups
+    python benchmarks/memory.py --blocks 1 --experts 32 --expert-tokens routed --method sparsegpt --max-memory 100GB 1.8GB
     python benchmarks/memory.py --ratios ecoflap --seq-len 512    # compress plan instead: the pass that takes gradients
 
 Makes a random checkpoint of each depth (shard by shard, so that making it needs little memory too), prunes it in a process
@@ -101,6 +101,7 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
         ids.write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
         verb = ["plan", "--ratios", arguments.ratios, "--pattern", "50%"] if arguments.ratios else ["prune"]
         command = [sys.executable, "-m", "compressor", *verb, str(model), "-o", str(Path(scratch) / "out")]
+        command += ["--expert-tokens", arguments.expert_tokens] if arguments.experts else []
         command += ["--method", arguments.method, *(["--max-memory", limit] if limit else [])]
         command += ["--dataset", str(ids), "--num-samples", str(samples), "--seq-len", str(arguments.seq_len), "-q"]
         peak, seconds = watch([*command, "--device", "cpu"])
@@ -120,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[22])
     parser.add_argument("--experts", type=int, default=0, help="of each block: a mixture instead of a dense model")
+    parser.add_argument("--expert-tokens", default="all")
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--ratios", default="", help="measure `compress plan --pattern 50%%` with these ratios instead of prune")
     parser.add_argument("--samples", type=int, nargs="+", default=[2])

@@ -9,7 +9,7 @@ linears are taken group by group, with a pass through the block, still dense, fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.hidden import advance
 from compressor.job import Job, Task
-from compressor.memory import in_groups
+from compressor.memory import gram_bytes, in_groups
 from compressor.refine.tune import tune
 from compressor.report import BlockRow
 from compressor.stats import InputStats, collecting, output_error
@@ -139,7 +139,8 @@ def _compress_block(
     observe = partial(_observe, job, block, states, arguments, device, group if job.splits_batches else ALONE, exact)
     owners = group.owners([_cost(job, task) for task in tasks])
     own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
-    made = group.shared(owners, _made(job, tasks, own, observe, inputs, device), device)
+    groups = _groups(job, own, block, states, arguments) if states else [own]
+    made = group.shared(owners, _made(job, tasks, groups, observe, inputs, device), device)
     for number, (task, (form, seen)) in enumerate(zip(tasks, made, strict=True)):
         if job.tune:
             forms[task.linear.name] = form
@@ -165,20 +166,34 @@ def _cost(job: Job, task: Task) -> int:
     return rows * columns ** (2 if job.needs_gram else 1)
 
 
+def _groups(job: Job, own: list[Task], block: nn.Module, states: States, arguments: Any) -> list[list[Task]]:
+    """The linears `own` of this process, in the groups that are observed together."""
+    room = job.gram_room
+    if not job.needs_gram or room is None or sum(map(gram_bytes, own)) <= room:
+        return [own]
+    with _routing(job, block), collecting({task.linear.name: task.linear.module for task in own}) as stats:
+        calibration.run(block, states.hidden[0], arguments)  # which of them read the same tensor
+    return in_groups(own, room, {name: id(inputs) for name, inputs in stats.items()})
+
+
+def _routing(job: Job, block: nn.Module) -> AbstractContextManager[None]:
+    """Which tokens reach the experts of `block` while they are observed."""
+    return seeing_all_tokens(block) if job.all_tokens else nullcontext()
+
+
 def _made(
     job: Job,
     tasks: list[Task],
-    own: list[Task],
+    groups: list[list[Task]],
     observe: Callable[[list[Task]], dict[str, InputStats]],
     inputs: dict[str, InputStats],
     device: torch.device,
 ) -> Iterator[Made]:
-    """What becomes of each of `own`, the linears of this process; before the tuning, where there is one.
+    """What becomes of each linear of this process, in `groups`; before the tuning, where there is one.
 
-    One by one, or all at the end where they are observed group by group: the block has to stay dense so long.
+    One by one, or all at the end where there are several groups: the block has to stay dense while they are observed.
     `inputs` gets the statistics that are still of use, without their Gram matrices.
     """
-    groups = in_groups(own, job.gram_room) if job.needs_gram else [own]
     waiting: list[Made] = []
     for part in groups:
         stats = observe(tasks if job.splits_batches else part)
@@ -217,8 +232,7 @@ def _observe(
     if states is None:
         return {}
     modules, parts = {task.linear.name: task.linear.module for task in tasks}, group.size > 1
-    everything = seeing_all_tokens(block) if job.all_tokens else nullcontext()
-    with everything, collecting(modules, gram=job.needs_gram, parts=parts) as stats:
+    with _routing(job, block), collecting(modules, gram=job.needs_gram, parts=parts) as stats:
         for number, hidden in enumerate(states.hidden):
             output = calibration.run(block, hidden, arguments)
             if number == len(exact) and number + states.offset < _ERROR_BATCHES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,19 +84,25 @@ def gram_room(job: Job, device: torch.device, limit: str) -> int:
     return max(0, _left(job, device, limit)) if limit else _free() // 2
 
 
-def in_groups(tasks: Sequence[Task], room: int | None) -> list[list[Task]]:
+def in_groups(tasks: Sequence[Task], room: int, inputs: Mapping[str, int]) -> list[list[Task]]:
     """The tasks in order, so many together that their statistics stay within `room` bytes; one at least.
 
-    Linears that read one tensor share theirs: what they take is less than what is counted here.
+    Args:
+        tasks: of one block.
+        room: for the statistics of a group.
+        inputs: by name, what a linear reads: those with the same number share their statistics; the others have their own.
     """
     groups: list[list[Task]] = [[]]
-    taken = 0
+    taken, seen = 0, set()
     for task in tasks:
-        taken += gram_bytes(task)
-        if room is not None and taken > room and groups[-1]:
+        read = inputs.get(task.linear.name, task.linear.name)
+        more = 0 if read in seen else gram_bytes(task)
+        if more and taken + more > room and groups[-1]:
             groups.append([])
-            taken = gram_bytes(task)
+            taken, seen = 0, set()
         groups[-1].append(task)
+        taken += more
+        seen.add(read)
     return groups
 
 
