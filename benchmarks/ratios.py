@@ -129,7 +129,7 @@ def score(case: Case, job: Job) -> float:
     original = {task.linear.name: parameters[task.linear.name].data for task in case.job.every}
     states = case.states.first(len(case.states.hidden))
 
-    def store(task: Any, weight: Tensor, form: Any, stats: Any) -> None:
+    def store(task: Any, form: Any, seen: Any) -> None:
         parameters[task.linear.name].data = form.dense().float()
 
     for _ in compress_blocks(job, states, CPU, store, silent):

@@ -92,7 +92,7 @@ def prune(
         ignore: globs over the names of linears that stay dense.
         trust_remote_code: run Python code that the checkpoint brings; default False.
         device: "auto", "cpu", "cuda", "cuda:1", …
-        max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk.
+        max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk, Gram matrices are built in groups.
         progress: called after each step, see `compressor.blocks.Progress`.
 
     Returns:

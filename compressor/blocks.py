@@ -2,13 +2,16 @@
 
 For each block: load it, run the calibration states through it and collect statistics, compress its linears, tune it if
 asked, run the states through the compressed block to get the inputs of the next, free it.
-Peak memory is one block, the calibration states and the statistics of one block.
+Peak memory is one block, the calibration states and the statistics of one block; where its Gram matrices would not fit, the
+linears are taken group by group, with a pass through the block, still dense, for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,14 +27,34 @@ from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.hidden import advance
 from compressor.job import Job, Task
+from compressor.memory import gram_bytes, in_groups
 from compressor.refine.tune import tune
 from compressor.report import BlockRow
-from compressor.stats import InputStats, collecting
+from compressor.stats import InputStats, collecting, output_error
 
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
 
-Store = Callable[[Task, Tensor, Form, InputStats | None], None]
-"""Told of each finished linear: its task, the weight it had, the form it has now, the statistics of its inputs."""
+
+@dataclass(frozen=True)
+class Seen:
+    """What the calibration showed of a linear.
+
+    Attributes:
+        tokens: of its input.
+        error: of its output, as `output_error` measures it.
+        note: what the report says of its input, if anything.
+    """
+
+    tokens: int
+    error: float
+    note: str
+
+
+Made = tuple[Form, Seen | None]
+"""What became of a linear; nothing was seen where there is no calibration."""
+
+Store = Callable[[Task, Form, Seen | None], None]
+"""Told of each finished linear: its task, the form it has now, what the calibration showed of it."""
 
 
 Losses = tuple[float, float]
@@ -108,41 +131,111 @@ def _compress_block(
     """Compress one block; returns the relative squared error of its output, None without calibration."""
     block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
     arguments = states.arguments[index] if states else ((), {})
-    stats, exact = _observe(job, tasks, block, states, arguments, device, group) if states else ({}, [])
     if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
         advance(states.dense, lambda _, hidden: calibration.run(block, hidden, arguments))
+    exact: list[Tensor] = []
+    inputs: dict[str, InputStats] = {}
     forms: dict[str, Form] = {}  # those of a block that is still to be tuned
-    for number, (task, weight, form) in enumerate(_forms(job, tasks, stats, device, group)):
+    observe = partial(_observe, job, block, states, arguments, device, group if job.splits_batches else ALONE, exact)
+    owners = group.owners([_cost(job, task) for task in tasks])
+    own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
+    groups = _groups(job, own, block, states, arguments) if states else [own]
+    made = group.shared(owners, _made(job, tasks, groups, observe, inputs, device), device)
+    for number, (task, (form, seen)) in enumerate(zip(tasks, made, strict=True)):
         if job.tune:
             forms[task.linear.name] = form
         else:
             task.linear.set(form.dense())
-            if weight is not None:
-                store(task, weight, form, stats.get(task.linear.name))
+            if group.first:
+                store(task, form, seen)
         progress("linears", number + 1, len(tasks), linear=task.linear.name, losses=getattr(form, "losses", None))
     if states and job.tune:
         forms = _tune(job, index, tasks, block, forms, states, arguments)
         for task in tasks:
-            weight = task.linear.read(job.reader).to(device)
             form = _packed(job, task, forms[task.linear.name])
             task.linear.set(form.dense())  # compute with what is stored from now on
-            store(task, weight, form, stats.get(task.linear.name))
-    error = _advance(block, states, arguments, exact, group) if states else None
+            store(task, form, _seen(task.linear.read(job.reader).to(device), form, inputs.get(task.linear.name)))
+    error = _advance(job, block, states, arguments, exact, group) if states else None
     job.skeleton.free_block(index)
     return error
 
 
+def _cost(job: Job, task: Task) -> int:
+    """About what compressing a linear takes, to share the linears out among processes."""
+    rows, columns = task.linear.shape
+    return rows * columns ** (2 if job.needs_gram else 1)
+
+
+def _groups(job: Job, own: list[Task], block: nn.Module, states: States, arguments: Any) -> list[list[Task]]:
+    """The linears `own` of this process, in the groups that are observed together."""
+    room = job.gram_room
+    if not job.needs_gram or room is None or sum(map(gram_bytes, own)) <= room:
+        return [own]
+    with _routing(job, block), collecting({task.linear.name: task.linear.module for task in own}) as stats:
+        calibration.run(block, states.hidden[0], arguments)  # which of them read the same tensor
+    return in_groups(own, room, {name: id(inputs) for name, inputs in stats.items()})
+
+
+def _routing(job: Job, block: nn.Module) -> AbstractContextManager[None]:
+    """Which tokens reach the experts of `block` while they are observed."""
+    return seeing_all_tokens(block) if job.all_tokens else nullcontext()
+
+
+def _made(
+    job: Job,
+    tasks: list[Task],
+    groups: list[list[Task]],
+    observe: Callable[[list[Task]], dict[str, InputStats]],
+    inputs: dict[str, InputStats],
+    device: torch.device,
+) -> Iterator[Made]:
+    """What becomes of each linear of this process, in `groups`; before the tuning, where there is one.
+
+    One by one, or all at the end where there are several groups: the block has to stay dense while they are observed.
+    `inputs` gets the statistics that are still of use, without their Gram matrices.
+    """
+    waiting: list[Made] = []
+    for part in groups:
+        stats = observe(tasks if job.splits_batches else part)
+        for task in part:
+            weight = task.linear.read(job.reader).to(device)
+            form, seen = _compress(job, task, weight, stats.get(task.linear.name)), None
+            if not job.tune:
+                form = _packed(job, task, form)
+                seen = _seen(weight, form, stats.get(task.linear.name))
+            if len(groups) == 1:
+                yield form, seen
+            else:
+                waiting.append((form, seen))
+        for used in stats.values():
+            used.gram = None
+        if job.tune:
+            inputs |= stats
+    yield from waiting
+
+
+def _seen(weight: Tensor, form: Form, stats: InputStats | None) -> Seen | None:
+    return Seen(stats.tokens, output_error(weight, form.dense(), stats), stats.note) if stats else None
+
+
 def _observe(
-    job: Job, tasks: list[Task], block: nn.Module, states: States, arguments: Any, device: torch.device, group: Group
-) -> tuple[dict[str, InputStats], list[Tensor]]:
-    """Statistics of the inputs of every task's linear, by name, and the outputs of the dense block on the first batches."""
-    exact: list[Tensor] = []
+    job: Job,
+    block: nn.Module,
+    states: States | None,
+    arguments: Any,
+    device: torch.device,
+    group: Group,
+    exact: list[Tensor],
+    tasks: list[Task],
+) -> dict[str, InputStats]:
+    """Statistics of the inputs of the tasks' linears, by name; the first call adds the outputs of the first batches to `exact`."""
+    if states is None:
+        return {}
     modules, parts = {task.linear.name: task.linear.module for task in tasks}, group.size > 1
-    everything = seeing_all_tokens(block) if job.all_tokens else nullcontext()
-    with everything, collecting(modules, gram=job.needs_gram, parts=parts) as stats:
-        for number, hidden in enumerate(states.hidden, states.offset):
+    with _routing(job, block), collecting(modules, gram=job.needs_gram, parts=parts) as stats:
+        for number, hidden in enumerate(states.hidden):
             output = calibration.run(block, hidden, arguments)
-            if number < _ERROR_BATCHES:
+            if number == len(exact) and number + states.offset < _ERROR_BATCHES:
                 exact.append(output)
     stats = group.merged(stats, device)
     idle = {task.linear.name: task.linear.module for task in tasks if task.linear.experts and task.linear.name not in stats}
@@ -154,27 +247,7 @@ def _observe(
         for inputs in more.values():
             inputs.note = "no token was routed to it: calibrated on all tokens"
         stats |= more
-    return stats, exact
-
-
-def _forms(
-    job: Job, tasks: list[Task], stats: Mapping[str, InputStats], device: torch.device, group: Group
-) -> Iterator[tuple[Task, Tensor | None, Form]]:
-    """Each linear in turn, the weight it has (in the process that writes), and the form that one of them made of it."""
-
-    def make(task: Task, weight: Tensor) -> Form:
-        form = _compress(job, task, weight, stats.get(task.linear.name))
-        return form if job.tune else _packed(job, task, form)
-
-    if group.size == 1:
-        for task in tasks:
-            weight = task.linear.read(job.reader).to(device)
-            yield task, weight, make(task, weight)
-        return
-    costs = [task.linear.shape[0] * task.linear.shape[1] ** (2 if job.needs_gram else 1) for task in tasks]
-    shared = group.shared(costs, lambda number: make(tasks[number], tasks[number].linear.read(job.reader).to(device)), device)
-    for task, form in zip(tasks, shared, strict=True):
-        yield task, task.linear.read(job.reader).to(device) if group.first else None, form
+    return stats
 
 
 def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
@@ -221,7 +294,7 @@ def _tune(
     return tuned
 
 
-def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor], group: Group) -> float:
+def _advance(job: Job, block: nn.Module, states: States, arguments: Any, exact: list[Tensor], group: Group) -> float:
     """Run the states through the compressed block, in place; returns the error against the `exact` outputs."""
     errors: list[tuple[float, float]] = []
 
@@ -233,5 +306,5 @@ def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tenso
         return output
 
     advance(states.hidden, step)
-    everywhere = group.joined(errors)
+    everywhere = group.joined(errors) if job.splits_batches else errors
     return sum(difference for difference, _ in everywhere) / max(sum(total for _, total in everywhere), 1e-300)

@@ -2,16 +2,18 @@
 
     torchrun --nproc-per-node 2 -m compressor prune org/model -o out
 
-The batches of the calibration are split over the processes, in order. Means and variances are exchanged per batch and
-merged again in the order of the batches: they have the bits that one process gives them, so methods that use no more
-(magnitude, Wanda, DSnoT) write the same bytes. Gram matrices are summed process by process, in order: the same to rounding.
-The linears of a block are then spread over the processes by cost; each result is sent to all, and the first one writes.
+For methods that use means and variances only (magnitude, Wanda, DSnoT) the batches of the calibration are split over the
+processes, in order: these are exchanged per batch and merged again in the order of the batches. Gram matrices are never
+exchanged: for methods that use them each process runs all batches and builds those of the linears that are its own. Both
+give the statistics the bits that one process gives them, so the output is the same.
+The linears of a block are spread over the processes by cost; each result is sent to all, and the first one writes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -21,9 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compressor.errors import CompressError, ProcessError, UsageError
+from compressor.errors import CompressError, OutputError, ProcessError, UsageError
 from compressor.formats import Form, form_class
 from compressor.stats import InputStats
+
+Made = tuple[Form, Any]
+"""A form, and whatever belongs beside it and can be pickled."""
 
 _PATIENCE = timedelta(days=1)  # a process may wait long for the slowest linear; that one has died is noticed at once
 
@@ -49,15 +54,25 @@ class Group:
         return slice(batches * self.rank // self.size, batches * (self.rank + 1) // self.size)
 
     def agreed(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """What `make(*arguments)` gives in the first process; it is not called in the others."""
-        return self._gathered(make(*arguments) if self.first else None)[0]
+        """What `make(*arguments)` gives in the first process; it is not called in the others. An error there is one in all."""
+        if self.size == 1:
+            return make(*arguments)
+        made, error = None, None
+        try:
+            made = make(*arguments) if self.first else None
+        except (CompressError, OSError) as raised:
+            error = raised
+        made, told = self._gathered((made, OutputError(str(error)) if isinstance(error, OSError) else error))[0]
+        if told:
+            raise error or told
+        return made
 
     def joined(self, items: Sequence[Any]) -> list[Any]:
         """The items of all processes, in order."""
         return [item for part in self._gathered(list(items)) for item in part]
 
     def merged(self, stats: dict[str, InputStats], device: torch.device) -> dict[str, InputStats]:
-        """Statistics of all batches, on `device`, from those of each process; the names are those of linears."""
+        """Moments over all batches, on `device`, from those of each process; the names are those of linears."""
         if self.size == 1:
             return stats
         distinct = list({id(own): own for own in stats.values()}.values())
@@ -68,65 +83,60 @@ class Group:
         merged: dict[tuple[int | None, ...], InputStats] = {}
         found = {}
         for name in sorted({name for names in everywhere for name in names}):
-            key = tuple(names.get(name) for names in everywhere)
+            key = tuple(names.get(name) for names in everywhere)  # its number in each process, None in one that saw no token of it
             if key not in merged:
-                own = distinct[index[id(stats[name])]] if name in stats else None
-                merged[key] = self._merged(key, own, parts, samples, device)
+                there = [(rank, number) for rank, number in enumerate(key) if number is not None]
+                merged[key] = total = InputStats(samples[there[0][0]][there[0][1]].shape[1], device=device)
+                for rank, number in there:
+                    total.add_sample(samples[rank][number].to(device))
+                    for tokens, mean, variance in parts[rank][number]:
+                        total.merge(tokens, mean.to(device), variance.to(device))
             found[name] = merged[key]
         return found
 
-    def _merged(
-        self,
-        key: tuple[int | None, ...],
-        own: InputStats | None,
-        parts: list[list[Any]],
-        samples: list[list[Tensor]],
-        device: torch.device,
-    ) -> InputStats:
-        """One of them; `key` has its number in each process, None in one that saw none of its tokens."""
-        width = next(samples[rank][number].shape[1] for rank, number in enumerate(key) if number is not None)
-        wants = any(self._gathered(own is not None and own.gram is not None))
-        total = InputStats(width, gram=wants, device=device)
-        for rank, number in enumerate(key):
-            if number is None:
-                continue
-            total.add_sample(samples[rank][number].to(device))
-            for tokens, mean, variance in parts[rank][number]:
-                total.merge(tokens, mean.to(device), variance.to(device))
-            if total.gram is not None:
-                mine = own.gram if own is not None and rank == self.rank else torch.empty_like(total.gram)
-                assert mine is not None
-                total.gram += self._broadcast(mine, rank)
-        return total
-
-    def shared(self, costs: Sequence[int], make: Callable[[int], Form], device: torch.device) -> Iterator[Form]:
-        """`make(0)`, `make(1)`, … in turn, each made by one process, the dearest first; an error in one is one in all."""
-        owners, load = {}, [0] * self.size
+    def owners(self, costs: Sequence[int]) -> list[int]:
+        """Which process makes each of things that cost so much: the dearest first, each to the one that has least to do."""
+        owners, load = [0] * len(costs), [0] * self.size
         for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
             owners[number] = load.index(min(load))
             load[owners[number]] += costs[number]
-        made: dict[int, Form] = {}
+        return owners
+
+    def shared(self, owners: Sequence[int], made: Iterable[Made], device: torch.device) -> Iterator[Made]:
+        """All things in turn, from those that each process makes itself; an error in one process is one in all.
+
+        Args:
+            owners: which process makes each.
+            made: this process's own, in order; alone, they are not asked for before their turn.
+            device: where they are wanted.
+        """
+        if self.size == 1:
+            yield from made
+            return
+        own: list[Made] = []
         error: CompressError | None = None
         try:
-            made = {number: make(number) for number in range(len(costs)) if owners[number] == self.rank}
+            own = list(made)
         except CompressError as raised:
             error = raised
         if failed := next((raised for raised in self._gathered(error) if raised is not None), None):
             raise failed
-        for number in range(len(costs)):
-            yield self._sent(made.pop(number, None), owners[number], device)
+        own.reverse()
+        for owner in owners:
+            yield self._sent(own.pop() if owner == self.rank else (None, None), owner, device)
 
-    def _sent(self, form: Form | None, owner: int, device: torch.device) -> Form:
+    def _sent(self, made: tuple[Form | None, Any], owner: int, device: torch.device) -> Made:
+        form, beside = made
         packed = form.pack() if form else {}
         kinds = [(suffix, tensor.shape, tensor.dtype) for suffix, tensor in packed.items()]
         said = {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
-        name, kinds, said = self._gathered((form.FORMAT, kinds, said) if form else None)[owner]
+        name, kinds, said, beside = self._gathered((form.FORMAT, kinds, said, beside) if form else None)[owner]
         tensors = {}
         for suffix, shape, dtype in kinds:
             tensor = packed[suffix].contiguous() if form else torch.empty(shape, dtype=dtype, device=device)
             self._broadcast(tensor.view(-1).view(torch.uint8), owner)  # as bytes: not every backend sends int16
             tensors[suffix] = tensor
-        return form or replace(cast(Any, form_class(name).unpack(tensors)), **said)
+        return form or replace(cast(Any, form_class(name).unpack(tensors)), **said), beside
 
     def _gathered(self, value: Any) -> list[Any]:
         """`value` of every process, in order."""
@@ -178,4 +188,5 @@ def _noticing() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ProcessError(f"another process of this run is gone: {' '.join(str(error).split())[:120]}") from None
+        said = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).split(". ")[0]
+        raise ProcessError(f"another process of this run is gone: {said[:120]}") from None

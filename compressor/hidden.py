@@ -93,15 +93,15 @@ class Batches(Sequence[Tensor]):
             os.fsync(file.fileno())
         shape, dtype = self._kind
         return {
-            "generation": self._generation, "batches": self._count, "shape": list(shape),
+            "name": self.name, "generation": self._generation, "batches": self._count, "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."), "sha256": self._digest.hexdigest(),
         }  # fmt: skip
 
     def load(self, folder: Path, saved: dict[str, Any]) -> None:
-        """Become what `save` wrote. Raises OutputError where the file is not that."""
+        """Become what `save` wrote, of these or others. Raises OutputError where the file is not that."""
         self._generation, self._count = saved["generation"], saved["batches"]
         self._kind = (torch.Size(saved["shape"]), getattr(torch, saved["dtype"]))
-        self._file, self._held, self._digest = self._path(folder), [], hashlib.sha256()
+        self._file, self._held, self._digest = self._path(folder, saved["name"]), [], hashlib.sha256()
         try:
             whole = self._file.stat().st_size == self._count * self._nbytes()
             for number in range(self._count if whole else 0):
@@ -122,9 +122,9 @@ class Batches(Sequence[Tensor]):
             if path != self._file:
                 path.unlink()
 
-    def _path(self, folder: Path | None = None) -> Path:
+    def _path(self, folder: Path | None = None, name: str = "") -> Path:
         folder = folder or (self.home if isinstance(self.home, Path) else Path())
-        return folder / f"{self.name}-{self._generation:05}"
+        return folder / f"{name or self.name}-{self._generation:05}"
 
     def _nbytes(self) -> int:
         assert self._kind is not None

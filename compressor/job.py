@@ -81,6 +81,7 @@ class Job:
         keep: of the parameters of the linears; None where goals are patterns or of a plan. Until ranks are chosen, goals are 1.
         ranks, rank_options: what gives every linear a rank; None without `keep`.
         factored: what methods that need gradients made of their linears, once that is done.
+        gram_room: bytes that the Gram matrices of a block may take together; None for as many as there are.
     """
 
     reader: Reader
@@ -102,6 +103,7 @@ class Job:
     ranks: ModuleType | None = None
     rank_options: dict[str, Any] = field(default_factory=dict)
     factored: Factored | None = None
+    gram_room: int | None = None
 
     @property
     def every(self) -> list[Task]:
@@ -136,6 +138,14 @@ class Job:
     def needs_gram(self) -> bool:
         """Whether the statistics need the Gram matrix."""
         return any(task.method.NEEDS_GRAM for task in self.every) or (self.refine is not None and self.refine.NEEDS_GRAM)
+
+    @property
+    def splits_batches(self) -> bool:
+        """Whether processes that share the run each take a part of the calibration; else each takes all of it.
+
+        Gram matrices are built by one process each, in the order of the batches: sums of sums have other bits.
+        """
+        return not (self.needs_gram or self.measures)
 
     def packs(self, task: Task) -> bool:
         """Whether the pruned weight of a task is stored packed."""

@@ -4,7 +4,7 @@
     begin.json        what was asked for, and the fingerprint; without it the rest counts for nothing
     ids.json, …       results of steps that are done once
     block-00000.json  one record for each finished block, in order
-    hidden-00001.0    hidden states entering the next block
+    hidden.0-00001    hidden states entering the next block, of process 0
     spool/, folder/   the writer's: tensors of shards under way, and the folder to be
     complete.json     everything is in `folder`; it remains to give it its name
 

@@ -1,17 +1,20 @@
-"""Where hidden states rest, so that a run stays within the memory it may use."""
+"""Where hidden states rest and how many Gram matrices are alive at once, so that a run stays within the memory it may use."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
+from compressor.stats import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     import torch
 
-    from compressor.job import Job
+    from compressor.job import Job, Task
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -30,11 +33,17 @@ def hidden_bytes(job: Job, tokens: int) -> int:
     return tokens * width * job.skeleton.dtype.itemsize * (2 if job.tune else 1)
 
 
+def gram_bytes(task: Task) -> int:
+    """Bytes of the statistics of one linear's inputs, with the Gram matrix."""
+    width = task.linear.shape[1]
+    return 4 * width * (width + SAMPLE_TOKENS)
+
+
 def block_bytes(job: Job) -> int:
-    """About what work on the largest block takes: its weights, copies and temporaries of them, and Gram matrices."""
+    """About what work on the largest block takes, Gram matrices aside: its weights, copies and temporaries of them, and what
+    a method makes of one Gram matrix."""
     size = max(sum(p.numel() for p in block.parameters()) for block in job.skeleton.blocks) * job.skeleton.dtype.itemsize
-    widths = [{task.linear.shape[1] for task in tasks} for tasks in job.tasks]
-    return 3 * size + (4 * max(sum(width**2 for width in own) for own in widths) if job.needs_gram else 0)
+    return 3 * size + (4 * max(gram_bytes(task) for task in job.every) if job.needs_gram else 0)
 
 
 def choose_home(job: Job, tokens: int, device: torch.device, limit: str, folder: Path) -> torch.device | Path:
@@ -50,7 +59,6 @@ def choose_home(job: Job, tokens: int, device: torch.device, limit: str, folder:
     Raises:
         UsageError: one block alone does not fit into `limit`.
     """
-    import psutil
     import torch
 
     needed = hidden_bytes(job, tokens)
@@ -58,9 +66,55 @@ def choose_home(job: Job, tokens: int, device: torch.device, limit: str, folder:
         return device
     host = torch.device("cpu")
     if not limit:
-        return host if needed < psutil.virtual_memory().available / 2 else folder
-    used = psutil.Process().memory_info().rss + (0 if device.type == "cuda" else block_bytes(job))
-    room = parse_size(limit) - used
+        return host if needed < _free() / 2 else folder
+    room = _left(job, device, limit)
     if room < 0:
-        raise UsageError(f"max-memory {limit} is too little: one block and the libraries take about {used / 1e9:.2f} GB")
-    return host if needed < room else folder
+        used = (parse_size(limit) - room) / 1e9
+        raise UsageError(f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} GB")
+    grams = max(sum(map(gram_bytes, tasks)) for tasks in job.tasks) if job.needs_gram and device.type != "cuda" else 0
+    return host if needed + grams < room else folder
+
+
+def gram_room(job: Job, device: torch.device, limit: str) -> int:
+    """Bytes that the Gram matrices of a block may take together: what `limit` leaves, or half of what is free on the device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return max(0, _left(job, device, limit)) if limit else _free() // 2
+
+
+def in_groups(tasks: Sequence[Task], room: int, inputs: Mapping[str, int]) -> list[list[Task]]:
+    """The tasks in order, so many together that their statistics stay within `room` bytes; one at least.
+
+    Args:
+        tasks: of one block.
+        room: for the statistics of a group.
+        inputs: by name, what a linear reads: those with the same number share their statistics; the others have their own.
+    """
+    groups: list[list[Task]] = [[]]
+    taken, seen = 0, set()
+    for task in tasks:
+        read = inputs.get(task.linear.name, task.linear.name)
+        more = 0 if read in seen else gram_bytes(task)
+        if more and taken + more > room and groups[-1]:
+            groups.append([])
+            taken, seen = 0, set()
+        groups[-1].append(task)
+        taken += more
+        seen.add(read)
+    return groups
+
+
+def _left(job: Job, device: torch.device, limit: str) -> int:
+    """Of `limit`, what this process does not use yet, nor will for work on a block."""
+    import psutil
+
+    return parse_size(limit) - psutil.Process().memory_info().rss - (0 if device.type == "cuda" else block_bytes(job))
+
+
+def _free() -> int:
+    """Bytes free on this machine, for each of the processes that torchrun started on it."""
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressor import calibration, data, plan
 from compressor.allocation import allocate
-from compressor.blocks import Progress, Store, compress_blocks, silent
+from compressor.blocks import Progress, Seen, Store, compress_blocks, silent
 from compressor.calibration import States, batch_size
 from compressor.checkpoint import Reader
 from compressor.distributed import Group, local_device, processes
@@ -34,13 +34,13 @@ from compressor.hidden import Batches
 from compressor.job import Job, Task, make_job
 from compressor.journal import Journal, work_path
 from compressor.layout import compressed_config, module_entry
-from compressor.memory import choose_home, parse_size
+from compressor.memory import choose_home, gram_room, parse_size
+from compressor.model import WEIGHT_DTYPES
 from compressor.pattern import Pattern
 from compressor.ranks import Spectrum
 from compressor.ranks import allocate as ranks
 from compressor.recipe import Recipe
 from compressor.report import BlockRow, LinearRow, Report, peak_memory
-from compressor.stats import InputStats, output_error
 from compressor.writer import Writer, side_files
 
 
@@ -60,8 +60,6 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str
         job = make_job(recipe, output)
         if job.tune and group.size > 1:
             raise UsageError("--tune trains on all samples at once, in one process: start it without torchrun")
-        if job.measures and group.size > 1:
-            raise UsageError("goals are measured in one process: write them with `compress plan`, then give the file with --plan")
         recipe = replace(recipe, seq_len=job.seq_len, **job.checked_options)
         settings = {"recipe": asdict(recipe), "device": device, "max_memory": max_memory, "folder": os.getcwd()}
         others = side_files(job.reader.folder, code=recipe.trust_remote_code)
@@ -87,19 +85,22 @@ def _prune(
     recipe = replace(recipe, plan=plan.FILE if recipe.plan else "")
     report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
     states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
-    job, spectra = ranks.with_gradients(job, states, device, work, progress)
+    job = replace(job, gram_room=gram_room(job, device, max_memory) if job.needs_gram else None)
+    job, spectra = _with_gradients(job, states, device, work, group, progress)
     job = _allocate(job, states, spectra, device, journal, group, progress)
     report.left_dense, report.allocation = job.left_dense, job.allocation
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
     done, saved = group.agreed(_restore, journal, writer, report)
-    if states and saved and saved[group.rank]:  # nothing is saved after the last block
-        states.load(work, saved[group.rank])
+    mine = saved[group.rank if job.splits_batches else 0] if saved else None
+    if states and mine:  # nothing is saved after the last block
+        states.load(work, mine)
     begun, spent = time.perf_counter(), 0.0
     progress("blocks", done, len(job.tasks))
     for row in compress_blocks(job, states, device, _storing(job, writer, report), progress, first=done, group=group):
         computed = time.perf_counter()
-        saved = group.joined([states.save(work) if states and row.index + 1 < len(job.tasks) else None])
+        saves = row.index + 1 < len(job.tasks) and (group.first or job.splits_batches)
+        saved = group.joined([states.save(work) if states and saves else None])
         group.agreed(_record, journal, writer, report, row, computed - begun, saved)
         if states:
             states.forget(work)
@@ -154,6 +155,20 @@ def _publish(journal: Journal | None, writer: Writer | None, report: Report, job
     return journal.publish(_json(report.everything()))
 
 
+def _with_gradients(
+    job: Job, states: States | None, device: torch.device, work: Path, group: Group, progress: Progress
+) -> tuple[Job, dict[str, Spectrum] | None]:
+    """The job with what its methods make of gradients: the first process does it, all read it; only that one has the spectra."""
+    spectra = None
+
+    def measured() -> Any:
+        nonlocal spectra
+        found, spectra = ranks.with_gradients(job, states, device, work, progress)
+        return found.factored
+
+    return replace(job, factored=group.agreed(measured)), spectra
+
+
 def _allocate(
     job: Job,
     states: States | None,
@@ -205,10 +220,10 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
     together: dict[str, Tensor] = {}  # tensors that hold the matrices of all experts, until the last has come
     waiting = Counter(task.linear.tensor for task in job.every)
 
-    def store(task: Task, weight: Tensor, form: Form, stats: InputStats | None) -> None:
+    def store(task: Task, form: Form, seen: Seen | None) -> None:
         assert writer
-        linear, dense = task.linear, form.dense()
-        stored = {"weight": dense.T} if isinstance(form, Dense) and linear.transposed else form.pack()
+        linear = task.linear
+        stored = {"weight": form.dense().T} if isinstance(form, Dense) and linear.transposed else form.pack()
         waiting[linear.tensor] -= 1
         if linear.at is None:
             writer.replace(linear.tensor, stored)
@@ -218,7 +233,7 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
             together[linear.tensor][linear.at] = stored["weight"]
             if not waiting[linear.tensor]:
                 writer.replace(linear.tensor, {linear.tensor.rpartition(".")[2]: together.pop(linear.tensor)})
-        notes = [getattr(form, "note", ""), stats.note if stats else ""]
+        notes = [getattr(form, "note", ""), seen.note if seen else ""]
         if job.packed and isinstance(form, Dense) and job.fits_2_4(task):
             shared = "all experts share one tensor" if linear.at is not None else "other experts of the block are not packed"
             notes.append(f"zeros in place: {shared}")
@@ -228,11 +243,11 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
                 shape=list(linear.shape),
                 format=form.FORMAT,
                 sparsity=form.sparsity,
-                error=output_error(weight, dense, stats) if stats else None,
-                dense_bytes=weight.nbytes,
+                error=seen.error if seen else None,
+                dense_bytes=linear.size * WEIGHT_DTYPES[job.reader.tensors[linear.tensor].dtype].itemsize,
                 bytes=sum(tensor.nbytes for tensor in stored.values()),
                 entry=module_entry(form.entry, transposed=linear.transposed),
-                tokens=stats.tokens if stats else None,
+                tokens=seen.tokens if seen else None,
                 note="; ".join(note for note in notes if note),
                 losses=getattr(form, "losses", None),
                 pattern=str(task.goal) if isinstance(task.goal, Pattern) and task.goal.m else "",
@@ -272,11 +287,11 @@ def _calibrate(
     group: Group,
     progress: Progress,
 ) -> States:
-    """Token samples, and their hidden states entering block 0: of this process's part of the batches."""
+    """Token samples, and their hidden states entering block 0: of all batches, or of this process's part of them."""
     progress("calibration", 0, 1)
     ids = torch.tensor(group.agreed(lambda: journal and journal.once("ids", lambda: _samples(job, recipe, device).tolist())))
     size = batch_size(*ids.shape)
-    part = group.part(len(ids) // size)
+    part = group.part(len(ids) // size) if job.splits_batches else slice(0, len(ids) // size)
     home = choose_home(job, (part.stop - part.start) * size * job.seq_len, device, max_memory, work)
     states = calibration.capture(job.skeleton, ids, device, Batches(device, home, f"hidden.{group.rank}"), part)
     if job.tune:

@@ -45,7 +45,7 @@ ALLOWED = {
     "compressor/drawing.py": BASE,
     "compressor/heatmap.py": BASE | {"compressor.drawing", "compressor.job"},
     "compressor/hidden.py": BASE | {"compressor.durable"},
-    "compressor/memory.py": BASE | {"compressor.job"},
+    "compressor/memory.py": BASE | {"compressor.job", "compressor.stats"},
     "compressor/fingerprint.py": {f"compressor.{name}" for name in ("checkpoint", "durable", "recipe", "report")},
     "compressor/journal.py": BASE | {"compressor.durable", "compressor.fingerprint"},
     "compressor/writer.py": BASE
@@ -88,7 +88,10 @@ ALLOWED = {
     | {"compressor"},
     "compressor/blocks.py": LEAVES
     | FORMATS
-    | {f"compressor.{name}" for name in ("calibration", "distributed", "experts", "hidden", "job", "refine.tune", "report")}
+    | {
+        f"compressor.{name}"
+        for name in ("calibration", "distributed", "experts", "hidden", "job", "memory", "refine.tune", "report")
+    }
     | {"compressor"},
     "compressor/trial.py": {f"compressor.{name}" for name in ("blocks", "calibration", "head", "job")} | {"compressor"},
     "compressor/ratios/": LEAVES

@@ -29,7 +29,7 @@ from compressor.cli.resume import resume
 from compressor.cli.show import speaks
 from compressor.cli.unpack import unpack
 from compressor.cli.verify import verify
-from compressor.errors import CompressError, InterruptedRun
+from compressor.errors import CompressError, InterruptedRun, ProcessError
 
 app = typer.Typer(
     name="compress",
@@ -83,7 +83,8 @@ def main() -> None:
     try:
         app()
     except CompressError as error:
-        if speaks():
+        second = isinstance(error, ProcessError) and os.environ.get("RANK") == "1"  # the first may be the one that is gone
+        if speaks() or second:
             print(error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:

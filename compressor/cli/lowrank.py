@@ -9,7 +9,7 @@ import typer
 
 from compressor.cli import options
 from compressor.cli.prune import run_and_show, show_left
-from compressor.cli.show import err, out, quiet_libraries
+from compressor.cli.show import err, out, quiet_libraries, speaks
 
 _EXAMPLES = """[bold]Examples[/bold]
 
@@ -73,7 +73,7 @@ def lowrank(
         raise UsageError(f"method {merged.method} prunes: use compress prune; accepted here: {', '.join(FACTORIZATIONS)}")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to check everything")
-    if not quiet:
+    if speaks() and not quiet:
         err.print("loading libraries …", style="dim")
     quiet_libraries(verbose)
     if output is None or dry_run:

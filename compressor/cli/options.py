@@ -30,7 +30,10 @@ Ignore = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Linears 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 MaxMemory = Annotated[
     str,
-    typer.Option(help="Of the host, such as 8GB: hidden states that do not fit rest on disk.", show_default="half of what is free"),
+    typer.Option(
+        help="Of the host, such as 8GB: hidden states that do not fit rest on disk, Gram matrices are built in groups.",
+        show_default="half of what is free",
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")]
 ExpertTokens = Annotated[

@@ -106,7 +106,7 @@ def prune(
         raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
-    if not quiet:
+    if speaks() and not quiet:
         err.print("loading libraries …", style="dim")
     quiet_libraries(verbose)
     if output is None or dry_run:
@@ -120,7 +120,7 @@ def prune(
 def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool) -> None:
     """Prune and print the result; of several processes the first one speaks."""
     import compressor
-    from compressor.errors import InterruptedRun
+    from compressor.errors import InterruptedRun, ProcessError
     from compressor.journal import describe
 
     try:
@@ -129,6 +129,8 @@ def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, 
     except (KeyboardInterrupt, SystemExit) as end:
         code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
         raise InterruptedRun(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
+    except ProcessError as error:
+        raise ProcessError(f"{error}; {describe(output) or 'nothing was written'}") from None
     if not speaks():
         return
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli.prune import run_and_show
-from compressor.cli.show import err, quiet_libraries
+from compressor.cli.show import err, quiet_libraries, speaks
 from compressor.errors import CheckpointError
 
 
@@ -33,7 +33,7 @@ def resume(
     if not Path(settings["folder"]).is_dir():
         raise CheckpointError(f"the run of {output} was begun in {settings['folder']}, which is no folder any more")
     os.chdir(settings["folder"])  # names of model and text are relative to where the command was given
-    if not quiet:
+    if speaks() and not quiet:
         err.print("loading libraries …", style="dim")
     quiet_libraries(verbose)
     run_and_show(Recipe(**settings["recipe"]), output, settings["device"], settings["max_memory"], quiet=quiet, as_json=as_json)
