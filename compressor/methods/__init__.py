@@ -32,6 +32,11 @@ def method_module(name: str) -> ModuleType:
     return import_module(f"compressor.methods.{name}")
 
 
+def command(method: str) -> str:
+    """The command that runs the method of this name."""
+    return "lowrank" if method in FACTORIZATIONS else "prune"
+
+
 def factors(method: ModuleType) -> bool:
     """Whether it makes thin factors of a rank, and does not prune to a pattern."""
     return hasattr(method, "RANKS")
