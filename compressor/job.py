@@ -73,6 +73,7 @@ class Job:
         dense_fraction: of the weights, may stay dense where that helps most.
         ratio_options: of either.
         allocation: what that measured; empty before it ran.
+        spectra: what ranks were chosen from, as the report keeps it.
         keep: of the parameters of the linears; None where goals are patterns or of a plan. Until ranks are chosen, goals are 1.
         ranks, rank_options: what gives every linear a rank; None without `keep`.
         gradients: Gram matrices of the gradients at the outputs, once they are measured.
@@ -93,6 +94,7 @@ class Job:
     dense_fraction: Fraction = Fraction(0)
     ratio_options: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
     keep: Fraction | None = None
     ranks: ModuleType | None = None
     rank_options: dict[str, Any] = field(default_factory=dict)

@@ -89,7 +89,7 @@ def _prune(
     states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
     job, spectra = ranks.with_gradients(job, states, device, work, progress)
     job = _allocate(job, states, spectra, device, journal, group, progress)
-    report.left_dense, report.allocation = job.left_dense, job.allocation
+    report.left_dense, report.allocation, report.spectra = job.left_dense, job.allocation, job.spectra
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
     done, saved = group.agreed(_restore, journal, writer, report)
@@ -170,12 +170,13 @@ def _allocate(
     def choose() -> dict[str, Any]:
         found, known = _chosen(job, states, spectra, device, progress), {left.name for left in job.left_dense}
         reasons = [left.reason for left in found.left_dense if left.name not in known]
-        return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", "allocation": found.allocation}
+        facts = {"allocation": found.allocation, "spectra": found.spectra}
+        return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", **facts}
 
     chosen = group.agreed(lambda: journal and journal.once("goals", choose))
     entries, dense = tomllib.loads(chosen["plan"])["linears"], {left.name: left.reason for left in job.left_dense}
     goals = plan.fit(entries, [task.linear for task in job.every], dense)
-    return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"])
+    return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"], spectra=chosen["spectra"])
 
 
 def _chosen(job: Job, states: States | None, spectra: dict[str, Spectrum] | None, device: torch.device, progress: Progress) -> Job:

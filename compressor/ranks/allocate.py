@@ -23,6 +23,7 @@ from compressor.curvature import measure
 from compressor.errors import UsageError
 from compressor.job import Job, Task
 from compressor.ranks import Ranks, Spectrum, uniform
+from compressor.ranks.measured import measured
 from compressor.stats import InputStats
 from compressor.trial import TOKENS, Trial
 
@@ -73,13 +74,13 @@ def allocate(job: Job, states: States | None, spectra: Spectra | None, device: t
     name = job.ranks.__name__.rpartition(".")[2]
     facts: dict[str, Any] = {"by": name, "budget": budget}
     if job.ranks is uniform:
-        return _counted(replace(even, allocation=facts), shapes)
+        return _counted(replace(even, allocation=facts), spectra or shapes)
     spectra = spectra or _spectra(job, states, device, progress)
     chosen = sharing(job, job.ranks.allocate(spectra, budget, **job.rank_options))
     if not job.measures:
-        return _counted(replace(chosen, allocation=facts), shapes)
+        return _counted(replace(chosen, allocation=facts), spectra)
     assert states
-    return _counted(better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress), shapes)
+    return _counted(better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress), spectra)
 
 
 def sharing(job: Job, ranks: Ranks) -> Job:
@@ -90,7 +91,10 @@ def sharing(job: Job, ranks: Ranks) -> Job:
 
 
 def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
-    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective rank reduction)."""
+    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective rank reduction).
+
+    Where spectra were measured, and not only shapes, they are kept as well.
+    """
     goals = {task.linear.name: task.goal for task in job.every}
     ranks = {name: goal if isinstance(goal := goals.get(name), int) else None for name in linears}
     kept = sum(spectrum.parameters(ranks[name]) for name, spectrum in linears.items())
@@ -101,7 +105,8 @@ def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
         "dense_parameters": sum(spectrum.size for spectrum in linears.values()),
         "rank_reduction": removed / sum(full.values()),
     }
-    return replace(job, allocation={**job.allocation, **numbers})
+    known = {name: spectrum for name, spectrum in linears.items() if len(spectrum.values)}
+    return replace(job, allocation={**job.allocation, **numbers}, spectra=measured(known, ranks))
 
 
 def _spectra(job: Job, states: States | None, device: torch.device, progress: Progress) -> Spectra:
