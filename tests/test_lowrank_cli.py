@@ -8,6 +8,7 @@ import torch
 import compressor
 from compressor.checkpoint import Reader
 from compressor.manifest import problems
+from compressor.model import Skeleton
 from compressor.ranks import largest_rank
 
 SMALL = ("--num-samples", 8, "--seq-len", 32, "-q")
@@ -58,6 +59,28 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
 def test_the_data_free_methods_read_no_text(cli, demo_model, tmp_path):
     report = lowrank(cli, demo_model, tmp_path / "out", "self", method="welore")
     assert report["calibration_tokens"] == 0
+
+
+def test_spectra_that_ranks_were_chosen_from_are_reported(cli, demo_model, rows, tmp_path):
+    report = lowrank(cli, demo_model, tmp_path / "out", rows, "--set", "ranks.energy=0", method="welore")
+    ranks = {row["name"]: row["entry"]["rank"] for row in report["linears"]}
+    linears = {linear.name: linear for index in range(4) for linear in Skeleton(Reader(demo_model)).linears(index)}
+    assert len(report["spectra"]) == len(linears)
+    for found in report["spectra"]:
+        name = f"model.layers.{found['block']}.{found['linear']}"
+        weight = linears[name].read(Reader(demo_model)).double()
+        values = torch.linalg.svdvals(weight)
+        assert found["index"][0] == 0
+        assert found["index"][-1] == len(values) - 1
+        assert len(found["index"]) <= 48
+        torch.testing.assert_close(
+            torch.tensor(found["values"]).double(), (values / values.norm())[found["index"]], rtol=1e-3, atol=1e-8
+        )
+        assert found["rank"] == ranks.get(name)
+        assert found["largest_rank"] == largest_rank(tuple(weight.shape))
+    assert lowrank(cli, demo_model, tmp_path / "even", rows, method="svd")["spectra"] == []  # only shapes were looked at
+    cli("report", tmp_path / "out", "-o", tmp_path / "out.html")
+    assert "Singular values by linear" in (tmp_path / "out.html").read_text()
 
 
 def test_the_plan_of_a_run_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
