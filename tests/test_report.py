@@ -232,6 +232,13 @@ def test_experts_share_a_column(folder):
     assert {row.part for row in read_record(folder(found)).rows} == {f"mlp.experts.*.{part}" for part in PARTS}
 
 
+def test_a_linear_that_the_first_block_lacks_has_its_place():
+    names = ["q k o", "q k v o", "q z o", "p q"]
+    cells = {(block, part): 1.0 + block for block, parts in enumerate(names) for part in parts.split()}
+    chart = heat_map("h", "H", range(4), cells, str, "nothing")
+    assert [text.text for text in chart.svg.iter("text")][:6] == ["p", "q", "z", "k", "v", "o"]
+
+
 def test_columns_and_cells_are_to_scale():
     chart = columns("c", "C", "u", {0: 1.0, 3: 4.0}, str)
     heights = [float(bar.get("height")) for bar in chart.svg.iter("rect")]

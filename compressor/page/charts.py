@@ -8,7 +8,7 @@ whoever writes the tree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
 
@@ -60,7 +60,7 @@ def heat_map(
     missing: str,
 ) -> Chart:
     """Rows are `blocks`, columns linears, `cells` by both; `missing` says what a cell without a value is."""
-    parts = list(dict.fromkeys(part for _, part in cells))
+    parts = _in_order(cells)
     low, high = min(cells.values()), max(cells.values())
     logarithmic = low > 0 and high / low > 20
     (worst, where), (best, there) = (pick(cells, key=lambda key: cells[key]) for pick in (max, min))
@@ -180,6 +180,17 @@ def _ticks(most: float) -> list[float]:
 def _every(count: int, step: float, room: float) -> int:
     """Label every so many of `count` marks that are `step` apart, each label taking `room`; a round number."""
     return next((thin for thin in (1, 2, 5, 10, 20, 50, 100, 200, 500) if thin * step >= room), count)
+
+
+def _in_order(cells: Iterable[tuple[int, str]]) -> list[str]:
+    """The linears of all blocks, each behind the one it follows in its own block: the first block need not have them all."""
+    found: list[str] = []
+    last: tuple[int, str] | None = None
+    for block, part in cells:
+        if part not in found:
+            found.insert(found.index(last[1]) + 1 if last and last[0] == block else 0, part)
+        last = block, part
+    return found
 
 
 def short(names: Sequence[str]) -> list[str]:

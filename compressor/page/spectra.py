@@ -20,7 +20,7 @@ _DECADES = 4  # shown at most, counted from the largest value
 _MANY = 16  # blocks, from which on lines and marks are small
 _ACROSS, _LEFT, _BETWEEN = 2, 34, 10
 _BROAD = (WIDTH - _LEFT - 4 - _BETWEEN * (_ACROSS - 1)) / _ACROSS
-_TOP, _HIGH, _HEAD, _FOOT = 14, 96, 24, 12
+_TOP, _HIGH, _HEAD, _FOOT = 18, 96, 24, 12
 
 
 def spectra(name: str, title: str, found: Sequence[Spectrum]) -> Chart | None:
