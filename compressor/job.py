@@ -120,9 +120,13 @@ class Job:
     def measures(self) -> bool:
         """Whether goals are chosen by what is measured on the calibration."""
         ratios = self.ratios is not None and self.ratios.NEEDS_INPUTS
-        shared = self.ranks is not None and not self.ranks.__name__.endswith(".uniform")
-        ranks = shared and any(task.method.NEEDS_INPUTS for task in self.every)
+        ranks = self.shares_by_spectra and any(task.method.NEEDS_INPUTS for task in self.every)
         return self.dense_fraction > 0 or ratios or ranks or self.needs_gradients
+
+    @property
+    def shares_by_spectra(self) -> bool:
+        """Whether ranks depend on more than the shapes."""
+        return self.ranks is not None and not self.ranks.__name__.endswith(".uniform")
 
     @property
     def needs_gradients(self) -> bool:

@@ -187,6 +187,8 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
     where = choose_device(device)
     job = make_job(recipe, None)
+    if not (job.ratios or job.dense_fraction or job.shares_by_spectra):
+        return _chosen(job, None, None, where, progress)  # what the method itself needs is not needed for that
     states = calibrate(job, recipe, where, progress) if job.measures else None
     with TemporaryDirectory() as folder:
         job, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)

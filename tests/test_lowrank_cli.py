@@ -94,6 +94,31 @@ def test_the_plan_of_a_run_gives_the_same_bytes(cli, demo_model, rows, tmp_path)
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
 
 
+def test_a_plan_has_the_ranks_that_lowrank_would_choose(cli, demo_model, rows, tmp_path):
+    lowrank(cli, demo_model, tmp_path / "out", rows)
+    plan, again = tmp_path / "plan.toml", tmp_path / "again.toml"
+    found = json.loads(cli("plan", demo_model, "-o", plan, "--keep", "60%", "--dataset", rows, *SMALL, "--json").stdout)
+    assert plan.read_bytes() == (tmp_path / "out" / "plan.toml").read_bytes()
+    assert found == json.loads((tmp_path / "out" / "report.json").read_text())["allocation"]
+    shown = cli("plan", demo_model, "-o", again, "--keep", "60%", "--ranks", "uniform", "--method", "svd-llm").stdout
+    assert "Rank of every linear" in shown
+    assert "by uniform" in shown
+    assert again.read_text().count("rank = ") == 28
+    assert "give one of them" in cli("plan", demo_model, "-o", "x", "--keep", "60%", "--pattern", "2:4", code=2).stderr
+
+
+def test_a_dry_run_says_what_would_be_done(cli, demo_model, tmp_path):
+    found = json.loads(cli("lowrank", demo_model, "--dry-run", "--keep", "60%", "--json").stdout)
+    assert (found["method"], found["keep"], len(found["linears"])) == ("kfac", "60%", 28)
+    assert {row["goal"] for row in found["linears"]} == {"keep 60%"}
+    found = json.loads(cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed", "--json").stdout)
+    goals = {row["name"].rpartition(".")[2]: row["goal"] for row in found["linears"]}
+    assert (goals["q_proj"], goals["up_proj"]) == ("rank 24", "2:4")
+    assert [left["name"] for left in found["left_dense"]]
+    assert "sparsegpt 2:4  model.layers.0.mlp.up_proj" in cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed").stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
     settings = dict(method="kfac", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu")
     compressor.prune(demo_model, tmp_path / "a", **settings)

@@ -27,10 +27,8 @@ def lowrank(
     model: options.Model,
     output: options.OutputFolder = None,
     method: Annotated[str | None, typer.Option(help="kfac, svd_llm, asvd, welore or svd.", show_default="kfac")] = None,
-    keep: Annotated[str | None, typer.Option(help="Of the parameters of the linears: 70%.", show_default=False)] = None,
-    ranks: Annotated[
-        str | None, typer.Option(help="uniform, welore or threshold: share them out.", show_default="the method's own")
-    ] = None,
+    keep: options.Keep = None,
+    ranks: options.Ranks = None,
     tune: Annotated[int | None, typer.Option(help="Epochs of training the factors, block by block.", show_default="0")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="What every linear becomes: a file such as OUT/plan.toml.", show_default=False)
