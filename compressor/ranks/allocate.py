@@ -22,7 +22,7 @@ from compressor.calibration import States
 from compressor.curvature import measure
 from compressor.errors import UsageError
 from compressor.job import Job, Task
-from compressor.ranks import Ranks, Spectrum, uniform
+from compressor.ranks import Ranks, Spectrum, largest_rank, step, uniform
 from compressor.ranks.measured import measured
 from compressor.stats import InputStats
 from compressor.trial import TOKENS, Trial
@@ -87,7 +87,26 @@ def sharing(job: Job, ranks: Ranks) -> Job:
     """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear has one."""
     if not any(ranks.values()):
         raise UsageError(f"keeping {float(job.keep or 0):.1%} leaves every linear dense: factors would be no smaller; lower --keep")
-    return job.assign(ranks, "factors would not pay")
+    return job.assign(_whole(job, ranks), "factors would not pay")
+
+
+def _whole(job: Job, ranks: Ranks) -> Ranks:
+    """The ranks, with the largest that pays for matrices of experts that would stay dense beside others that do not.
+
+    A loader needs all matrices of a module of experts in factors, or none. It costs no parameters, for factors are smaller.
+    """
+    factored = {task.linear.experts for task in job.every if ranks[task.linear.name]} - {""}
+    most = {
+        task.linear.name: _most(task.linear.shape, job.rank_options.get("align", 0))
+        for task in job.every
+        if task.linear.experts in factored and not ranks[task.linear.name]
+    }
+    return {name: rank or most.get(name) for name, rank in ranks.items()}
+
+
+def _most(shape: tuple[int, int], align: int) -> int | None:
+    most, size = largest_rank(shape), step(shape, align)
+    return most // size * size or None
 
 
 def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
