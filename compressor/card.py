@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.licence import Licence
+from compressor.methods import command
 from compressor.scores import arrow, label, metrics
 
 EVAL_RESULTS = ".eval_results/compress.yaml"
@@ -48,7 +49,7 @@ def make_card(facts: Facts, recipe_text: str) -> Any:
     metadata = _metadata(facts).to_yaml()
     name = facts.repo.partition("/")[2]
     parts = [f"---\n{metadata}\n---", f"# {name}", _introduction(facts), _what_was_done(facts), _scores(facts)]
-    parts += [_how_to_load(facts), _limits(facts), _licence(facts), _how_to_repeat(recipe_text)]
+    parts += [_how_to_load(facts), _limits(facts), _licence(facts), _how_to_repeat(facts, recipe_text)]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -87,7 +88,10 @@ def _metadata(facts: Facts) -> Any:
 
     pattern, method = str(facts.recipe["pattern"]), str(facts.recipe["method"])
     given: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    given["tags"] = ["compress-llm", "pruned", method, *(["2:4"] if pattern == "2:4" else [])]
+    forms = {row["format"] for row in facts.report["linears"]}
+    factored, pruned = "lowrank" in forms, bool(forms - {"lowrank"})
+    given["tags"] = ["compress-llm", *["pruned"] * pruned, *["low-rank"] * factored, method]
+    given["tags"] += ["2:4"] if pattern == "2:4" and pruned else []
     if facts.base:
         given |= {"base_model": facts.base, "base_model_relation": "quantized"}  # the Hub's word for every kind of compression
     if facts.licence:
@@ -125,7 +129,12 @@ def _introduction(facts: Facts) -> str:
     refined = f" and refined by {facts.recipe['refine']}" if facts.recipe.get("refine") else ""
     tuned = f", its blocks tuned for {facts.recipe['tune']} epochs" if facts.recipe.get("tune") else ""
     version = facts.report["versions"]["compress-llm"]
-    how = f"pruned to {facts.recipe['pattern']} with {facts.recipe['method']}{refined}{tuned}"
+    goal = f"pruned to {facts.recipe['pattern']}"
+    if facts.recipe.get("keep"):
+        goal = f"its linears factored to {facts.recipe['keep']} of their parameters"
+    elif facts.recipe.get("plan"):
+        goal = "compressed as its plan.toml says"
+    how = f"{goal} with {facts.recipe['method']}{refined}{tuned}"
     return f"{base}, {how}, by compress-llm {version}."
 
 
@@ -223,9 +232,9 @@ def _licence(facts: Facts) -> str:
     return f"## Licence\n\n{linked}, taken over from the base model ({facts.licence.source})."
 
 
-def _how_to_repeat(recipe_text: str) -> str:
-    command = "`compress prune MODEL -o OUT --recipe recipe.toml`"
-    return f"## How to make it again\n\n{command}, with this recipe's model and text:\n\n```toml\n{recipe_text.strip()}\n```"
+def _how_to_repeat(facts: Facts, recipe_text: str) -> str:
+    line = f"`compress {command(str(facts.recipe['method']))} MODEL -o OUT --recipe recipe.toml`"
+    return f"## How to make it again\n\n{line}, with this recipe's model and text:\n\n```toml\n{recipe_text.strip()}\n```"
 
 
 def _megabytes(count: float) -> str:

@@ -1,27 +1,35 @@
-"""A picture of a plan: blocks by linears, the sparsity of each as a colour and a number."""
+"""A picture of a plan: blocks by linears, what goes of each as a colour and a number."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from compressor.job import Job
+    from compressor.job import Job, Task
+
+T = TypeVar("T")
 
 
-def sparsities(job: Job) -> tuple[list[str], list[list[float | None]]]:
-    """Names of the linears inside a block, and per block their sparsity; 0 for one left dense, None for one it has not."""
-    removed = {task.linear.name: task.removed for task in job.every}
+def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], list[list[T | None]]]:
+    """Names of the linears inside a block, and per block a value of each: `dense` for one left dense, None for one it has not."""
+    known = {task.linear.name: value(task) for task in job.every}
     blocks = []
     for index in range(len(job.skeleton.blocks)):
         prefix = f"{job.skeleton.path}.{index}."
         names = [linear.name for linear in job.skeleton.linears(index)]
-        blocks.append({name.removeprefix(prefix): removed.get(name, 0.0) for name in names})
+        blocks.append({name.removeprefix(prefix): known.get(name, dense) for name in names})
     columns = list(dict.fromkeys(name for block in blocks for name in block))
     return columns, [[block.get(name) for name in columns] for block in blocks]
+
+
+def sparsities(job: Job) -> tuple[list[str], list[list[float | None]]]:
+    """As `cells`: the fraction of the numbers that goes, zeros of a pattern or what factors do without."""
+    return cells(job, lambda task: task.removed, 0.0)
 
 
 def check_drawing(path: Path) -> None:
@@ -31,8 +39,8 @@ def check_drawing(path: Path) -> None:
         raise UsageError(f"--plot {path} ends in {path.suffix!r}; accepted: .png, .svg, .pdf")
 
 
-def draw(job: Job, path: Path, title: str) -> None:
-    """Draw the plan of `job` into the file `path`. Raises OutputError."""
+def draw(job: Job, path: Path, title: str, what: str) -> None:
+    """Draw the plan of `job`, `what` goes of each linear, into the file `path`. Raises OutputError."""
     from matplotlib.figure import Figure
 
     columns, rows = sparsities(job)
@@ -48,7 +56,7 @@ def draw(job: Job, path: Path, title: str) -> None:
     axes.set_yticks(range(len(rows)))
     axes.set_ylabel("block")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, label="zeros, %")
+    figure.colorbar(image, label=f"{what}, %")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

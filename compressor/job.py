@@ -78,6 +78,7 @@ class Job:
         dense_fraction: of the weights, may stay dense where that helps most.
         ratio_options: of either.
         allocation: what that measured; empty before it ran.
+        spectra: what ranks were chosen from, as the report keeps it.
         keep: of the parameters of the linears; None where goals are patterns or of a plan. Until ranks are chosen, goals are 1.
         ranks, rank_options: what gives every linear a rank; None without `keep`.
         factored: what methods that need gradients made of their linears, once that is done.
@@ -99,6 +100,7 @@ class Job:
     dense_fraction: Fraction = Fraction(0)
     ratio_options: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
     keep: Fraction | None = None
     ranks: ModuleType | None = None
     rank_options: dict[str, Any] = field(default_factory=dict)
@@ -125,9 +127,13 @@ class Job:
     def measures(self) -> bool:
         """Whether goals are chosen by what is measured on the calibration."""
         ratios = self.ratios is not None and self.ratios.NEEDS_INPUTS
-        shared = self.ranks is not None and not self.ranks.__name__.endswith(".uniform")
-        ranks = shared and any(task.method.NEEDS_INPUTS for task in self.every)
+        ranks = self.shares_by_spectra and any(task.method.NEEDS_INPUTS for task in self.every)
         return self.dense_fraction > 0 or ratios or ranks or self.needs_gradients
+
+    @property
+    def shares_by_spectra(self) -> bool:
+        """Whether ranks depend on more than the shapes."""
+        return self.ranks is not None and not self.ranks.__name__.endswith(".uniform")
 
     @property
     def needs_gradients(self) -> bool:

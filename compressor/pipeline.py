@@ -88,7 +88,7 @@ def _prune(
     job = replace(job, gram_room=gram_room(job, device, max_memory) if job.needs_gram else None)
     job, spectra = _with_gradients(job, states, device, work, group, progress)
     job = _allocate(job, states, spectra, device, journal, group, progress)
-    report.left_dense, report.allocation = job.left_dense, job.allocation
+    report.left_dense, report.allocation, report.spectra = job.left_dense, job.allocation, job.spectra
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
     writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
     done, saved = group.agreed(_restore, journal, writer, report)
@@ -185,12 +185,13 @@ def _allocate(
     def choose() -> dict[str, Any]:
         found, known = _chosen(job, states, spectra, device, progress), {left.name for left in job.left_dense}
         reasons = [left.reason for left in found.left_dense if left.name not in known]
-        return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", "allocation": found.allocation}
+        facts = {"allocation": found.allocation, "spectra": found.spectra}
+        return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", **facts}
 
     chosen = group.agreed(lambda: journal and journal.once("goals", choose))
     entries, dense = tomllib.loads(chosen["plan"])["linears"], {left.name: left.reason for left in job.left_dense}
     goals = plan.fit(entries, [task.linear for task in job.every], dense)
-    return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"])
+    return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"], spectra=chosen["spectra"])
 
 
 def _chosen(job: Job, states: States | None, spectra: dict[str, Spectrum] | None, device: torch.device, progress: Progress) -> Job:
@@ -201,6 +202,8 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
     where = choose_device(device)
     job = make_job(recipe, None)
+    if not (job.ratios or job.dense_fraction or job.shares_by_spectra):
+        return _chosen(job, None, None, where, progress)  # what the method itself needs is not needed for that
     states = calibrate(job, recipe, where, progress) if job.measures else None
     with TemporaryDirectory() as folder:
         job, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)

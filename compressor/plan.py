@@ -7,20 +7,24 @@
     "model.layers.0.self_attn.k_proj" = { pattern = "2:4" }
     "model.layers.0.self_attn.o_proj" = { rank = 32 }  # factors of 50.00% of 128×128
     "model.layers.0.self_attn.v_proj" = { dense = true }
+    "*.mlp.*" = { keep = "60%" }
 
-`zeros` is met exactly. Every linear of the decoder blocks has an entry, no other name does.
+`zeros` is met exactly, `keep` is a rank: the largest whose factors have no more than this part of the parameters. Every linear of
+the decoder blocks has an entry, no other name does. A glob is the entry of those that have none of their own; the first that
+matches counts.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import UsageError, did_you_mean
-from compressor.pattern import Pattern
-from compressor.ranks import largest_rank
+from compressor.pattern import Pattern, parse_fraction
+from compressor.ranks import largest_rank, rank_keeping
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 FILE = "plan.toml"
 _LARGEST = 1 << 24  # bytes of a plan that is read: a hundred thousand linears
-_KINDS = 'accepted: { pattern = "2:4" }, { zeros = N }, { rank = K } or { dense = true }'
+_KINDS = 'accepted: { pattern = "2:4" }, { zeros = N }, { rank = K }, { keep = "60%" } or { dense = true }'
 
 Entries = dict[str, dict[str, Any]]
 
@@ -101,20 +105,20 @@ def read(path: Path) -> Entries:
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:
     """Raise UsageError where an entry is none of the known kinds."""
-    kinds = {"pattern": str, "zeros": int, "rank": int, "dense": bool}
+    kinds = {"pattern": str, "zeros": int, "rank": int, "keep": str, "dense": bool}
     kind = next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else ""
     if kind not in kinds or type(entry[kind]) is not kinds[kind] or entry == {"dense": False}:
         raise UsageError(f"plan {path}: the entry of {name[:100]!r} is {str(entry)[:100]}; {_KINDS}")
-    if kind == "pattern":
+    if kind in ("pattern", "keep"):
         try:
-            Pattern.parse(entry[kind])
+            Pattern.parse(entry[kind]) if kind == "pattern" else parse_fraction(kind, entry[kind])
         except UsageError as error:
             raise UsageError(f"plan {path}: {name[:100]!r}: {error}") from None
 
 
 def patterns(entries: Entries) -> list[Pattern]:
     """The different patterns of a plan; a half stands for all numbers of zeros."""
-    texts = [entry.get("pattern", "50%") for entry in entries.values() if not {"dense", "rank"} & set(entry)]
+    texts = [entry.get("pattern", "50%") for entry in entries.values() if not {"dense", "rank", "keep"} & set(entry)]
     return [Pattern.parse(text) for text in dict.fromkeys(texts)]
 
 
@@ -130,6 +134,7 @@ def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -
         UsageError: a linear without an entry, a name that is none, zeros, a rank or a pattern that a linear cannot have.
     """
     names = [linear.name for linear in linears]
+    entries = _named(entries, names, dense)
     for name, entry in entries.items():
         if name in dense and "dense" not in entry:
             raise UsageError(f"the plan has a goal for {name}, which stays dense ({dense[name]}); make one of the two agree")
@@ -142,6 +147,17 @@ def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -
     return {linear.name: _goal(entries[linear.name], linear) for linear in linears}
 
 
+def _named(entries: Entries, names: Sequence[str], dense: Mapping[str, str]) -> Entries:
+    """The entries with globs replaced by the names they are for. Raises UsageError where one matches nothing."""
+    globs = {name: entry for name, entry in entries.items() if set(name) & set("*?[")}
+    found = {name: entry for name, entry in entries.items() if name not in globs}
+    for glob, entry in globs.items():
+        if not any(fnmatchcase(name, glob) for name in (*names, *dense)):
+            raise UsageError(f"the plan's {glob[:100]!r} matches no linear; names look like {names[0]!r}")
+        found |= {name: entry for name in names if name not in found and fnmatchcase(name, glob)}
+    return found
+
+
 def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
     if "rank" in entry:
         if not 1 <= entry["rank"] <= (most := largest_rank(linear.shape)):
@@ -149,6 +165,12 @@ def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
                 f"the plan asks for rank {entry['rank']} of {linear.name}; factors are smaller than it from rank 1 to {most}"
             )
         return entry["rank"]
+    if "keep" in entry:
+        if not (rank := rank_keeping(linear.shape, parse_fraction("keep", entry["keep"]))):
+            raise UsageError(
+                f"the plan keeps {entry['keep']} of {linear.name}, which has {linear.size} weights: that is less than rank 1"
+            )
+        return rank
     if "pattern" in entry:
         pattern = Pattern.parse(entry["pattern"])
         pattern.check_width(linear.name, linear.shape[1])

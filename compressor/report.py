@@ -57,7 +57,8 @@ class LeftDense:
 
 @dataclass
 class Report:
-    """Everything about one run of `prune`. `allocation` is what chose the goals of the linears measured, if anything did."""
+    """Everything about one run of `prune`. `allocation` is what chose the goals of the linears measured, if anything did,
+    `spectra` what ranks were chosen from (compressor/ranks/measured.py)."""
 
     recipe: dict[str, Any]
     architecture: str
@@ -69,6 +70,7 @@ class Report:
     allocation: dict[str, Any] = field(default_factory=dict)
     output_bytes: int = 0
     calibration_tokens: int = 0
+    spectra: list[dict[str, Any]] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -82,7 +84,8 @@ class Report:
         """All that the input, the recipe and the versions determine."""
         found = asdict(self)
         del found["run"]
-        return {**found, "totals": self.totals(), "versions": versions()}
+        spectra = found.pop("spectra")  # long: last
+        return {**found, "totals": self.totals(), "versions": versions(), "spectra": spectra}
 
     def everything(self) -> dict[str, Any]:
         """`facts()` and, under `run`, the seconds, the peak memory and the device of this run."""

@@ -1,6 +1,16 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
+
+import re
+
+_IN_BLOCK = re.compile(r".*?\.(\d{1,6})\.(.+)")
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """The block of a linear and its name inside, numbers of experts as `*`; None and the name for one outside the blocks."""
+    inside = _IN_BLOCK.fullmatch(name)
+    return (int(inside[1]), re.sub(r"\.\d+(?=\.|$)", ".*", inside[2])) if inside else (None, name)
 
 
 def size(count: float) -> str:

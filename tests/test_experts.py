@@ -295,3 +295,72 @@ def test_a_table_with_some_experts_only_is_refused(tiny, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="not those of all its experts"):
         compressor.load(tmp_path / "out")
+
+
+def with_products(folder, factored, experts, leaves):
+    """The model of `folder` in float32, with u v in place of every weight that `factored` has factors of."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stored, original = Reader(factored), Reader(folder)
+
+    def weight(name):
+        if f"{name}.weight_u" not in stored.tensors:
+            return original.read(f"{name}.weight").float()
+        return stored.read(f"{name}.weight_u").float() @ stored.read(f"{name}.weight_v").float()
+
+    with torch.no_grad():
+        for index, block in enumerate(model.model.layers):
+            for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(block.self_attn, leaf).weight.copy_(weight(f"model.layers.{index}.self_attn.{leaf}"))
+            for number in range(4):
+                gate, up, down = (weight(f"model.layers.{index}.{experts}.{number}.{leaf}") for leaf in leaves)
+                block.mlp.experts.gate_up_proj[number] = torch.cat([gate, up])
+                block.mlp.experts.down_proj[number] = down
+    return model
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "kfac"])
+@pytest.mark.parametrize(
+    ("family", "experts", "leaves"),
+    [
+        ("mixtral", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_factored_experts_reload_with_the_same_logits(family, experts, leaves, method, cli, tiny, rows, tmp_path):
+    out = tmp_path / "out"
+    report = prune(recipe(tiny(family), rows, method=method, keep="60%"), out)
+    forms = {row.name: row.format for row in report.linears}
+    left = {one.name: one.reason for one in report.left_dense}
+    every = [linear for index in range(3) for linear in Skeleton(Reader(tiny(family))).linears(index)]
+    assert {linear.name for linear in every} <= forms.keys() | left.keys()
+    assert all(left.values())
+    for module in {linear.experts for linear in every} - {""}:  # all the matrices of a module, or none
+        own = [linear.name for linear in every if linear.experts == module]
+        assert {forms.get(name, "dense") for name in own} in ({"lowrank"}, {"dense"})
+    assert "lowrank" in forms.values()
+    assert report.allocation["parameters"] <= report.allocation["budget"]
+    packed = compressor.load(out, dtype=torch.float32, runtime="packed")
+    logits = packed(IDS).logits
+    packed.save_pretrained(tmp_path / "saved")
+    again = compressor.load(tmp_path / "saved", dtype=torch.float32, runtime="packed")
+    assert torch.equal(again(IDS).logits, logits)
+    torch.testing.assert_close(with_products(tiny(family), out, experts, leaves)(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    cli("verify", out)
+    cli("unpack", out, "-o", tmp_path / "dense")
+    assert Reader(tmp_path / "dense").tensors == Reader(tiny(family)).tensors
+
+
+@pytest.mark.parametrize(("family", "globs"), [
+    ("gpt_oss", ["*experts.gate_up_proj.*", "*experts.down_proj.*"]), ("granitemoe", ["*input_linear.*", "*output_linear.*"]),
+])  # fmt: skip
+def test_experts_in_one_tensor_cannot_be_factored_and_are_left_dense_on_request(family, globs, cli, tiny, rows, tmp_path):
+    asked = ["lowrank", tiny(family), "-o", tmp_path / "out", "--keep", "60%", "--dataset", rows, "--num-samples", 8]
+    asked += ["--seq-len", 32, "-q"]
+    done = cli(*asked, code=2)
+    assert "keeps all experts in one tensor: factors cannot be stored" in done.stderr
+    assert done.stderr.count("\n") == 1
+    cli(*asked, *(part for glob in globs for part in ("--ignore", glob)))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {one["reason"] for one in report["left_dense"]} >= {f"--ignore {glob}" for glob in globs}
+    assert {row["format"] for row in report["linears"]} == {"lowrank"}
+    assert torch.isfinite(compressor.load(tmp_path / "out")(IDS).logits).all()

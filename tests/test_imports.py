@@ -25,7 +25,9 @@ ALLOWED = {
     "compressor/report.py": BASE,
     "compressor/text.py": set(),
     "compressor/bundled.py": BASE,
-    "compressor/page/": BASE | {f"compressor.{name}" for name in ("checkpoint", "digest", "drawing", "scores")} | {"compressor"},
+    "compressor/page/": BASE
+    | {f"compressor.{name}" for name in ("checkpoint", "digest", "drawing", "methods", "scores")}
+    | {"compressor"},
     "compressor/data.py": BASE,
     "compressor/conversion.py": BASE,
     "compressor/experts.py": BASE,
@@ -36,7 +38,7 @@ ALLOWED = {
     "compressor/scores.py": BASE | {"compressor.checkpoint"},
     "compressor/licence.py": set(),
     "compressor/doctor.py": {"compressor.cache", "compressor_kernels.linear", "compressor_kernels.packing"},
-    "compressor/card.py": {"compressor.licence", "compressor.scores"},
+    "compressor/card.py": {"compressor.licence", "compressor.methods", "compressor.scores"},
     "compressor/publication.py": BASE
     | {f"compressor.{name}" for name in ("card", "checkpoint", "digest", "layout", "licence", "scores", "writer")},
     "compressor/hub.py": BASE | {"compressor.digest", "compressor.licence", "compressor.publication"},

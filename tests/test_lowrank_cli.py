@@ -8,6 +8,7 @@ import torch
 import compressor
 from compressor.checkpoint import Reader
 from compressor.manifest import problems
+from compressor.model import Skeleton
 from compressor.ranks import largest_rank
 
 SMALL = ("--num-samples", 8, "--seq-len", 32, "-q")
@@ -60,6 +61,28 @@ def test_the_data_free_methods_read_no_text(cli, demo_model, tmp_path):
     assert report["calibration_tokens"] == 0
 
 
+def test_spectra_that_ranks_were_chosen_from_are_reported(cli, demo_model, rows, tmp_path):
+    report = lowrank(cli, demo_model, tmp_path / "out", rows, "--set", "ranks.energy=0", method="welore")
+    ranks = {row["name"]: row["entry"]["rank"] for row in report["linears"]}
+    linears = {linear.name: linear for index in range(4) for linear in Skeleton(Reader(demo_model)).linears(index)}
+    assert len(report["spectra"]) == len(linears)
+    for found in report["spectra"]:
+        name = f"model.layers.{found['block']}.{found['linear']}"
+        weight = linears[name].read(Reader(demo_model)).double()
+        values = torch.linalg.svdvals(weight)
+        assert found["index"][0] == 0
+        assert found["index"][-1] == len(values) - 1
+        assert len(found["index"]) <= 48
+        torch.testing.assert_close(
+            torch.tensor(found["values"]).double(), (values / values.norm())[found["index"]], rtol=1e-3, atol=1e-8
+        )
+        assert found["rank"] == ranks.get(name)
+        assert found["largest_rank"] == largest_rank(tuple(weight.shape))
+    assert lowrank(cli, demo_model, tmp_path / "even", rows, method="svd")["spectra"] == []  # only shapes were looked at
+    cli("report", tmp_path / "out", "-o", tmp_path / "out.html")
+    assert "Singular values by linear" in (tmp_path / "out.html").read_text()
+
+
 def test_the_plan_of_a_run_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
     first = lowrank(cli, demo_model, tmp_path / "a", rows)
     assert first["allocation"]["taken"] in ("threshold", "uniform")
@@ -69,6 +92,31 @@ def test_the_plan_of_a_run_gives_the_same_bytes(cli, demo_model, rows, tmp_path)
     cli("lowrank", demo_model, "-o", tmp_path / "b", "--plan", plan, "--dataset", rows, *SMALL)
     for shard in Reader(tmp_path / "a").shards:
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+
+
+def test_a_plan_has_the_ranks_that_lowrank_would_choose(cli, demo_model, rows, tmp_path):
+    lowrank(cli, demo_model, tmp_path / "out", rows)
+    plan, again = tmp_path / "plan.toml", tmp_path / "again.toml"
+    found = json.loads(cli("plan", demo_model, "-o", plan, "--keep", "60%", "--dataset", rows, *SMALL, "--json").stdout)
+    assert plan.read_bytes() == (tmp_path / "out" / "plan.toml").read_bytes()
+    assert found == json.loads((tmp_path / "out" / "report.json").read_text())["allocation"]
+    shown = cli("plan", demo_model, "-o", again, "--keep", "60%", "--ranks", "uniform", "--method", "svd-llm").stdout
+    assert "Rank of every linear" in shown
+    assert "by uniform" in shown
+    assert again.read_text().count("rank = ") == 28
+    assert "give one of them" in cli("plan", demo_model, "-o", "x", "--keep", "60%", "--pattern", "2:4", code=2).stderr
+
+
+def test_a_dry_run_says_what_would_be_done(cli, demo_model, tmp_path):
+    found = json.loads(cli("lowrank", demo_model, "--dry-run", "--keep", "60%", "--json").stdout)
+    assert (found["method"], found["keep"], len(found["linears"])) == ("kfac", "60%", 28)
+    assert {row["goal"] for row in found["linears"]} == {"keep 60%"}
+    found = json.loads(cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed", "--json").stdout)
+    goals = {row["name"].rpartition(".")[2]: row["goal"] for row in found["linears"]}
+    assert (goals["q_proj"], goals["up_proj"]) == ("rank 24", "2:4")
+    assert [left["name"] for left in found["left_dense"]]
+    assert "sparsegpt 2:4  model.layers.0.mlp.up_proj" in cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed").stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_path):

@@ -14,7 +14,7 @@ def test_wheel_holds_exactly_our_two_packages(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"compressor", "compressor_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "compressor").rglob("*.py")}
-    expected |= {f"compressor/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
+    expected |= {f"compressor/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.toml")}
     expected |= {"compressor/py.typed", "compressor/page/page.html"}
     assert expected <= set(names)
     assert "compressor_kernels/table.json" in names

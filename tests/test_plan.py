@@ -52,6 +52,18 @@ def test_what_is_written_is_read_back(tmp_path_factory, job, data):
     assert plan.fit(plan.read(path), [task.linear for task in job.every], {}) == goals
 
 
+def test_globs_stand_for_the_linears_without_an_entry_of_their_own(tmp_path, linears):
+    entries = {Q: "{ dense = true }", "*.[qk]_proj": '{ keep = "50%" }', "*.0.mlp.*": "{ zeros = 7 }", "*": '{ pattern = "2:4" }'}
+    goals = plan.fit(plan.read(write(tmp_path / "plan.toml", entries)), linears, {"lm_head": "outside"})
+    assert goals[Q] is None
+    for linear in linears:
+        if linear.name.endswith(("q_proj", "k_proj")) and linear.name != Q:
+            rank, (rows, columns) = goals[linear.name], linear.shape
+            assert rank * (rows + columns) <= rows * columns / 2 < (rank + 1) * (rows + columns)  # tiny: steps of one
+    assert goals["model.layers.0.mlp.up_proj"].zeros == 7
+    assert str(goals["model.layers.1.mlp.up_proj"]) == str(goals["model.layers.0.self_attn.v_proj"]) == "2:4"
+
+
 HOSTILE = [
     ("", "has version 'None'"),
     ("version = 2\n[linears]\na = 1", "has version '2'; version = 1 is accepted"),
@@ -68,6 +80,8 @@ HOSTILE = [
     ("version = 1\n[linears]\na = { pattern = 24 }", "accepted: "),
     ("version = 1\n[linears]\na = { pattern = '4:2' }", "'a': pattern '4:2' keeps 4 of every 2"),
     ("version = 1\n[linears]\na = {}", "accepted: "),
+    ("version = 1\n[linears]\na = { keep = 0.5 }", "accepted: "),
+    ('version = 1\n[linears]\na = { keep = "170%" }', "'a': keep is '170%'"),
     ("[[[[", "is not readable TOML"),
     ("a = " + "[" * 100_000, "is not readable TOML"),
     ("\x00", "is not readable TOML"),
@@ -103,6 +117,8 @@ def test_a_folder_bytes_and_a_huge_file_are_no_plans(tmp_path):
     ({f"{Q}x": "{ dense = true }"}, f"names '{Q}x', which is no linear of this model; did you mean '{Q}'"),
     ({Q: "{ zeros = 4097 }"}, f"asks for 4097 zeros in {Q}, which has 4096 weights"),
     ({Q: "{ zeros = -1 }"}, f"asks for -1 zeros in {Q}"),
+    ({"*.z_proj": "{ dense = true }"}, "the plan's '*.z_proj' matches no linear; names look like"),
+    ({Q: '{ keep = "0.1%" }'}, f"the plan keeps 0.1% of {Q}, which has 4096 weights: that is less than rank 1"),
     ({Q: '{ pattern = "2:5" }'}, f"in_features 64 of {Q} is not a multiple of 5"),
 ])  # fmt: skip
 def test_a_plan_that_does_not_fit_the_model(tmp_path, linears, change, match):

@@ -6,6 +6,7 @@ import pytest
 
 from compressor.bundled import bundled, description, find
 from compressor.errors import UsageError
+from compressor.methods import command
 from compressor.recipe import load
 
 QUICK = {"armor": ["--set", "iterations=2", "--set", "finish=1"]}
@@ -16,10 +17,11 @@ def test_runs_on_the_demo_model(name, cli, demo_model, rows, tmp_path):
     settings = load(bundled()[name])
     quick = [*QUICK.get(settings["method"], []), *(["--tune", "1"] if settings.get("tune") else [])]
     small = ["--dataset", rows, "--num-samples", "4", "--seq-len", "32", "-q"]
-    cli("prune", demo_model, "-o", tmp_path / "out", "--recipe", name, *quick, *small)
+    cli(command(settings["method"]), demo_model, "-o", tmp_path / "out", "--recipe", name, *quick, *small)
     asked = json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]
-    assert {key: asked[key] for key in settings if key not in ("options", "tune")} == {
-        key: value for key, value in settings.items() if key not in ("options", "tune")
+    changed = ("options", "tune", "plan")  # made quicker; the plan of a run is in its folder
+    assert {key: asked[key] for key in settings if key not in changed} == {
+        key: value for key, value in settings.items() if key not in changed
     }
 
 
@@ -28,7 +30,8 @@ def test_comment_has_the_command_and_its_numbers(name):
     text = bundled()[name].read_text()
     comment = [line for line in text.splitlines() if line.startswith("#")]
     assert description(bundled()[name])
-    assert f"--recipe {name}" in "\n".join(comment)
+    command_line = next(line for line in comment if f"--recipe {name}" in line)
+    assert command_line.split()[1:3] == ["compress", command(load(bundled()[name])["method"])]
     assert "perplexity" in "\n".join(comment)
     assert "model" not in load(bundled()[name])
 
@@ -40,6 +43,30 @@ def test_listed_and_shown(cli):
     assert cli("recipes", "armor-24").stdout.strip() == bundled()["armor-24"].read_text().strip()
     assert json.loads(cli("recipes", "armor-24", "--json").stdout)["settings"]["method"] == "armor"
     assert "did you mean 'armor-24'" in cli("recipes", "amor-24", code=2).stderr
+
+
+def test_a_recipe_for_the_other_command_says_so_in_one_line(cli, demo_model, tmp_path):
+    for asked, name, right in (("prune", "lowrank-70", "lowrank"), ("prune", "mixed", "lowrank"), ("lowrank", "wanda-24", "prune")):
+        done = cli(asked, demo_model, "-o", tmp_path / "out", "--recipe", name, "-q", code=2)
+        assert f"use compress {right} --recipe {name}" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_mixed_recipe_mixes_forms_and_shows_its_plan(cli, demo_model, rows, tmp_path):
+    shown = cli("recipes", "mixed").stdout
+    assert '#     "*.[qk]_proj" = { keep = "40%" }' in shown
+    small = ["--dataset", rows, "--num-samples", "4", "--seq-len", "32", "--tune", "0", "-q"]
+    cli("lowrank", demo_model, "-o", tmp_path / "out", "--recipe", "mixed", *small)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    forms = {row["name"].split(".", 3)[3]: row["format"] for row in report["linears"]}
+    assert {name: form for name, form in forms.items() if form == "lowrank"} == {
+        f"self_attn.{part}_proj": "lowrank" for part in "qko"
+    }
+    assert set(forms.values()) == {"lowrank", "sparse24"}
+    assert "*" not in (tmp_path / "out" / "plan.toml").read_text()
+    again = tmp_path / "again"
+    cli("lowrank", demo_model, "-o", again, "--recipe", tmp_path / "out" / "recipe.toml", "-q")
+    assert (again / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
 def test_a_file_wins_over_a_bundled_name(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
 from compressor.page import draw, read_record, render
 from compressor.page.charts import _ticks, columns, heat_map
+from compressor.page.spectra import DEPTHS, spectra
 from compressor.scores import BY_TASK
 from tests.conftest import ROOT
 
@@ -37,6 +39,19 @@ def facts(blocks, *, name="model.layers.{}.{}", error=0.02):
     }  # fmt: skip
 
 
+def measured(blocks):
+    """Spectra as a low-rank run reports them: 10^0 … 10^-3 of 8 values, all at rank 2 but in block 0, which stays dense."""
+    values = [10.0 ** -(place * 3 / 7) for place in range(8)]
+    return [
+        {
+            "block": block, "linear": part, "shape": [8, 16], "count": 1, "rank": 2 if block else None, "largest_rank": 5,
+            "index": list(range(8)), "values": values,
+        }
+        for block in range(blocks)
+        for part in PARTS
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path):
     def make(found, **beside):
@@ -58,7 +73,7 @@ def folder(tmp_path):
 class Page(HTMLParser):
     """Tags, attributes and text; fails on tags that are not closed in order."""
 
-    VOID = frozenset({"meta", "br", "rect", "line", "link", "img"})
+    VOID = frozenset({"meta", "br", "rect", "line", "polyline", "link", "img"})
 
     def __init__(self, text):
         super().__init__()
@@ -102,14 +117,16 @@ def test_from_a_run(cli, demo_model, tmp_path):
 
 @pytest.mark.parametrize("blocks", [1, 2, 80])
 def test_holds_for_any_depth(folder, blocks):
-    text = render(read_record(folder(facts(blocks))))
+    found = {**facts(blocks), "spectra": measured(blocks)}
+    text = render(read_record(folder(found)))
     page = Page(text)
     assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
     assert not [value for name, value in page.attributes if name in ("href", "src", "xlink:href") or name.startswith("on")]
     assert "http://" not in text
     assert "https://" not in text
     assert "url(" not in text
-    charts = draw(read_record(folder(facts(blocks))))
+    charts = draw(read_record(folder(found)))
+    assert "spectra" in {chart.name for chart in charts}
     assert all(chart.svg.get("role") == "img" and chart.svg.get("aria-label") == chart.text for chart in charts)
     for chart in charts:
         width, height = float(chart.svg.get("width")), float(chart.svg.get("height"))
@@ -117,6 +134,10 @@ def test_holds_for_any_depth(folder, blocks):
         for mark in chart.svg.iter("rect"):
             assert 0 <= float(mark.get("x")) <= float(mark.get("x")) + float(mark.get("width")) <= width + 0.01
             assert 0 <= float(mark.get("y")) <= float(mark.get("y")) + float(mark.get("height")) <= height
+        for mark in chart.svg.iter("polyline"):
+            for x, y in (map(float, point.split(",")) for point in mark.get("points").split()):
+                assert 0 <= x <= width
+                assert 0 <= y <= height
 
 
 def test_every_string_from_a_file_is_escaped(folder):
@@ -126,6 +147,7 @@ def test_every_string_from_a_file_is_escaped(folder):
     found["recipe"] = dict.fromkeys(["method", "pattern", "refine", "tune", "dataset"], evil)
     found["left_dense"] = [{"name": evil, "shape": [1], "reason": evil}]
     found["versions"] = {evil: evil}
+    found["spectra"] = [{**one, "linear": evil} for one in measured(2)]
     scores = {
         "results": {evil: {evil: 1.0}}, "baseline": {"results": {evil: {evil: 2.0}}},
     }  # fmt: skip
@@ -151,11 +173,19 @@ def test_every_string_from_a_file_is_escaped(folder):
         (["totals"], []),
         (["left_dense", 0, "reason"], 3),
         (["versions"], "2"),
+        (["spectra"], 3),
+        (["spectra", 0, "index"], [0, 8]),
+        (["spectra", 0, "index"], [0]),
+        (["spectra", 0, "values"], [float("nan")] * 8),
+        (["spectra", 0, "shape"], []),
+        (["spectra", 0, "rank"], 9),
+        (["spectra", 0, "rank"], "2"),
+        (["spectra", 0, "block"], "0"),
     ],
     ids=str,
 )
 def test_a_report_that_lies_is_refused(folder, where, value):
-    found = facts(2)
+    found = {**facts(2), "spectra": measured(2)}
     place = found
     for key in where[:-1]:
         place = place[key]
@@ -202,6 +232,13 @@ def test_experts_share_a_column(folder):
     assert {row.part for row in read_record(folder(found)).rows} == {f"mlp.experts.*.{part}" for part in PARTS}
 
 
+def test_a_linear_that_the_first_block_lacks_has_its_place():
+    names = ["q k o", "q k v o", "q z o", "p q"]
+    cells = {(block, part): 1.0 + block for block, parts in enumerate(names) for part in parts.split()}
+    chart = heat_map("h", "H", range(4), cells, str, "nothing")
+    assert [text.text for text in chart.svg.iter("text")][:6] == ["p", "q", "z", "k", "v", "o"]
+
+
 def test_columns_and_cells_are_to_scale():
     chart = columns("c", "C", "u", {0: 1.0, 3: 4.0}, str)
     heights = [float(bar.get("height")) for bar in chart.svg.iter("rect")]
@@ -211,6 +248,51 @@ def test_columns_and_cells_are_to_scale():
     chart = heat_map("h", "H", range(5), cells, str, "nothing")
     kinds = [rect.get("class") for rect in chart.svg.iter("rect") if rect.find("title") is not None]
     assert kinds == ["r0", "r3", "r6", "r8", "none"]
+
+
+def test_spectra_are_to_scale(folder):
+    record = read_record(folder({**facts(3), "spectra": measured(3)}))
+    chart = spectra("s", "S", record.spectra)
+    lines = list(chart.svg.iter("polyline"))
+    assert [line.get("class") for line in lines] == ["d0", "d2", f"d{DEPTHS - 1}"] * len(PARTS)
+    points = [tuple(map(float, point.split(","))) for point in lines[0].get("points").split()]
+    assert len(points) == 8
+    steps = [(x - before, y - above) for (before, above), (x, y) in pairwise(points)]
+    assert all(x == pytest.approx(steps[0][0], abs=0.2) and y == pytest.approx(steps[0][1], abs=0.2) for x, y in steps)
+    marks = [mark for mark in chart.svg.iter("rect") if mark.find("title") is not None]
+    assert len(marks) == 2 * len(PARTS)  # block 0 stays dense
+    middle = (
+        float(marks[0].get("x")) + float(marks[0].get("width")) / 2,
+        float(marks[0].get("y")) + float(marks[0].get("height")) / 2,
+    )
+    assert middle == pytest.approx(points[1], abs=0.1)  # rank 2 is on the second value
+    assert "rank 2 of 8, factors are smaller up to 5" in marks[0].find("title").text
+    assert "9 spectra, kept ranks from 2 of 8" in chart.text
+    assert "3 left dense" in chart.text
+
+
+@pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [5.0, *[0.0] * 7], [1e299] * 7 + [1e-299]], ids=str)
+def test_flat_and_empty_spectra(folder, values):
+    found = [{**one, "values": values} for one in measured(1)]
+    names = [chart.name for chart in draw(read_record(folder({**facts(1), "spectra": found})))]
+    assert ("spectra" in names) == any(values)
+
+
+def test_no_section_without_spectra(folder):
+    assert "Singular values" not in render(read_record(folder(facts(2))))
+    assert "Singular values" not in render(read_record(folder({**facts(2), "spectra": []})))
+
+
+def test_low_rank_is_called_by_its_name(folder):
+    found = {**facts(2), "spectra": measured(2), "allocation": {"parameters": 699, "dense_parameters": 1000}}
+    found["recipe"] = {"method": "kfac", "pattern": "2:4", "keep": "70%", "dataset": "self"}
+    found["totals"]["sparsity"] = 0.0
+    text = render(read_record(folder(found)))
+    assert "compress lowrank MODEL" in text
+    assert "keep 70% of the linears" in text
+    assert "69.90%" in text
+    assert "2:4" not in text
+    assert ">zeros</span>" not in text
 
 
 @pytest.mark.parametrize("most", [1e-9, 0.0999, 0.1, 1, 2.4, 7, 99.9, 1e12])
@@ -224,9 +306,10 @@ def test_ticks_are_few_and_reach_the_highest(most):
 
 def test_pictures(cli, folder, tmp_path):
     pytest.importorskip("matplotlib")
-    made = folder(facts(4))
+    made = folder({**facts(4), "spectra": measured(4)})
     cli("report", made, "-o", tmp_path / "a.html", "--png", tmp_path / "png")
-    assert {path.name for path in (tmp_path / "png").iterdir()} == {"sizes.png", "block-error.png", "error.png"}
+    names = {"sizes.png", "block-error.png", "error.png", "spectra.png"}
+    assert {path.name for path in (tmp_path / "png").iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "png").iterdir())
     assert "exists already" in cli("report", made, "-o", tmp_path / "b.html", "--png", tmp_path / "png", code=1).stderr
     assert not (tmp_path / "b.html").exists()
@@ -248,6 +331,9 @@ def test_colours_have_contrast():
     for colours in (LIGHT, DARK):
         for text in ("ink", "label", "link"):
             assert contrast(colours[text], colours["page"]) >= 4.5
+        for depth in range(DEPTHS):
+            assert contrast(colours[f"d{depth}"], colours["page"]) >= 3
+        assert colours["halo"] == colours["page"]
         for step in range(9):
             assert contrast(colours[f"t{step}"], colours[f"r{step}"]) >= 4.5, step
 

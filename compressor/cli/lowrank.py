@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compressor.cli import options
-from compressor.cli.prune import run_and_show, show_left
+from compressor.cli.prune import job_facts, run_and_show, show_left, show_tasks
 from compressor.cli.show import err, out, quiet_libraries, speaks
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -17,17 +18,17 @@ compress lowrank org/model -o out --keep 70% --dataset text.jsonl
 
 compress lowrank ./model -o out --method welore --keep 50%
 
-compress lowrank ./model -o out --keep 60% --dataset text.jsonl --tune 4"""
+compress lowrank ./model -o out --keep 60% --dataset text.jsonl --tune 4
+
+compress lowrank ./model -o out --recipe mixed --dataset text.jsonl"""
 
 
 def lowrank(
     model: options.Model,
     output: options.OutputFolder = None,
     method: Annotated[str | None, typer.Option(help="kfac, svd_llm, asvd, welore or svd.", show_default="kfac")] = None,
-    keep: Annotated[str | None, typer.Option(help="Of the parameters of the linears: 70%.", show_default=False)] = None,
-    ranks: Annotated[
-        str | None, typer.Option(help="uniform, welore or threshold: share them out.", show_default="the method's own")
-    ] = None,
+    keep: options.Keep = None,
+    ranks: options.Ranks = None,
     tune: Annotated[int | None, typer.Option(help="Epochs of training the factors, block by block.", show_default="0")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="What every linear becomes: a file such as OUT/plan.toml.", show_default=False)
@@ -70,7 +71,8 @@ def lowrank(
     }  # fmt: skip
     merged = merge(settings, given, assign or [])
     if merged.method in METHODS:
-        raise UsageError(f"method {merged.method} prunes: use compress prune; accepted here: {', '.join(FACTORIZATIONS)}")
+        right = f"compress prune --recipe {recipe}" if recipe and not method else "compress prune"
+        raise UsageError(f"method {merged.method} prunes: use {right}; accepted here: {', '.join(FACTORIZATIONS)}")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to check everything")
     if speaks() and not quiet:
@@ -80,9 +82,14 @@ def lowrank(
         from compressor.job import make_job
 
         job = make_job(merged, output)
-        goal = f"keep {merged.keep} of the parameters" if merged.keep else "as planned"
+        if as_json:
+            print(json.dumps(job_facts(job, merged), indent=1))
+            return
+        if not job.keep:
+            show_tasks(job)
         show_left(job)
-        out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be factored by {merged.method}, {goal}")
+        goal = f"factored by {merged.method}, keep {merged.keep} of the parameters" if job.keep else "compressed as planned"
+        out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was written")
         return
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
 

@@ -19,6 +19,8 @@ RecipeName = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="Bundled recipe or TOML file; options given here win.", show_default=False),
 ]
+Keep = Annotated[str | None, typer.Option(help="Of the parameters of the linears: 70%.", show_default=False)]
+Ranks = Annotated[str | None, typer.Option(help="uniform, welore or threshold: share them out.", show_default="the method's own")]
 Ratios = Annotated[
     str | None, typer.Option(help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.", show_default="none")
 ]

@@ -1,4 +1,4 @@
-"""`compress plan`: what every linear would become, as a file to read, edit and prune with."""
+"""`compress plan`: what every linear would become, as a file to read, edit and compress with."""
 
 from __future__ import annotations
 
@@ -15,21 +15,31 @@ from compressor.cli.show import err, out, pruning_progress, quiet_libraries, tab
 
 if TYPE_CHECKING:
     from compressor.job import Job
+    from compressor.recipe import Recipe
 
 _EXAMPLES = """[bold]Examples[/bold]
 
 compress plan org/model -o plan.toml --pattern 60% --ratios curve --dataset text.jsonl --plot plan.png
 
-compress prune org/model -o out --plan plan.toml --method sparsegpt --dataset text.jsonl"""
+compress prune org/model -o out --plan plan.toml --method sparsegpt --dataset text.jsonl
+
+compress plan org/model -o plan.toml --keep 70% --dataset text.jsonl
+
+compress lowrank org/model -o out --plan plan.toml --dataset text.jsonl"""
 
 
 def plan(
     model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to make; must not exist.", show_default=False)],
     plot: Annotated[Path | None, typer.Option(help="Draw it too: a .png, .svg or .pdf file.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="As for prune: curves are measured with it.", show_default="wanda")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="As for prune or lowrank: plans are measured with it.", show_default="wanda, or kfac with --keep"),
+    ] = None,
     refine: Annotated[str | None, typer.Option(help="As for prune: plans are tried with it.", show_default="none")] = None,
     pattern: Annotated[str | None, typer.Option(help="n:m, or a sparsity such as 60%.", show_default="2:4")] = None,
+    keep: options.Keep = None,
+    ranks: options.Ranks = None,
     ratios: options.Ratios = None,
     max_sparsity: options.MaxSparsity = None,
     dense_fraction: options.DenseFraction = None,
@@ -40,7 +50,7 @@ def plan(
     recipe: options.RecipeName = None,
     assign: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="As for prune, such as ratios.tokens=4096.", show_default=False),
+        typer.Option("--set", metavar="NAME=VALUE", help="As for prune or lowrank: ratios.tokens=4096.", show_default=False),
     ] = None,
     ignore: options.Ignore = None,
     device: options.Device = "auto",
@@ -53,15 +63,21 @@ def plan(
 ) -> None:
     """Choose what every linear becomes and write it to a file; the checkpoint is only read."""
     from compressor.bundled import find
-    from compressor.errors import OutputError
+    from compressor.errors import OutputError, UsageError
     from compressor.recipe import load, merge
 
+    settings = load(find(recipe)) if recipe else {}
+    if keep and pattern:
+        raise UsageError(f"--keep {keep} is for factors, --pattern {pattern} for zeros: give one of them")
+    if keep and not method and "method" not in settings:
+        method = "kfac"
     given = {
-        "model": model, "revision": revision, "method": method, "refine": refine, "pattern": pattern, "ratios": ratios,
+        "model": model, "revision": revision, "method": method and method.replace("-", "_"), "refine": refine,
+        "pattern": pattern, "keep": keep, "ranks": ranks, "ratios": ratios,
         "dense_fraction": dense_fraction, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
         "dtype": dtype, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
-    merged = merge(load(find(recipe)) if recipe else {}, given, [*(assign or []), *most(max_sparsity)])
+    merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
     for path in (output, plot):
         if path and (path.exists() or not path.resolve().parent.is_dir()):
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")
@@ -80,8 +96,7 @@ def plan(
     part.write_text(dumps(job), encoding="utf-8")
     part.replace(output)
     if plot:
-        chosen = merged.ratios or (f"{merged.dense_fraction} dense" if merged.dense_fraction else "one goal")
-        heatmap.draw(job, plot, f"{Path(merged.model).name}: {merged.pattern}, {chosen}")
+        heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", "parameters removed" if job.keep else "zeros")
     if as_json:
         print(json.dumps(job.allocation, indent=1))
         return
@@ -93,9 +108,20 @@ def plan(
 plan.__doc__ = f"{plan.__doc__}\n\n{_EXAMPLES}"
 
 
+def _chosen(recipe: Recipe) -> str:
+    if recipe.keep:
+        return f"keep {recipe.keep}, {recipe.method}"
+    how = recipe.ratios or (f"{recipe.dense_fraction} dense" if recipe.dense_fraction else "one goal")
+    return f"{recipe.pattern}, {how}"
+
+
 def _show(job: Job) -> None:
     from compressor.heatmap import sparsities
 
+    if job.keep:
+        _show_ranks(job)
+        show_allocation(job.allocation)
+        return
     columns, blocks = sparsities(job)
     found = table("Zeros of every linear, %", " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
     for index, row in enumerate(blocks):
@@ -105,6 +131,16 @@ def _show(job: Job) -> None:
     zeros = sum(task.removed * task.linear.size for task in job.every)
     out.print(f"{round(zeros)} of {sum(weights.values())} weights pruned, {zeros / sum(weights.values()):.2%}")
     show_allocation(job.allocation)
+
+
+def _show_ranks(job: Job) -> None:
+    from compressor.heatmap import cells
+
+    columns, blocks = cells(job, lambda task: str(task.goal), "dense")
+    found = table("Rank of every linear", " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
+    for index, row in enumerate(blocks):
+        found.add_row(str(index), *(value or "" for value in row))
+    out.print(found)
 
 
 def _coloured(value: float) -> Text:

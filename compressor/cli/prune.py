@@ -14,7 +14,7 @@ from compressor.cli import options
 from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, speaks, table
 
 if TYPE_CHECKING:
-    from compressor.job import Job
+    from compressor.job import Job, Task
     from compressor.recipe import Recipe
     from compressor.report import Report
 
@@ -99,9 +99,8 @@ def prune(
     assign = [*(assign or []), *most(max_sparsity)]
     merged = merge(load(find(recipe)) if recipe else {}, given, assign)
     if merged.method in FACTORIZATIONS:
-        raise UsageError(
-            f"method {merged.method} makes factors: use compress lowrank --keep 70%; accepted here: {', '.join(METHODS)}"
-        )
+        right = f"compress lowrank --recipe {recipe}" if recipe and not method else "compress lowrank --keep 70%"
+        raise UsageError(f"method {merged.method} makes factors: use {right}; accepted here: {', '.join(METHODS)}")
     if plan and pattern:
         raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
@@ -112,7 +111,11 @@ def prune(
     if output is None or dry_run:
         from compressor.job import make_job
 
-        _show_job(make_job(merged, output), merged, as_json)
+        job = make_job(merged, output)
+        if as_json:
+            print(json.dumps(job_facts(job, merged), indent=1))
+        else:
+            _show_job(job)
         return
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
 
@@ -170,20 +173,33 @@ def show_left(job: Job) -> None:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
 
 
-def _show_job(job: Job, recipe: Recipe, as_json: bool) -> None:
-    facts: dict[str, Any] = {
-        "model": recipe.model, "method": recipe.method, "pattern": recipe.pattern, "seq_len": job.seq_len,
+def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the parameters is kept."""
+    asked = {"keep": recipe.keep} if job.keep else {"plan": recipe.plan} if recipe.plan else {"pattern": recipe.pattern}
+    return {
+        "model": recipe.model, "method": recipe.method, **asked, "seq_len": job.seq_len,
         "blocks": len(job.tasks),
         "linears": [
-            {"name": task.linear.name, "shape": list(task.linear.shape), "goal": str(task.goal)} for task in job.every
+            {"name": task.linear.name, "shape": list(task.linear.shape), "goal": f"keep {recipe.keep}" if job.keep else _goal(task)}
+            for task in job.every
         ],
         "left_dense": [{"name": left.name, "shape": left.shape, "reason": left.reason} for left in job.left_dense],
     }  # fmt: skip
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
+
+
+def _goal(task: Task) -> str:
+    return f"rank {task.goal}" if isinstance(task.goal, int) else str(task.goal)
+
+
+def show_tasks(job: Job) -> None:
+    """What every linear becomes and by which method, a line each."""
     for task in job.every:
-        out.print(f"{recipe.method} {task.goal}  {task.linear.name}  {list(task.linear.shape)}")
+        method = task.method.__name__.rpartition(".")[2]
+        out.print(f"{method} {_goal(task)}  {task.linear.name}  {list(task.linear.shape)}")
+
+
+def _show_job(job: Job) -> None:
+    show_tasks(job)
     show_left(job)
     packed = sum(map(job.packs, job.every))
     stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
@@ -194,7 +210,8 @@ def _show_report(report: Report) -> None:
     found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
-        found.add_row(row.name, "×".join(map(str, row.shape)), row.format, f"{row.sparsity:.1%}", error, size(row.bytes))
+        form = f"{row.format} {row.entry['rank']}" if "rank" in row.entry else row.format
+        found.add_row(row.name, "×".join(map(str, row.shape)), form, f"{row.sparsity:.1%}", error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()

@@ -13,7 +13,7 @@ from compressor.cli.show import out, table
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, description, settings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, command, description, settings.")] = False,
 ) -> None:
     """List the recipes that come with the package, or show one.
 
@@ -29,20 +29,34 @@ def recipes(
 
     if name is not None:
         path = find(name)
-        print(json.dumps(_facts(path), indent=1) if as_json else path.read_text(encoding="utf-8").rstrip())
+        print(json.dumps(_facts(path), indent=1) if as_json else _shown(path))
         return
     paths = list(bundled().values())
     if as_json:
         print(json.dumps([_facts(path) for path in paths], indent=1))
         return
-    found = table("", "recipe pattern what-it-is")
+    found = table("", "recipe command what-it-is")
     for path in paths:
-        found.add_row(path.stem, _facts(path)["settings"].get("pattern", ""), description(path))
+        found.add_row(path.stem, _facts(path)["command"], description(path))
     out.print(found)
+
+
+def _shown(path: Path) -> str:
+    """The file, and as comments the plan it stands beside."""
+    from compressor.recipe import load
+
+    text = path.read_text(encoding="utf-8").rstrip()
+    if plan := load(path).get("plan"):
+        lines = Path(plan).read_text(encoding="utf-8").rstrip().splitlines()
+        text += f"\n\n# {Path(plan).relative_to(path.parent).as_posix()}:\n" + "\n".join(f"#     {line}".rstrip() for line in lines)
+    return text
 
 
 def _facts(path: Path) -> dict[str, Any]:
     from compressor.bundled import description
+    from compressor.methods import command
     from compressor.recipe import load
 
-    return {"name": path.stem, "description": description(path), "settings": load(path)}
+    settings = load(path)
+    runs = command(settings.get("method", "wanda"))
+    return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}

@@ -44,6 +44,11 @@ def options_of(method: ModuleType) -> Callable[..., Any]:
     return method.decompose if factors(method) and method.NEEDS_GRADIENTS else method.compress
 
 
+def command(method: str) -> str:
+    """The command that runs the method of this name."""
+    return "lowrank" if method in FACTORIZATIONS else "prune"
+
+
 def factors(method: ModuleType) -> bool:
     """Whether it makes thin factors of a rank, and does not prune to a pattern."""
     return hasattr(method, "RANKS")

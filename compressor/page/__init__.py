@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run: no scripts, nothing fetched, light and dark, narrow and wide.
 
 record    what the page says, checked
-charts    SVG trees; picture writes them as PNG files
+charts    SVG trees, spectra those of low rank; picture writes them as PNG files
 page.html the template; every string passes through jinja2's escaping or the XML writer's, none is put in by hand
 """
 
@@ -14,9 +14,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 from compressor import text
+from compressor.methods import command
 from compressor.page import charts
 from compressor.page.charts import Chart
 from compressor.page.record import Record, Row, read_record
+from compressor.page.spectra import spectra
 
 __all__ = ["draw", "read_record", "render"]
 
@@ -45,6 +47,8 @@ def render(record: Record) -> str:
         same=_same(record),
         forms=_forms(record.rows),
         figures=_figures(record),
+        goal=_goal(record.recipe),
+        command=command(str(record.recipe.get("method"))),
         tokens=_calibration(record),
         errors=any(row.error is not None for row in record.rows),
         most=MOST_LINES,
@@ -71,6 +75,8 @@ def draw(record: Record) -> list[Chart]:
     for name, (title, values, show, missing) in _maps(record).items():
         if values and min(values.values()) < max(values.values()):
             drawn.append(charts.heat_map(name, title, blocks, values, show, missing))
+    if chart := spectra("spectra", "Singular values by linear", record.spectra):
+        drawn.append(chart)
     if seconds := record.run.get("block_seconds"):
         drawn.append(charts.columns("block-seconds", "Time by block", "seconds", dict(enumerate(seconds)), text.number))
     return drawn
@@ -129,8 +135,11 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
             _share(record.bytes / record.dense_bytes) if record.dense_bytes else "–",
             f"of their dense bytes: {text.size(record.bytes)} of {text.size(record.dense_bytes)}",
         ),
-        ("zeros", _percent(record.sparsity), "of the weights of these linears"),
     ]
+    if record.kept is not None:
+        found.append(("parameters kept", f"{record.kept:.2%}", "of those of all linears in the blocks"))
+    if record.sparsity or record.kept is None:
+        found.append(("zeros", _percent(record.sparsity), "of the weights of these linears"))
     for score in record.scores[:2]:
         name = score.metric.split(",")[0].replace("_", " ")
         before = "" if score.before is None else f", was {text.number(score.before)}"
@@ -140,6 +149,12 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
         for kind, peak in record.run["peak_memory"].items():
             found.append(("peak memory", text.size(peak), kind.removesuffix("_bytes")))
     return found
+
+
+def _goal(recipe: Mapping[str, Any]) -> str:
+    if recipe.get("keep"):
+        return f"keep {recipe['keep']} of the linears' parameters"
+    return "as planned" if recipe.get("plan") else f"pattern {recipe.get('pattern', '–')}"
 
 
 def _calibration(record: Record) -> str:

@@ -45,11 +45,12 @@ def _draw(figure: object, chart: Chart) -> None:
     axes.set_ylim(below, -head)
     axes.axis("off")
     axes.text(0, -14, _plain(chart.title), fontsize=_points(15), fontweight="bold", color=LIGHT["ink"])
-    for element in chart.svg:
-        _element(axes, element)
+    for order, element in enumerate(chart.svg):
+        _element(axes, element, order)
 
 
-def _element(axes: object, element: Element) -> None:
+def _element(axes: object, element: Element, order: int) -> None:
+    """Draw one; the later in the tree, the further in front."""
     from matplotlib.patches import Rectangle
 
     def at(name: str) -> float:
@@ -57,14 +58,18 @@ def _element(axes: object, element: Element) -> None:
 
     colour = LIGHT[element.get("class", "ink")]
     if element.tag == "rect":
-        axes.add_patch(Rectangle((at("x"), at("y")), at("width"), at("height"), color=colour, linewidth=0))  # type: ignore[attr-defined]
+        axes.add_patch(Rectangle((at("x"), at("y")), at("width"), at("height"), color=colour, linewidth=0, zorder=order))  # type: ignore[attr-defined]
     elif element.tag == "line":
-        axes.plot([at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75)  # type: ignore[attr-defined]
+        axes.plot([at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75, zorder=order)  # type: ignore[attr-defined]
+    elif element.tag == "polyline":
+        places = [tuple(map(float, point.split(","))) for point in element.get("points", "").split()]
+        width = _points(at("stroke-width"))
+        axes.plot([x for x, _ in places], [y for _, y in places], color=colour, linewidth=width, zorder=order)  # type: ignore[attr-defined]
     elif element.tag == "text":
         turn = -float(element.get("transform", "rotate(0 ").removeprefix("rotate(").split()[0])
         side = {"start": "left", "middle": "center", "end": "right"}[element.get("text-anchor", "start")]
         style = {"ha": side, "va": "baseline", "rotation": turn, "rotation_mode": "anchor", "fontsize": _points(11)}
-        axes.text(at("x"), at("y"), _plain(element.text or ""), color=colour, **style)  # type: ignore[attr-defined]
+        axes.text(at("x"), at("y"), _plain(element.text or ""), color=colour, zorder=order, **style)  # type: ignore[attr-defined]
 
 
 def _points(pixels: float) -> float:

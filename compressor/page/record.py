@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor import text
 from compressor.checkpoint import Reader, read_json
 from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
 from compressor.scores import arrow, metrics, read_scores, scores_path
 
-_IN_BLOCK = re.compile(r".*?\.(\d{1,6})\.(.+)")
 _LONGEST_RECIPE = 1 << 16
 
 
@@ -39,6 +38,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one linear, or the mean of the experts of a block, at some places from 0 to `full` - 1.
+
+    `rank` is the mean of those factored, None where there is none; factors pay up to `largest_rank`.
+    """
+
+    block: int
+    part: str
+    full: int
+    rank: float | None
+    largest_rank: int
+    points: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Score:
     """One number of an evaluation, with that of the baseline where there is one."""
 
@@ -57,6 +71,8 @@ class Record:
         recipe: of report.json; `recipe_text` is recipe.toml, empty without.
         rows: the compressed linears.
         block_errors: relative squared error of each block's output; empty without calibration.
+        kept: fraction of the parameters of the linears, where ranks were shared out.
+        spectra: those that ranks were chosen from, if they were measured.
         left_dense: reason -> (name, shape) of each weight that was left alone.
         run: device, seconds, block_seconds and peak_memory, from beside the folder; empty without.
         scores: the stored evaluation; `notes` says why there is none where one was found.
@@ -75,6 +91,8 @@ class Record:
     calibration_tokens: int
     rows: list[Row]
     block_errors: dict[int, float]
+    kept: float | None
+    spectra: list[Spectrum]
     left_dense: dict[str, list[tuple[str, list[int]]]]
     versions: dict[str, str]
     run: dict[str, Any]
@@ -118,6 +136,8 @@ def read_record(folder: Path) -> Record:
         block_errors={
             entry.whole("index"): entry.real("error") for entry in found.entries("blocks") if entry.found.get("error") is not None
         },
+        kept=_kept(found.found.get("allocation")),
+        spectra=[spectrum for entry in found.entries("spectra", []) if (spectrum := _spectrum(entry))],
         left_dense=left,
         versions={str(key): str(value) for key, value in found.get("versions", dict).items()},
         run=_run(beside.with_name(f"{beside.name}.report.json"), found.found),
@@ -157,8 +177,9 @@ class _Checked:
     def inside(self, key: str) -> _Checked:
         return _Checked(self.path, self.get(key, dict))
 
-    def entries(self, key: str) -> list[_Checked]:
-        values = self.get(key, list)
+    def entries(self, key: str, default: list[Any] | None = None) -> list[_Checked]:
+        """The objects in a list; `default` where there is no such key."""
+        values = default if default is not None and key not in self.found else self.get(key, list)
         if not all(isinstance(value, dict) for value in values):
             raise self.refuse(key)
         return [_Checked(self.path, value) for value in values]
@@ -178,11 +199,11 @@ def is_number(value: Any) -> bool:
 def _row(entry: _Checked) -> Row:
     name, described = entry.get("name", str), entry.found.get("entry")
     rank = described.get("rank") if isinstance(described, dict) else None
-    inside = _IN_BLOCK.fullmatch(name)
+    block, part = text.place(name)
     return Row(
         name=name,
-        block=int(inside[1]) if inside else None,
-        part=re.sub(r"\.\d+(?=\.|$)", ".*", inside[2]) if inside else name,
+        block=block,
+        part=part,
         shape=entry.shape(),
         format=entry.get("format", str),
         sparsity=entry.real("sparsity"),
@@ -192,6 +213,26 @@ def _row(entry: _Checked) -> Row:
         dense_bytes=entry.whole("dense_bytes"),
         bytes=entry.whole("bytes"),
     )
+
+
+def _kept(allocation: Any) -> float | None:
+    numbers = [allocation.get(key) for key in ("parameters", "dense_parameters")] if isinstance(allocation, dict) else []
+    return numbers[0] / numbers[1] if numbers and all(map(is_number, numbers)) and 0 <= numbers[0] <= numbers[1] > 0 else None
+
+
+def _spectrum(entry: _Checked) -> Spectrum | None:
+    """None for a linear outside the blocks."""
+    index, values, full = entry.get("index", list), entry.get("values", list), min(entry.shape(), default=0)
+    if not index or len(index) != len(values) or not all(type(place) is int and 0 <= place < full for place in index):
+        raise entry.refuse("index")
+    if not all(is_number(value) and value >= 0 for value in values):
+        raise entry.refuse("values")
+    rank = None if entry.found.get("rank") is None else entry.real("rank")
+    if rank is not None and not 1 <= rank <= full:
+        raise entry.refuse("rank")
+    points = sorted(zip(index, map(float, values), strict=True))
+    part, largest = entry.get("linear", str), entry.whole("largest_rank")
+    return None if entry.found.get("block") is None else Spectrum(entry.whole("block"), part, full, rank, largest, points)
 
 
 def _fraction(losses: Any) -> float | None:

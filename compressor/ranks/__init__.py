@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import import_module
 from types import ModuleType
 
@@ -72,6 +73,12 @@ def step(shape: tuple[int, int], align: int = 0) -> int:
     while size > 1 and largest_rank(shape) < 16 * size:
         size //= 2
     return size
+
+
+def rank_keeping(shape: tuple[int, int], keep: Fraction) -> int:
+    """The largest rank whose factors have no more than `keep` of the parameters, a multiple of `step` if possible; 0 for none."""
+    most = min(int(keep * shape[0] * shape[1] / sum(shape)), largest_rank(shape))
+    return most // step(shape) * step(shape) or most
 
 
 def check_align(align: int) -> None:

@@ -21,7 +21,8 @@ from compressor.calibration import States
 from compressor.curvature import factor_all
 from compressor.errors import UsageError
 from compressor.job import Job, Task
-from compressor.ranks import Ranks, Spectrum, uniform
+from compressor.ranks import Ranks, Spectrum, largest_rank, step, uniform
+from compressor.ranks.measured import measured
 from compressor.stats import InputStats
 from compressor.trial import TOKENS, Trial
 
@@ -64,24 +65,46 @@ def allocate(job: Job, states: States | None, spectra: Spectra | None, device: t
     name = job.ranks.__name__.rpartition(".")[2]
     facts: dict[str, Any] = {"by": name, "budget": budget}
     if job.ranks is uniform:
-        return _counted(replace(even, allocation=facts), shapes)
+        return _counted(replace(even, allocation=facts), spectra or shapes)
     spectra = spectra or _spectra(job, states, device, progress)
     chosen = sharing(job, job.ranks.allocate(spectra, budget, **job.rank_options))
     if not job.measures:
-        return _counted(replace(chosen, allocation=facts), shapes)
+        return _counted(replace(chosen, allocation=facts), spectra)
     assert states
-    return _counted(better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress), shapes)
+    return _counted(better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress), spectra)
 
 
 def sharing(job: Job, ranks: Ranks) -> Job:
     """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear has one."""
     if not any(ranks.values()):
         raise UsageError(f"keeping {float(job.keep or 0):.1%} leaves every linear dense: factors would be no smaller; lower --keep")
-    return job.assign(ranks, "factors would not pay")
+    return job.assign(_whole(job, ranks), "factors would not pay")
+
+
+def _whole(job: Job, ranks: Ranks) -> Ranks:
+    """The ranks, with the largest that pays for matrices of experts that would stay dense beside others that do not.
+
+    A loader needs all matrices of a module of experts in factors, or none. It costs no parameters, for factors are smaller.
+    """
+    factored = {task.linear.experts for task in job.every if ranks[task.linear.name]} - {""}
+    most = {
+        task.linear.name: _most(task.linear.shape, job.rank_options.get("align", 0))
+        for task in job.every
+        if task.linear.experts in factored and not ranks[task.linear.name]
+    }
+    return {name: rank or most.get(name) for name, rank in ranks.items()}
+
+
+def _most(shape: tuple[int, int], align: int) -> int | None:
+    most, size = largest_rank(shape), step(shape, align)
+    return most // size * size or None
 
 
 def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
-    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective rank reduction)."""
+    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective rank reduction).
+
+    Where spectra were measured, and not only shapes, they are kept as well.
+    """
     goals = {task.linear.name: task.goal for task in job.every}
     ranks = {name: goal if isinstance(goal := goals.get(name), int) else None for name in linears}
     kept = sum(spectrum.parameters(ranks[name]) for name, spectrum in linears.items())
@@ -92,7 +115,8 @@ def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
         "dense_parameters": sum(spectrum.size for spectrum in linears.values()),
         "rank_reduction": removed / sum(full.values()),
     }
-    return replace(job, allocation={**job.allocation, **numbers})
+    known = {name: spectrum for name, spectrum in linears.items() if len(spectrum.values)}
+    return replace(job, allocation={**job.allocation, **numbers}, spectra=measured(known, ranks))
 
 
 def _spectra(job: Job, states: States | None, device: torch.device, progress: Progress) -> Spectra:
