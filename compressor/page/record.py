@@ -216,8 +216,10 @@ def _row(entry: _Checked) -> Row:
 
 
 def _kept(allocation: Any) -> float | None:
-    numbers = [allocation.get(key) for key in ("parameters", "dense_parameters")] if isinstance(allocation, dict) else []
-    return numbers[0] / numbers[1] if numbers and all(map(is_number, numbers)) and 0 <= numbers[0] <= numbers[1] > 0 else None
+    if not isinstance(allocation, dict):
+        return None
+    kept, dense = (value if is_number(value := allocation.get(key)) else -1 for key in ("parameters", "dense_parameters"))
+    return kept / dense if 0 <= kept <= dense and dense > 0 else None
 
 
 def _spectrum(entry: _Checked) -> Spectrum | None:
