@@ -275,6 +275,15 @@ def test_spectra_are_to_scale(folder):
     assert "3 left dense" in chart.text
 
 
+def test_marks_of_deep_ranks_are_on_their_lines(folder):
+    found = [{**one, "values": [10.0**-place for place in range(8)], "rank": 7} for one in measured(2)]
+    chart = spectra("s", "S", read_record(folder({**facts(2), "spectra": found})).spectra)
+    points = [float(point.split(",")[1]) for point in next(chart.svg.iter("polyline")).get("points").split()]
+    mark = next(mark for mark in chart.svg.iter("rect") if mark.find("title") is not None)
+    assert float(mark.get("y")) + float(mark.get("height")) / 2 == pytest.approx(points[6], abs=0.1)
+    assert points[5] < points[6] < points[7]
+
+
 @pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [5.0, *[0.0] * 7], [1e299] * 7 + [1e-299]], ids=str)
 def test_flat_and_empty_spectra(folder, values):
     found = [{**one, "values": values} for one in measured(1)]
