@@ -218,8 +218,9 @@ def _row(entry: _Checked) -> Row:
 def _kept(allocation: Any) -> float | None:
     if not isinstance(allocation, dict):
         return None
-    kept, dense = (value if is_number(value := allocation.get(key)) else -1 for key in ("parameters", "dense_parameters"))
-    return kept / dense if 0 <= kept <= dense and dense > 0 else None
+    kept: Any = allocation.get("parameters")
+    dense: Any = allocation.get("dense_parameters")
+    return kept / dense if is_number(kept) and is_number(dense) and 0 <= kept <= dense and dense > 0 else None
 
 
 def _spectrum(entry: _Checked) -> Spectrum | None:
