@@ -22,7 +22,7 @@ from compressor.licence import Licence, from_file, from_folder
 from compressor.scores import read_scores, scores_path
 from compressor.writer import is_side_file
 
-CARD, RECIPE, REPORT = "README.md", "recipe.toml", "report.json"
+CARD, RECIPE, REPORT, PLAN = "README.md", "recipe.toml", "report.json", "plan.toml"
 _PICTURES = (".png", ".svg", ".html")
 
 
@@ -142,7 +142,7 @@ def _choose(reader: Reader, made: Mapping[str, str], *, code: bool) -> tuple[lis
     folder = reader.folder
     chosen = list(reader.shards)
     for path in sorted(folder.iterdir()):
-        wanted = is_side_file(path.name, code=code) or path.suffix in _PICTURES or path.name == CARD
+        wanted = is_side_file(path.name, code=code) or path.suffix in _PICTURES or path.name in (CARD, PLAN)
         if wanted and path.is_file() and path.name not in (*chosen, *made) and not path.name.startswith("."):
             chosen.append(path.name)
     if reader.index is None and INDEX in chosen:

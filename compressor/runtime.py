@@ -63,10 +63,13 @@ class CompressedQuantizer(HfQuantizer):
 
     update_tp_plan = update_attn_implementation  # its place in transformers 5.17
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without the renaming of `weight_v`: to transformers that is half of an old weight norm, here it is a factor."""
-        kept = [step for step in weight_conversions if not any(name.endswith("weight_v") for name in step.source_patterns)]
-        return super().update_weight_conversions(kept, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # type: ignore[override]
+        """Without the renaming of `weight_v`: to transformers that is half of an old weight norm, here it is a factor.
+
+        Transformers up to 5.20 does not give the model.
+        """
+        kept = [step for step in weight_conversions if not any("weight_v" in name for name in step.source_patterns)]
+        return super().update_weight_conversions(kept, *model)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         entries, modules = self.quantization_config.modules, dict(model.named_modules())

@@ -104,7 +104,8 @@ def test_a_plan_has_the_ranks_that_lowrank_would_choose(cli, demo_model, rows, t
     assert "Rank of every linear" in shown
     assert "by uniform" in shown
     assert again.read_text().count("rank = ") == 28
-    assert "give one of them" in cli("plan", demo_model, "-o", "x", "--keep", "60%", "--pattern", "2:4", code=2).stderr
+    for keep in (["--keep", "60%"], ["--recipe", "lowrank-70"]):
+        assert "give one of them" in cli("plan", demo_model, "-o", tmp_path / "x", *keep, "--pattern", "2:4", code=2).stderr
 
 
 def test_a_dry_run_says_what_would_be_done(cli, demo_model, tmp_path):

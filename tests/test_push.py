@@ -310,3 +310,17 @@ def test_bad_arguments(push, out, tmp_path):
     assert "is no complete recipe" in push(out, "tester/packed", exit=1)
     (out / SHARD).write_bytes((out / SHARD).read_bytes()[:-1])
     assert "truncated" in push(out, "tester/packed", exit=1)
+
+
+def test_the_card_of_a_low_rank_model_calls_it_that(push, tmp_path):
+    from compressor.pipeline import prune
+    from compressor.recipe import Recipe
+
+    prune(Recipe(str(DEMO), method="welore", keep="60%"), tmp_path / "out")
+    found = json.loads(push(tmp_path / "out", "tester/thin", "--dry-run", "--json").stdout)
+    assert {"plan.toml", "recipe.toml"} <= {file["name"] for file in found["files"]}
+    card = ModelCard(found["card"])
+    assert "its linears factored to 60% of their parameters with welore" in card.text
+    assert "`compress lowrank MODEL -o OUT --recipe recipe.toml`" in card.text
+    assert "low-rank" in card.data.tags
+    assert not {"pruned", "2:4"} & set(card.data.tags)

@@ -221,6 +221,10 @@ def test_scores_of_another_checkpoint_and_the_run_of_another_are_left_out(folder
 def test_a_map_of_one_colour_is_a_sentence(folder):
     found = facts(3)
     assert "Zeros by linear: 50.0% everywhere." in render(read_record(folder(found)))
+    found["linears"][0]["entry"] = {"format": "lowrank", "rank": 4}
+    assert "Zeros by linear: 50.0%, or left dense, or of low rank." in render(read_record(folder(found)))
+    assert "Rank by linear: 4, or not of low rank." in render(read_record(folder(found)))
+    found["linears"][0]["entry"] = {"format": "sparse24"}
     found["linears"][1]["sparsity"] = 0.7
     found["linears"][2]["entry"] = {"format": "lowrank", "rank": 4}
     names = [chart.name for chart in draw(read_record(folder(found)))]
@@ -269,6 +273,15 @@ def test_spectra_are_to_scale(folder):
     assert "rank 2 of 8, factors are smaller up to 5" in marks[0].find("title").text
     assert "9 spectra, kept ranks from 2 of 8" in chart.text
     assert "3 left dense" in chart.text
+
+
+def test_marks_of_deep_ranks_are_on_their_lines(folder):
+    found = [{**one, "values": [10.0**-place for place in range(8)], "rank": 7} for one in measured(2)]
+    chart = spectra("s", "S", read_record(folder({**facts(2), "spectra": found})).spectra)
+    points = [float(point.split(",")[1]) for point in next(chart.svg.iter("polyline")).get("points").split()]
+    mark = next(mark for mark in chart.svg.iter("rect") if mark.find("title") is not None)
+    assert float(mark.get("y")) + float(mark.get("height")) / 2 == pytest.approx(points[6], abs=0.1)
+    assert points[5] < points[6] < points[7]
 
 
 @pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [5.0, *[0.0] * 7], [1e299] * 7 + [1e-299]], ids=str)

@@ -67,8 +67,6 @@ def plan(
     from compressor.recipe import load, merge
 
     settings = load(find(recipe)) if recipe else {}
-    if keep and pattern:
-        raise UsageError(f"--keep {keep} is for factors, --pattern {pattern} for zeros: give one of them")
     if keep and not method and "method" not in settings:
         method = "kfac"
     given = {
@@ -78,6 +76,8 @@ def plan(
         "dtype": dtype, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
+    if merged.keep and pattern:
+        raise UsageError(f"--keep {merged.keep} is for factors, --pattern {pattern} for zeros: give one of them")
     for path in (output, plot):
         if path and (path.exists() or not path.resolve().parent.is_dir()):
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")

@@ -216,8 +216,11 @@ def _row(entry: _Checked) -> Row:
 
 
 def _kept(allocation: Any) -> float | None:
-    numbers = [allocation.get(key) for key in ("parameters", "dense_parameters")] if isinstance(allocation, dict) else []
-    return numbers[0] / numbers[1] if numbers and all(map(is_number, numbers)) and 0 <= numbers[0] <= numbers[1] > 0 else None
+    if not isinstance(allocation, dict):
+        return None
+    kept: Any = allocation.get("parameters")
+    dense: Any = allocation.get("dense_parameters")
+    return kept / dense if is_number(kept) and is_number(dense) and 0 <= kept <= dense and dense > 0 else None
 
 
 def _spectrum(entry: _Checked) -> Spectrum | None:

@@ -16,7 +16,8 @@ from compressor.page.charts import WIDTH, Chart, canvas, curve, line, rect, shor
 from compressor.page.record import Spectrum
 
 DEPTHS = 6  # colours of the lines
-_DECADES = 4  # shown at most, counted from the largest value
+_DECADES, _MOST_DECADES = 4, 9  # shown, counted from the largest value
+_LABELS = 5  # decades, from which on every other one is labelled
 _MANY = 16  # blocks, from which on lines and marks are small
 _ACROSS, _LEFT, _BETWEEN = 2, 34, 10
 _BROAD = (WIDTH - _LEFT - 4 - _BETWEEN * (_ACROSS - 1)) / _ACROSS
@@ -30,8 +31,7 @@ def spectra(name: str, title: str, found: Sequence[Spectrum]) -> Chart | None:
         return None
     parts = list(dict.fromkeys(one.part for one in found))
     blocks = sorted({one.block for one in found})
-    high = math.log10(max(values)) + 0.1
-    low = min(max(math.log10(min(values)), high - _DECADES), high - 1)
+    low, high = _range(found, values)
     foot = _TOP + math.ceil(len(parts) / _ACROSS) * (_HIGH + _HEAD + _FOOT)
     svg = canvas(foot + 96, _said(title, found))
     write(svg, 0, 12, "singular value, as the method weighs it", "label")
@@ -45,6 +45,14 @@ def spectra(name: str, title: str, found: Sequence[Spectrum]) -> Chart | None:
             write(svg, x + _BROAD, y + _HIGH + 13, "full rank", "label", anchor="end")
     _legend(svg, foot + 20, blocks)
     return Chart(name, title, _said(title, found), svg)
+
+
+def _range(found: Sequence[Spectrum], values: Sequence[float]) -> tuple[float, float]:
+    """Logarithms of the least and the largest value that are shown: a few decades, and more where kept ranks lie deeper."""
+    high = math.log10(max(values)) + 0.1
+    kept = [value for one in found if one.rank is not None and (value := _value(one, one.rank - 1)) > 0]
+    deepest = min(high - _DECADES, math.log10(min(kept, default=max(values))) - 0.5)
+    return min(max(math.log10(min(values)), deepest, high - _MOST_DECADES), high - 1), high
 
 
 def _said(title: str, found: Sequence[Spectrum]) -> str:
@@ -79,10 +87,11 @@ class _Axes:
 
 def _panel(svg: Element, axes: _Axes, own: Sequence[Spectrum], blocks: Sequence[int], *, labelled: bool) -> None:
     foot = axes.y + _HIGH
-    for decade in range(math.ceil(axes.low), math.floor(axes.high) + 1):
+    decades = range(math.ceil(axes.low), math.floor(axes.high) + 1)
+    for decade in decades:
         height = axes.height(10.0**decade)
         line(svg, axes.x, height, axes.x + _BROAD, height, "grid")
-        if labelled:
+        if labelled and (len(decades) <= _LABELS or decade % 2 == 0):
             write(svg, axes.x - 5, height + 4, _power(decade), "label", anchor="end")
     line(svg, axes.x, foot, axes.x + _BROAD, foot, "axis")
     for limit in sorted({axes.across(one, one.largest_rank) for one in own}):
