@@ -244,7 +244,7 @@ def _return_large_allocations() -> None:
     """Have glibc give every freed tensor back to the system at once.
 
     By default its threshold for that grows to 32 MB, and tensors below it leave a fragmented heap: a 1.1B model then takes
-    55 MB more with each block. With a threshold of 1 MB it was 2 MB still, with a quarter of that nothing.
+    55 MB more with each block. With a threshold of 1 MB it is 2 MB still, with a quarter of that 0.2 MB.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
