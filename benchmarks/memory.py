@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -76,9 +77,9 @@ def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def watch(command: list[str]) -> tuple[float, float]:
-    """Run `command`; returns its peak anonymous memory in GB and its seconds."""
-    started = time.perf_counter()
+def watch(command: list[str]) -> tuple[float, float, float]:
+    """Run `command`; returns its peak anonymous memory in GB, its seconds, and those of CPU, which other work does not lengthen."""
+    started, before = time.perf_counter(), os.times()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -90,7 +91,8 @@ def watch(command: list[str]) -> tuple[float, float]:
         time.sleep(0.01)
     if process.wait():
         sys.exit(f"{' '.join(command)} failed")
-    return peak * 1024 / 1e9, time.perf_counter() - started
+    after = os.times()
+    return peak * 1024 / 1e9, time.perf_counter() - started, sum(after[2:4]) - sum(before[2:4])
 
 
 def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
         command += ["--expert-tokens", arguments.expert_tokens] if arguments.experts else []
         command += ["--method", arguments.method, *(["--max-memory", limit] if limit else [])]
         command += ["--dataset", str(ids), "--num-samples", str(samples), "--seq-len", str(arguments.seq_len), "-q"]
-        peak, seconds = watch([*command, "--device", "cpu"])
+        peak, seconds, computed = watch([*command, "--device", "cpu"])
         report = Path(scratch) / "out.report.json"
         run = json.loads(report.read_text())["run"] if report.exists() else {}
     return {
@@ -112,6 +114,7 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
         "max_memory": limit,
         "peak_anonymous_gb": round(peak, 3),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(computed, 1),
         "blocks_seconds": round(sum(run.get("block_seconds", [])), 1),
         "journal_seconds": run.get("journal_seconds", 0),
     }
