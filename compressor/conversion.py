@@ -5,6 +5,7 @@ That machinery is not a documented interface: pyproject.toml declares the range 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,14 @@ def _steps(model: Any) -> tuple[list[Any], list[Any]]:
     return [step for step in mapping if isinstance(step, WeightRenaming)], [
         step for step in mapping if isinstance(step, WeightConverter)
     ]
+
+
+def whole_names(patterns: re.Pattern[str]) -> re.Pattern[str]:
+    """The compiled patterns of a conversion, each made to end where a name does, as transformers has them from 5.21 on.
+
+    Before, a pattern for `w1.weight` takes `w1.weight_values` too.
+    """
+    return re.compile(re.sub(r"(?<=\w)\)(?=\|\(\?P<g|$)", r"(?!\\w))", patterns.pattern))
 
 
 def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -163,7 +163,7 @@ def run_experts(
         entered = [enter(x) for enter in expert.enter]
         inner = entered[0] if len(entered) == 1 else torch.cat(entered, dim=-1)
         y = expert.leave(module._apply_gate(inner) if module.has_gate else module.act_fn(inner))
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):  # there from transformers 5.20 on
             y = module.post_expert_norm(y)
         weighted = (y[token] if everything else y) * weights[token, slot, None]
         if parts is None:

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor import arrange
 from compressor.checkpoint import Reader, check_sizes
+from compressor.conversion import whole_names
 from compressor.errors import CheckpointError, CompressError
 from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.packed_experts import PackedExperts, swap_experts
@@ -69,6 +70,8 @@ class CompressedQuantizer(HfQuantizer):
         Transformers up to 5.20 does not give the model.
         """
         kept = [step for step in weight_conversions if not any("weight_v" in name for name in step.source_patterns)]
+        for step in kept:
+            step.compiled_sources = whole_names(step.compiled_sources)
         return super().update_weight_conversions(kept, *model)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
