@@ -19,12 +19,16 @@ NASTY: list[Any] = [
 ]  # fmt: skip
 
 
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all inner values of a JSON document."""
-    found = []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        found += [(*path, key), *nodes(inner, (*path, key))]
+def nodes(value: Any) -> list[tuple[Any, ...]]:
+    """Paths of all inner values of a JSON document, however deep."""
+    found: list[tuple[Any, ...]] = []
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    while waiting:
+        path, outer = waiting.pop()
+        items = outer.items() if isinstance(outer, dict) else enumerate(outer) if isinstance(outer, list) else ()
+        for key, inner in items:
+            found.append((*path, key))
+            waiting.append(((*path, key), inner))
     return found
 
 

@@ -111,7 +111,8 @@ ALLOWED = {
     "compressor/bench/": BASE | {"compressor_kernels.linear", "compressor_kernels.packing"},
     "compressor/runtime.py": FORMATS
     | BASE
-    | {"compressor", "compressor.checkpoint", "compressor.layout", "compressor.packed_experts", "compressor_kernels.linear"},
+    | {f"compressor.{name}" for name in ("checkpoint", "conversion", "layout", "packed_experts")}
+    | {"compressor", "compressor_kernels.linear"},
     "compressor/unpack.py": FORMATS | BASE | {"compressor.checkpoint", "compressor.layout", "compressor.writer"},
     "compressor/pack.py": FORMATS
     | BASE
