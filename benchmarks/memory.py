@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[22])
     parser.add_argument("--experts", type=int, default=0, help="of each block: a mixture instead of a dense model")
-    parser.add_argument("--expert-tokens", default="all")
+    parser.add_argument("--expert-tokens", default="routed")
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--ratios", default="", help="measure `compress plan --pattern 50%%` with these ratios instead of prune")
     parser.add_argument("--samples", type=int, nargs="+", default=[2])

@@ -88,7 +88,7 @@ def prune(
         seq_len: tokens in each; default min(2048, the model's limit).
         seed: of the calibration and of everything random after it; default 0.
         dtype: of the forward passes: "auto" (default, the checkpoint's), "float32", "bfloat16", "float16".
-        expert_tokens: what calibrates the experts of a mixture: "all" tokens (default) or those "routed" to each.
+        expert_tokens: what calibrates the experts of a mixture: the tokens "routed" to each (default) or "all" of them.
         ignore: globs over the names of linears that stay dense.
         trust_remote_code: run Python code that the checkpoint brings; default False.
         device: "auto", "cpu", "cuda", "cuda:1", …

@@ -32,6 +32,7 @@ from compressor.refine.tune import tune
 from compressor.report import BlockRow
 from compressor.stats import InputStats, collecting, output_error
 
+FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
 
 
@@ -238,14 +239,15 @@ def _observe(
             if number == len(exact) and number + states.offset < _ERROR_BATCHES:
                 exact.append(output)
     stats = group.merged(stats, device)
-    idle = {task.linear.name: task.linear.module for task in tasks if task.linear.experts and task.linear.name not in stats}
-    if idle:  # experts that no token was routed to: what they would make of all of them
+    enough = {name for name, inputs in stats.items() if inputs.tokens >= FEW_TOKENS}
+    idle = {task.linear.name: task.linear.module for task in tasks if task.linear.experts and task.linear.name not in enough}
+    if idle and not job.all_tokens:  # experts that hardly a token was routed to: what they would make of all of them
         with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram, parts=parts) as more:
             for hidden in states.hidden:
                 calibration.run(block, hidden, arguments)
         more = group.merged(more, device)
         for inputs in more.values():
-            inputs.note = "no token was routed to it: calibrated on all tokens"
+            inputs.note = f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
         stats |= more
     return stats
 

@@ -36,7 +36,7 @@ class Recipe:
             that file, and inside its folder.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
-        expert_tokens: what calibrates the experts of a mixture: `all` tokens, or those `routed` to each.
+        expert_tokens: what calibrates the experts of a mixture: the tokens `routed` to each, or `all` of them.
         ignore: globs over linear names that stay dense.
         dtype: of the forward passes; `auto` is the checkpoint's. Stored dtypes never change.
     """
@@ -58,7 +58,7 @@ class Recipe:
     seq_len: int = 0
     seed: int = 0
     dtype: str = "auto"
-    expert_tokens: str = "all"
+    expert_tokens: str = "routed"
     trust_remote_code: bool = False
     ignore: list[str] = field(default_factory=list)
     refine_only: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Recipe:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), str(entry.type))
         _one_of("format", self.format, ["packed", "dense"])
-        _one_of("expert-tokens", self.expert_tokens, ["all", "routed"])
+        _one_of("expert-tokens", self.expert_tokens, ["routed", "all"])
         _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
         if self.num_samples < 1:
             raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")

@@ -11,6 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
 from compressor import calibration
+from compressor.blocks import FEW_TOKENS
 from compressor.checkpoint import Reader
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
@@ -155,18 +156,20 @@ def never_route(folder):
     (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
 
 
-def test_an_expert_without_tokens_is_calibrated_on_all_of_them_and_listed(tiny, rows, tmp_path):
+def test_an_expert_with_hardly_a_token_is_calibrated_on_all_of_them_and_listed(tiny, rows, tmp_path):
     shutil.copytree(tiny("qwen3_moe"), tmp_path / "model")
     never_route(tmp_path / "model")
     report = prune(recipe(tmp_path / "model", rows, expert_tokens="routed", method="sparsegpt"), tmp_path / "out")
-    idle = {row.name for row in report.linears if row.note == "no token was routed to it: calibrated on all tokens"}
+    idle = {
+        row.name for row in report.linears if row.note == f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
+    }
     assert "model.layers.1.mlp.experts.3.down_proj" in idle
     assert len(idle) < len(report.linears) / 2
     assert all(row.tokens == 256 for row in report.linears if row.name in idle or ".experts." not in row.name)
     few = [row.tokens for row in report.linears if ".experts." in row.name and row.name not in idle]
-    assert 0 < min(few) <= max(few) <= 256
+    assert FEW_TOKENS <= min(few) <= max(few) <= 256
     compressor.load(tmp_path / "out")
-    everything = prune(recipe(tmp_path / "model", rows), tmp_path / "all")
+    everything = prune(recipe(tmp_path / "model", rows, expert_tokens="all"), tmp_path / "all")
     assert {row.tokens for row in everything.linears} == {256}
     assert not any(row.note for row in everything.linears)
 

@@ -40,7 +40,10 @@ MaxMemory = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto")]
 ExpertTokens = Annotated[
     str | None,
-    typer.Option(help="What calibrates the experts of a mixture: all tokens, or those routed to each.", show_default="all"),
+    typer.Option(
+        help="What calibrates the experts of a mixture: the tokens routed to each (all where those are few), or all.",
+        show_default="routed",
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
