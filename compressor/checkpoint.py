@@ -261,5 +261,5 @@ def resolve(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the Hub client raises a dozen kinds; each is the same to the user
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{model} is no local folder and could not be fetched from the Hub: {reason}") from None
+        reason = " ".join(str(error).partition("An error happened")[0].split()).removeprefix("Got: ")[:200]
+        raise CheckpointError(f"{model} is no folder here, and fetching it from the Hub failed: {reason}") from None

@@ -116,7 +116,7 @@ def test_resolve_refuses_what_is_neither_folder_nor_hub_id():
     for model in ("/no/such/folder", "../nothing", "a/b/c", "x y"):
         with pytest.raises(CheckpointError, match="local checkpoint folder or a Hub id"):
             resolve(model)
-    with pytest.raises(CheckpointError, match="could not be fetched"):
+    with pytest.raises(CheckpointError, match="fetching it from the Hub failed"):
         resolve("nobody/nothing")
 
 

@@ -97,7 +97,8 @@ def _row(name: str, shape: list[int], form: str, sparsity: float | None, stored:
 
 
 def _show(found: dict[str, Any]) -> None:
-    out.print(f"{found['architecture'] or 'no architecture named'}, {found['tensors']} tensors in {len(found['shards'])} shards")
+    count = len(found["shards"])
+    out.print(f"{found['architecture'] or 'no architecture named'}, {found['tensors']} tensors in {count} shard{'s' * (count > 1)}")
     for shard in found["shards"]:
         out.print(f"  {shard['name']}  {size(shard['bytes'])}")
     rows = table("", "matrix >shape format >zeros >bytes >of-dense")

@@ -219,7 +219,7 @@ def _show_report(report: Report) -> None:
     out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")
     for note, count in Counter(row.note for row in report.linears if row.note).items():
         out.print(f"note: {count} linears: {note}")
-    out.print(f"linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
+    out.print(f"compressed linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
     resumed = f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""

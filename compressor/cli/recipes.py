@@ -36,6 +36,7 @@ def recipes(
         print(json.dumps([_facts(path) for path in paths], indent=1))
         return
     found = table("", "recipe command what-it-is")
+    found.columns[-1].no_wrap = False
     for path in paths:
         found.add_row(path.stem, _facts(path)["command"], description(path))
     out.print(found)
