@@ -95,10 +95,10 @@ def check(device: torch.device) -> list[dict[str, Any]]:
                 {"kernel": "mma", "warps": 8, "split": 4, "unroll": 4, "ordered": True},
                 *([{"kernel": "gemv", "warps": 4, "split": 2}] if m == 1 else []),
             ):
-                run = lambda: sparse.run_fragments(x, fragments, n, bias, semaphore, config)  # noqa: B023, E731
+                run = partial(sparse.run_fragments, x, fragments, n, bias, semaphore, config)
                 found.append(_checked(_name(config), n, k, m, dtype, run, expected, semaphore))
             for config in (choice.rule("stored", n, k, m, 132), {**dot_configs(m)[0], "split": 2}):
-                run = lambda: sparse.run_stored(x, *packed, bias, semaphore, config)  # noqa: B023, E731
+                run = partial(sparse.run_stored, x, *packed, bias, semaphore, config)
                 found.append(_checked(_name(config), n, k, m, dtype, run, expected, semaphore))
             found += _check_factored(x, weight, bias)
     return found
@@ -119,7 +119,7 @@ def _check_factored(x: Tensor, weight: Tensor, bias: Tensor) -> list[dict[str, A
             if pdl and torch.cuda.get_device_capability(device) < (9, 0):
                 continue
             config = {"kernel": "mma", "warps": 8, "split": split, "unroll": 2, "pdl": pdl}
-            run = lambda: run_armor(x, fragments, a, b, bias, semaphore, config)  # noqa: B023, E731
+            run = partial(run_armor, x, fragments, a, b, bias, semaphore, config)
             found.append(_checked(f"armor split {split} pdl {pdl}", n, k, m, dtype, run, outer, semaphore))
     return found
 
@@ -164,13 +164,13 @@ def tune(
         modules = {op: [kernels.module(op, weight) for _ in range(count)] for op in kernels.OPS}
         for m in rows:
             x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-            cublas = timing.measure([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], 10).median  # noqa: B023
+            cublas = timing.measure([partial(torch.nn.functional.linear, x, w) for w in dense], 10).median
             for op, size, run, configs in _candidates(modules, x):
                 base = {"device": backend.device_name(device), "op": op, "out": size[0], "in": size[1], "rows": m}
                 timed = []
                 for config in configs:
                     try:
-                        us = timing.measure([lambda made=made: run(made, config) for made in modules[_kind(op)]], 10).median  # noqa: B023
+                        us = timing.measure([partial(run, made, config) for made in modules[_kind(op)]], 10).median
                     except Exception as error:  # too much shared memory, say: not a choice
                         everything.append({**base, **config, "error": str(error)[:200]})
                         continue
@@ -207,9 +207,12 @@ def _candidates(modules: dict[str, list[Any]], x: Tensor) -> list[tuple[str, tup
         ("skinny", (rank, k), lambda made, c: run_skinny(x, made.weight_v, None, made.semaphore, c), dot_configs(m)),
         ("skinny", (n, rank), lambda made, c: run_skinny(inner, made.weight_u, None, made.semaphore, c), dot_configs(m)),
     ]
+
+    def armor(made: Any, config: dict[str, Any]) -> Tensor:
+        return run_armor(x, made.packed, made.weight_a, made.weight_b, None, made.semaphore, config)
+
     if wrapped:
-        run = lambda made, c: run_armor(x, made.packed, made.weight_a, made.weight_b, None, made.semaphore, c)  # noqa: E731
-        found.append(("armor", (n, k), run, wrapped))
+        found.append(("armor", (n, k), armor, wrapped))
     return found
 
 

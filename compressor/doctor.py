@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,7 @@ def _kernels() -> list[Finding]:
 
     found = [Finding("kernels", f"2:4 on {device}", *_kernel(device)) for device in _kinds(torch)]
     try:
-        import triton  # type: ignore[import-not-found, unused-ignore]
-
-        found.append(Finding("kernels", "triton", "ok", f"{triton.__version__} can be imported"))
+        found.append(Finding("kernels", "triton", "ok", f"{import_module('triton').__version__} can be imported"))
     except Exception as error:  # it looks for drivers and compilers at import
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
         found.append(Finding("kernels", "triton", "missing" if missing else "broken", "not installed" if missing else _said(error)))

@@ -64,11 +64,8 @@ class CompressedQuantizer(HfQuantizer):
 
     update_tp_plan = update_attn_implementation  # its place in transformers 5.17
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # type: ignore[override]
-        """Without the renaming of `weight_v`: to transformers that is half of an old weight norm, here it is a factor.
-
-        Transformers up to 5.20 does not give the model.
-        """
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # type: ignore[override]  # up to 5.20 without the model
+        """Patterns that take whole names, and no renaming of `weight_v`: to transformers half a weight norm, here a factor."""
         kept = [step for step in weight_conversions if not any("weight_v" in name for name in step.source_patterns)]
         for step in kept:
             step.compiled_sources = whole_names(step.compiled_sources)
@@ -110,7 +107,7 @@ class CompressedQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_trainable(self) -> bool:  # type: ignore[override]
+    def is_trainable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """Packed weights are frozen, but thin factors are plain matrices."""
         return any(entry["format"] == "lowrank" for entry in self.quantization_config.modules.values())
 

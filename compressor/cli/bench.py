@@ -102,8 +102,8 @@ def _decode(folder: Path, batches: list[int], tokens: int, device: Any, say: Any
 def _shapes_of(reader: Any) -> list[tuple[int, int]]:
     from compressor.cli.inspect import describe
 
-    found = {tuple(linear["shape"]) for linear in describe(reader)["linears"] if linear["format"] != "dense"}
-    return sorted(pair for pair in found if len(pair) == 2 and pair[1] % 4 == 0)  # type: ignore[misc]
+    shapes = [linear["shape"] for linear in describe(reader)["linears"] if linear["format"] != "dense"]
+    return sorted({(shape[0], shape[1]) for shape in shapes if len(shape) == 2 and shape[1] % 4 == 0})
 
 
 def _numbers(text: str, option: str) -> list[int]:

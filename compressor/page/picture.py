@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import Element
 
 from compressor.drawing import require_matplotlib
@@ -34,13 +35,13 @@ def write_pictures(charts: list[Chart], folder: Path) -> None:
         raise OutputError(f"{folder} could not be written: {error.strerror or error}") from None
 
 
-def _draw(figure: object, chart: Chart) -> None:
+def _draw(figure: Any, chart: Chart) -> None:
     """The elements of the tree, one CSS pixel as 1 / 96 inch, with a margin and room for the title."""
     margin, head = 16.0, 34.0
     width, height = float(chart.svg.get("width", 0)), float(chart.svg.get("height", 0))
     right, below = width + margin, height + margin
-    figure.set_size_inches((right + margin) / 96, (below + head) / 96)  # type: ignore[attr-defined]
-    axes = figure.add_axes((0, 0, 1, 1))  # type: ignore[attr-defined]
+    figure.set_size_inches((right + margin) / 96, (below + head) / 96)
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(-margin, right)
     axes.set_ylim(below, -head)
     axes.axis("off")
@@ -49,7 +50,7 @@ def _draw(figure: object, chart: Chart) -> None:
         _element(axes, element, order)
 
 
-def _element(axes: object, element: Element, order: int) -> None:
+def _element(axes: Any, element: Element, order: int) -> None:
     """Draw one; the later in the tree, the further in front."""
     from matplotlib.patches import Rectangle
 
@@ -58,18 +59,18 @@ def _element(axes: object, element: Element, order: int) -> None:
 
     colour = LIGHT[element.get("class", "ink")]
     if element.tag == "rect":
-        axes.add_patch(Rectangle((at("x"), at("y")), at("width"), at("height"), color=colour, linewidth=0, zorder=order))  # type: ignore[attr-defined]
+        axes.add_patch(Rectangle((at("x"), at("y")), at("width"), at("height"), color=colour, linewidth=0, zorder=order))
     elif element.tag == "line":
-        axes.plot([at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75, zorder=order)  # type: ignore[attr-defined]
+        axes.plot([at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75, zorder=order)
     elif element.tag == "polyline":
         places = [tuple(map(float, point.split(","))) for point in element.get("points", "").split()]
         width = _points(at("stroke-width"))
-        axes.plot([x for x, _ in places], [y for _, y in places], color=colour, linewidth=width, zorder=order)  # type: ignore[attr-defined]
+        axes.plot([x for x, _ in places], [y for _, y in places], color=colour, linewidth=width, zorder=order)
     elif element.tag == "text":
         turn = -float(element.get("transform", "rotate(0 ").removeprefix("rotate(").split()[0])
         side = {"start": "left", "middle": "center", "end": "right"}[element.get("text-anchor", "start")]
         style = {"ha": side, "va": "baseline", "rotation": turn, "rotation_mode": "anchor", "fontsize": _points(11)}
-        axes.text(at("x"), at("y"), _plain(element.text or ""), color=colour, zorder=order, **style)  # type: ignore[attr-defined]
+        axes.text(at("x"), at("y"), _plain(element.text or ""), color=colour, zorder=order, **style)
 
 
 def _points(pixels: float) -> float:
