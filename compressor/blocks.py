@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compressor import calibration
 from compressor.calibration import States
 from compressor.distributed import ALONE, Group
-from compressor.errors import NumericalError
+from compressor.errors import about
 from compressor.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.formats import Form
 from compressor.formats.dense import Dense
@@ -137,7 +137,8 @@ def _compress_block(
     exact: list[Tensor] = []
     inputs: dict[str, InputStats] = {}
     forms: dict[str, Form] = {}  # those of a block that is still to be tuned
-    observe = partial(_observe, job, block, states, arguments, device, group if job.splits_batches else ALONE, exact)
+    sharing = group if job.splits_batches else ALONE  # those that have other parts of the calibration
+    observe = partial(_observe, job, block, states, arguments, device, sharing, exact)
     owners = group.owners([_cost(job, task) for task in tasks])
     own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
     groups = _groups(job, own, block, states, arguments) if states else [own]
@@ -156,7 +157,7 @@ def _compress_block(
             form = _packed(job, task, forms[task.linear.name])
             task.linear.set(form.dense())  # compute with what is stored from now on
             store(task, form, _seen(task.linear.read(job.reader).to(device), form, inputs.get(task.linear.name)))
-    error = _advance(job, block, states, arguments, exact, group) if states else None
+    error = _advance(block, states, arguments, exact, sharing) if states else None
     job.skeleton.free_block(index)
     return error
 
@@ -256,16 +257,12 @@ def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) ->
     """The form of `weight` `[out, in]`, refined if asked."""
     if job.needs_inputs:
         (stats or InputStats(1)).check(task.linear.name)
-    try:
-        form: Form = (
-            job.factored.of(task.linear.name, task.goal, weight.device)
-            if job.factored and isinstance(task.goal, int) and task.needs_gradients
-            else task.method.compress(weight, stats, task.goal, **task.options)
-        )
+    if job.factored and isinstance(task.goal, int) and task.needs_gradients:
+        return job.factored.of(task.linear.name, task.goal, weight.device)
+    with about(task.linear.name):
+        form: Form = task.method.compress(weight, stats, task.goal, **task.options)
         if job.refine and task.refined:
             form = Dense(job.refine.refine(weight, form.dense(), stats, task.goal, **job.refine_options))
-    except NumericalError as error:
-        raise NumericalError(f"{task.linear.name}: {error}") from None
     return form
 
 
@@ -296,7 +293,7 @@ def _tune(
     return tuned
 
 
-def _advance(job: Job, block: nn.Module, states: States, arguments: Any, exact: list[Tensor], group: Group) -> float:
+def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor], sharing: Group) -> float:
     """Run the states through the compressed block, in place; returns the error against the `exact` outputs."""
     errors: list[tuple[float, float]] = []
 
@@ -308,5 +305,5 @@ def _advance(job: Job, block: nn.Module, states: States, arguments: Any, exact: 
         return output
 
     advance(states.hidden, step)
-    everywhere = group.joined(errors) if job.splits_batches else errors
+    everywhere = sharing.joined(errors)
     return sum(difference for difference, _ in everywhere) / max(sum(total for _, total in everywhere), 1e-300)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compressor.blocks import Progress
 from compressor.calibration import States
-from compressor.errors import NumericalError
+from compressor.errors import about
 from compressor.formats.lowrank import LowRank
 from compressor.gradients import Taps, backward_blocks
 from compressor.job import Job, Task
@@ -96,7 +96,5 @@ def marginals(tap: Taps) -> tuple[Tensor, Tensor]:
 def _factor(job: Job, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
     check_seen(task.linear.name, tap)
     rank = max(1, largest_rank(task.linear.shape)) if job.keep else task.goal
-    try:
+    with about(task.linear.name):
         return task.method.decompose(task.linear.read(job.reader).to(device), rank, *marginals(tap), **task.options)
-    except NumericalError as error:
-        raise NumericalError(f"{task.linear.name}: {error}") from None

@@ -11,6 +11,11 @@ CompressError            exit code 1; never shown with a traceback
 └── InterruptedRun       exit code 130 or 143; Ctrl-C or a signal, with what is left to go on from
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LONGEST = 1000  # characters of a message: names and values in it come from files
 
 
@@ -60,6 +65,15 @@ class InterruptedRun(CompressError):  # noqa: N818  # no error: it was asked for
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """A NumericalError raised inside says which weight it is about."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from None
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

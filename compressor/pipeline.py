@@ -86,7 +86,8 @@ def _prune(
     report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
     states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
     job = replace(job, gram_room=gram_room(job, device, max_memory) if job.needs_gram else None)
-    job, spectra = _with_gradients(job, states, device, work, group, progress)
+    factored, spectra = group.agreed(ranks.with_gradients, job, states, device, work, progress)
+    job = replace(job, factored=factored)
     job = _allocate(job, states, spectra, device, journal, group, progress)
     report.left_dense, report.allocation, report.spectra = job.left_dense, job.allocation, job.spectra
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
@@ -155,20 +156,6 @@ def _publish(journal: Journal | None, writer: Writer | None, report: Report, job
     return journal.publish(_json(report.everything()))
 
 
-def _with_gradients(
-    job: Job, states: States | None, device: torch.device, work: Path, group: Group, progress: Progress
-) -> tuple[Job, dict[str, Spectrum] | None]:
-    """The job with what its methods make of gradients: the first process does it, all read it; only that one has the spectra."""
-    spectra = None
-
-    def measured() -> Any:
-        nonlocal spectra
-        found, spectra = ranks.with_gradients(job, states, device, work, progress)
-        return found.factored
-
-    return replace(job, factored=group.agreed(measured)), spectra
-
-
 def _allocate(
     job: Job,
     states: States | None,
@@ -206,8 +193,8 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
         return _chosen(job, None, None, where, progress)  # what the method itself needs is not needed for that
     states = calibrate(job, recipe, where, progress) if job.measures else None
     with TemporaryDirectory() as folder:
-        job, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)
-        return _chosen(job, states, spectra, where, progress)
+        factored, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)
+        return _chosen(replace(job, factored=factored), states, spectra, where, progress)
 
 
 def calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progress = silent) -> States:

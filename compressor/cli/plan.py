@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -116,28 +116,22 @@ def _chosen(recipe: Recipe) -> str:
 
 
 def _show(job: Job) -> None:
-    from compressor.heatmap import sparsities
+    from compressor.heatmap import cells, sparsities
 
     if job.keep:
-        _show_ranks(job)
-        show_allocation(job.allocation)
-        return
-    columns, blocks = sparsities(job)
-    found = table("Zeros of every linear, %", " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
-    for index, row in enumerate(blocks):
-        found.add_row(str(index), *("" if value is None else _coloured(value) for value in row))
-    out.print(found)
-    weights: Any = {linear.name: linear.size for index in range(len(blocks)) for linear in job.skeleton.linears(index)}
-    zeros = sum(task.removed * task.linear.size for task in job.every)
-    out.print(f"{round(zeros)} of {sum(weights.values())} weights pruned, {zeros / sum(weights.values()):.2%}")
+        _print("Rank of every linear", *cells(job, lambda task: Text(str(task.goal)), Text("dense")))
+    else:
+        columns, values = sparsities(job)
+        _print("Zeros of every linear, %", columns, [[None if one is None else _coloured(one) for one in row] for row in values])
+        size = sum(linear.size for index in range(len(values)) for linear in job.skeleton.linears(index))
+        zeros = sum(task.removed * task.linear.size for task in job.every)
+        out.print(f"{round(zeros)} of {size} weights pruned, {zeros / size:.2%}")
     show_allocation(job.allocation)
 
 
-def _show_ranks(job: Job) -> None:
-    from compressor.heatmap import cells
-
-    columns, blocks = cells(job, lambda task: str(task.goal), "dense")
-    found = table("Rank of every linear", " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
+def _print(title: str, columns: list[str], blocks: list[list[Text | None]]) -> None:
+    """A row for each block, a column for each linear."""
+    found = table(title, " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
     for index, row in enumerate(blocks):
         found.add_row(str(index), *(value or "" for value in row))
     out.print(found)

@@ -56,8 +56,8 @@ def _shown(path: Path) -> str:
 def _facts(path: Path) -> dict[str, Any]:
     from compressor.bundled import description
     from compressor.methods import command
-    from compressor.recipe import load
+    from compressor.recipe import Recipe, load
 
     settings = load(path)
-    runs = command(settings.get("method", "wanda"))
+    runs = command(settings.get("method", Recipe.method))
     return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}

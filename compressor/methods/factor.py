@@ -59,7 +59,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     """Singular values of a float64 matrix `[out, in]`, descending, `[min(out, in)]`."""
     wide = matrix.double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    return _values(torch.linalg.eigvalsh(gram))
 
 
 def truncate(weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None) -> LowRank:
@@ -93,12 +93,17 @@ def decompose(weight: Tensor, rank: int, left: Tensor | None = None, right: Tens
         basis, scale = _leading(squares, vectors, rank)
         u = basis if left is None else solve_triangular(left.T, basis, upper=True)
         v = (basis if left is None else left @ basis).T @ weight.double()
-        return _balanced(u, v, scale, weight.dtype), squares.flip(0).clamp_min(0).sqrt()
+        return _balanced(u, v, scale, weight.dtype), _values(squares)
     squares, vectors = torch.linalg.eigh(whitened.T @ whitened)
     basis, scale = _leading(squares, vectors, rank)
     u = weight.double() @ (basis if right is None else right @ basis)
     v = basis.T if right is None else solve_triangular(right, basis.T, upper=False, left=False)
-    return _balanced(u, v, 1 / scale, weight.dtype), squares.flip(0).clamp_min(0).sqrt()
+    return _balanced(u, v, 1 / scale, weight.dtype), _values(squares)
+
+
+def _values(squares: Tensor) -> Tensor:
+    """Singular values, descending, of their squares, ascending."""
+    return squares.flip(0).clamp_min(0).sqrt()
 
 
 def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,15 @@ def step(shape: tuple[int, int], align: int = 0) -> int:
     return size
 
 
+def rounded_down(rank: int, shape: tuple[int, int], align: int = 0) -> int:
+    """The largest multiple of `step` that is not above `rank`; 0 where there is none."""
+    return rank // step(shape, align) * step(shape, align)
+
+
 def rank_keeping(shape: tuple[int, int], keep: Fraction) -> int:
     """The largest rank whose factors have no more than `keep` of the parameters, a multiple of `step` if possible; 0 for none."""
     most = min(int(keep * shape[0] * shape[1] / sum(shape)), largest_rank(shape))
-    return most // step(shape) * step(shape) or most
+    return rounded_down(most, shape) or most
 
 
 def check_align(align: int) -> None:

@@ -18,10 +18,10 @@ import torch
 from compressor.allocation import better
 from compressor.blocks import Progress, dense_blocks
 from compressor.calibration import States
-from compressor.curvature import factor_all
+from compressor.curvature import Factored, factor_all
 from compressor.errors import UsageError
 from compressor.job import Job, Task
-from compressor.ranks import Ranks, Spectrum, largest_rank, step, uniform
+from compressor.ranks import Ranks, Spectrum, largest_rank, rounded_down, uniform
 from compressor.ranks.measured import measured
 from compressor.stats import InputStats
 from compressor.trial import TOKENS, Trial
@@ -31,16 +31,15 @@ Spectra = dict[str, Spectrum]
 
 def with_gradients(
     job: Job, states: States | None, device: torch.device, folder: Path, progress: Progress
-) -> tuple[Job, Spectra | None]:
-    """The job with the factors of its methods that need gradients, spilled into `folder`, and the spectra that fell off.
+) -> tuple[Factored | None, Spectra | None]:
+    """What methods that need gradients make of their linears, spilled into `folder`, and the spectra that fell off.
 
     It is repeated where a run goes on: the pass is deterministic, and its factors are too large to keep twice.
     """
     if not job.needs_gradients:
-        return job, None
+        return None, None
     assert states
-    factored, spectra = factor_all(job, states, device, Path(tempfile.mkdtemp(prefix="factors-", dir=folder)), progress)
-    return replace(job, factored=factored), spectra
+    return factor_all(job, states, device, Path(tempfile.mkdtemp(prefix="factors-", dir=folder)), progress)
 
 
 def allocate(job: Job, states: States | None, spectra: Spectra | None, device: torch.device, progress: Progress) -> Job:
@@ -88,16 +87,11 @@ def _whole(job: Job, ranks: Ranks) -> Ranks:
     """
     factored = {task.linear.experts for task in job.every if ranks[task.linear.name]} - {""}
     most = {
-        task.linear.name: _most(task.linear.shape, job.rank_options.get("align", 0))
+        task.linear.name: rounded_down(largest_rank(task.linear.shape), task.linear.shape, job.rank_options.get("align", 0)) or None
         for task in job.every
         if task.linear.experts in factored and not ranks[task.linear.name]
     }
     return {name: rank or most.get(name) for name, rank in ranks.items()}
-
-
-def _most(shape: tuple[int, int], align: int) -> int | None:
-    most, size = largest_rank(shape), step(shape, align)
-    return most // size * size or None
 
 
 def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
