@@ -46,7 +46,7 @@ PARTS = ("check", "tune", "kernels", "decode")
 TABLE = Path(choice.__file__).with_name("table.json")
 CHECKED_SHAPES = ((128, 256), (40, 132), (1000, 2052), (4096, 4096))
 CHECKED_ROWS = (1, 3, 7, 16, 17, 63, 96)
-TUNED_ROWS = (1, 4, 8, 16, 32, 64, 96)
+TUNED_ROWS = (1, 4, 8, 16, 32, 64)
 QUICK_SHAPES = ((4096, 4096), (4096, 14336))
 LLAMA_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -55,11 +55,12 @@ LLAMA_8B = {
 
 
 def mma_configs(out_features: int, rows: int, processors: int, heights: tuple[int, ...], orders: tuple[bool, ...]) -> list[dict]:
-    """Arrangements of programs so many row tiles high, which make 8 to 48 warps for each multiprocessor."""
+    """Arrangements of programs so many row tiles high; where K is split, with 8 to 48 warps for each multiprocessor."""
     found = []
-    for high, each, warps, unroll, split in itertools.product(heights, (1, 2), (8, 16), (1, 2), (1, 2, 4, 8, 16)):
+    for high, each, warps, unroll, split in itertools.product(heights, (1, 2, 4), (8, 16), (1, 2), (1, 2, 4, 8, 16)):
         resident = -(-out_features // (16 * high)) * split * warps / processors
-        if high % each == 0 and unroll * each <= 2 and warps <= (16 if rows <= 16 else 8) and 8 <= resident <= 48:
+        fits = high % each == 0 and (unroll == 1 or each == 1 and rows <= 4) and warps <= (16 if rows <= 16 else 8)
+        if fits and (split == 1 or 8 <= resident <= 48):
             config = {"kernel": "mma", "warps": warps, "stack": high // each, "row_tiles": each, "split": split, "unroll": unroll}
             found += [{**config, "ordered": ordered} for ordered in orders]
     return found
@@ -68,8 +69,8 @@ def mma_configs(out_features: int, rows: int, processors: int, heights: tuple[in
 def dot_configs(rows: int) -> list[dict[str, Any]]:
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     return [
-        {"kernel": "dot", "bm": block, "bn": bn, "bk": bk, "split": split, "warps": 4, "stages": stages}
-        for bn, bk, split, stages in itertools.product((32, 64), (64, 128), (1, 2, 4, 8), (2, 4))
+        {"kernel": "dot", "bm": block, "bn": bn, "bk": bk, "split": split, "warps": 4, "stages": 3}
+        for bn, bk, split in itertools.product((32, 64), (64, 128), (1, 2, 4, 8))
     ]
 
 
