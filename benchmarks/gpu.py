@@ -59,7 +59,7 @@ def mma_configs(out_features: int, rows: int, processors: int, heights: tuple[in
     found = []
     for high, each, warps, unroll, split in itertools.product(heights, (1, 2, 4), (8, 16), (1, 2), (1, 2, 4, 8, 16)):
         resident = -(-out_features // (16 * high)) * split * warps / processors
-        fits = high % each == 0 and (unroll == 1 or each == 1 and rows <= 4) and warps <= (16 if rows <= 16 else 8)
+        fits = high % each == 0 and (unroll == 1 or (each == 1 and rows <= 4)) and warps <= (16 if rows <= 16 else 8)
         if fits and (split == 1 or 8 <= resident <= 48):
             config = {"kernel": "mma", "warps": warps, "stack": high // each, "row_tiles": each, "split": split, "unroll": unroll}
             found += [{**config, "ordered": ordered} for ordered in orders]
