@@ -17,7 +17,7 @@ from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import only_stacks
-from compressor.methods import factors, method_module, options_of
+from compressor.methods import counterpart, factors, method_module, options_of
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import allocator as rank_allocator
@@ -31,8 +31,6 @@ from compressor.writer import check_output
 
 if TYPE_CHECKING:
     from compressor.curvature import Factored
-
-_COUNTERPARTS = ("sparsegpt", "svd_llm")  # of a plan that mixes goals: what prunes, what factors where the method does the other
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,8 @@ def _suited(task: Task, goal: Pattern | int) -> Task:
     ranked = isinstance(goal, int)
     if factors(task.method) == ranked:
         return replace(task, goal=goal)
-    return replace(task, goal=goal, method=method_module(_COUNTERPARTS[ranked]), options={}, refined=not ranked)
+    other = counterpart(task.method.__name__.rpartition(".")[2])
+    return replace(task, goal=goal, method=method_module(other), options={}, refined=not ranked)
 
 
 def make_job(recipe: Recipe, output: Path | None) -> Job:

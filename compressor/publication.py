@@ -19,6 +19,7 @@ from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
 from compressor.layout import packed_modules
 from compressor.licence import Licence, from_file, from_folder
+from compressor.page.record import is_number, read_record
 from compressor.scores import read_scores, scores_path
 from compressor.writer import is_side_file
 
@@ -68,7 +69,7 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
         CheckpointError: no output of `compress prune`, or a link leads out of it.
     """
     reader = Reader(folder)
-    recipe, report = _records(folder)
+    recipe, report, kept = _records(folder)
     notes: list[str] = []
     base, licence = _base(recipe, base, published_licence)
     if not base:
@@ -87,7 +88,7 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
         )
     public = {**recipe, "model": base or Path(recipe["model"]).name, "dataset": _without_path(recipe["dataset"])}
     recipe_text = _to_toml(public)
-    facts = Facts(repo, base, public, report, bool(packed_modules(reader.config)), scores, licence)
+    facts = Facts(repo, base, public, report, bool(packed_modules(reader.config)), kept, scores, licence)
     card = make_card(facts, recipe_text)
     public_report = {**report, "recipe": {**report["recipe"], "model": public["model"], "dataset": public["dataset"]}}
     made = {CARD: str(card), RECIPE: recipe_text, REPORT: json.dumps(public_report, indent=1)}
@@ -109,7 +110,8 @@ def _own_card(path: Path) -> Any:
         raise CheckpointError(f"{path} is no model card: {' '.join(str(error).split())[:200]}") from None
 
 
-def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None]:
+    """The recipe, the report, and the part of the parameters that was kept, where ranks were shared out."""
     try:
         recipe = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
         report = read_json(folder / REPORT)
@@ -120,9 +122,13 @@ def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     needed = {"recipe": dict, "architecture": str, "totals": dict, "linears": list, "left_dense": list, "versions": dict}
     if not all(isinstance(report.get(key), kind) for key, kind in needed.items()):
         raise CheckpointError(f"{folder / REPORT} is no report of this package")
+    known = is_number(report["totals"].get("ratio")) and isinstance(report["versions"].get("compress-llm"), str)
+    record = read_record(folder)  # checks every value
+    if not known or any(row.format == "lowrank" and row.rank is None for row in record.rows):
+        raise CheckpointError(f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is missing")
     if not all(isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")):
         raise CheckpointError(f"{folder / RECIPE} is no complete recipe: model, method, pattern and dataset are expected in it")
-    return recipe, report
+    return recipe, report, record.kept
 
 
 def _base(

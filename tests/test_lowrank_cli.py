@@ -43,6 +43,7 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     assert size == report["output_bytes"] == dense - 2 * (before - numbers)
     shown = json.loads(cli("inspect", out, "--json").stdout)
     assert {row["format"] for row in shown["linears"]} <= {"dense"} | {f"lowrank {r['entry']['rank']}" for r in report["linears"]}
+    assert all(row["sparsity"] is None for row in shown["linears"] if row["format"].startswith("lowrank"))
     assert not problems(out)
     cli("verify", out)
     model = compressor.load(out, dtype=torch.float32)
@@ -54,6 +55,14 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     cli("unpack", out, "-o", tmp_path / "dense")
     torch.testing.assert_close(compressor.load(tmp_path / "dense", dtype=torch.float32)(ids).logits, logits, rtol=0.1, atol=0.15)
     assert counted(tmp_path / "dense") == (before, dense)
+
+
+def test_no_table_speaks_of_zeros_in_factors(cli, demo_model, tmp_path):
+    done = cli("lowrank", demo_model, "-o", tmp_path / "out", "--method", "svd", "--keep", "60%")
+    for text in (done.stdout, cli("inspect", tmp_path / "out").stdout):
+        rows = [line for line in text.splitlines() if " lowrank " in line]
+        assert len(rows) == 28
+        assert not [line for line in rows if "%" in line]
 
 
 def test_the_data_free_methods_read_no_text(cli, demo_model, tmp_path):

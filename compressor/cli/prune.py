@@ -210,8 +210,9 @@ def _show_report(report: Report) -> None:
     found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
-        form = f"{row.format} {row.entry['rank']}" if "rank" in row.entry else row.format
-        found.add_row(row.name, "×".join(map(str, row.shape)), form, f"{row.sparsity:.1%}", error, size(row.bytes))
+        factored = "rank" in row.entry
+        form, zeros = (f"{row.format} {row.entry['rank']}", "-") if factored else (row.format, f"{row.sparsity:.1%}")
+        found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()

@@ -87,7 +87,6 @@ class Record:
     output_bytes: int
     dense_bytes: int
     bytes: int
-    sparsity: float
     calibration_tokens: int
     rows: list[Row]
     block_errors: dict[int, float]
@@ -130,7 +129,6 @@ def read_record(folder: Path) -> Record:
         output_bytes=output_bytes,
         dense_bytes=totals.whole("dense_bytes"),
         bytes=totals.whole("bytes"),
-        sparsity=totals.real("sparsity"),
         calibration_tokens=found.whole("calibration_tokens"),
         rows=[_row(entry) for entry in found.entries("linears")],
         block_errors={
