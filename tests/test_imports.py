@@ -45,7 +45,7 @@ ALLOWED = {
     "compressor/durable.py": set(),
     "compressor/manifest.py": {"compressor.durable"},
     "compressor/drawing.py": BASE,
-    "compressor/heatmap.py": BASE | {"compressor.drawing", "compressor.job"},
+    "compressor/heatmap.py": BASE | {"compressor.drawing", "compressor.job", "compressor.text"},
     "compressor/hidden.py": BASE | {"compressor.durable"},
     "compressor/memory.py": BASE | {"compressor.job", "compressor.stats"},
     "compressor/fingerprint.py": {f"compressor.{name}" for name in ("checkpoint", "durable", "recipe", "report")},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,22 +121,49 @@ def _show(job: Job) -> None:
     from compressor.heatmap import cells, sparsities
 
     if job.keep:
-        _print("Rank of every linear", *cells(job, lambda task: Text(str(task.goal)), Text("dense")))
+        columns, ranks = cells(job, lambda task: task.goal if isinstance(task.goal, int) else math.inf, math.inf)
+        _print("Rank of every linear", columns, [[_span(each, _rank) for each in row] for row in ranks])
     else:
         columns, values = sparsities(job)
-        _print("Zeros of every linear, %", columns, [[None if one is None else _coloured(one) for one in row] for row in values])
+        _print("Zeros of every linear, %", columns, [[_span(each, _coloured) for each in row] for row in values])
         size = sum(linear.size for index in range(len(values)) for linear in job.skeleton.linears(index))
         zeros = sum(task.removed * task.linear.size for task in job.every)
         out.print(f"{round(zeros)} of {size} weights pruned, {zeros / size:.2%}")
     show_allocation(job.allocation)
 
 
-def _print(title: str, columns: list[str], blocks: list[list[Text | None]]) -> None:
-    """A row for each block, a column for each linear."""
-    found = table(title, " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
-    for index, row in enumerate(blocks):
-        found.add_row(str(index), *(value or "" for value in row))
-    out.print(found)
+def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:
+    """A row for each block, a column for each linear, in as many tables as the width takes."""
+    from compressor.heatmap import headings
+
+    heads = headings(columns)
+    widths = [max(*map(len, head.splitlines()), *(len(row[place]) for row in blocks)) + 2 for place, head in enumerate(heads)]
+    shown: list[list[int]] = [[]]
+    for place in range(len(columns)):
+        if shown[-1] and len("block  ") + sum(widths[other] for other in (*shown[-1], place)) > out.width:
+            shown.append([])
+        shown[-1].append(place)
+    note = "; of experts the lowest and the highest" if any("*" in name for name in columns) else ""
+    for number, places in enumerate(shown):
+        found = table("" if number else title + note, "block")
+        for place in places:
+            found.add_column(heads[place], justify="right", no_wrap=True)
+        for index, row in enumerate(blocks):
+            found.add_row(str(index), *(row[place] for place in places))
+        out.print(found)
+
+
+def _span(values: list[float], show: Callable[[float], Text]) -> Text:
+    """The lowest and the highest value, one where they are the same, nothing where there is none."""
+    if not values:
+        return Text()
+    low, high = show(min(values)), show(max(values))
+    return low if low.plain == high.plain else Text.assemble(low, "–", high)
+
+
+def _rank(rank: float) -> Text:
+    """A linear that stays dense is of more than every rank."""
+    return Text("dense" if rank == math.inf else str(rank))
 
 
 def _coloured(value: float) -> Text:
