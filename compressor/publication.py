@@ -61,12 +61,12 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
     """Choose the files of `folder` and write the card for the repository `repo`.
 
     Args:
-        folder: made by `compress prune`.
+        folder: made by `compress prune` or `compress lowrank`.
         base: Hub id of the base model; empty: the recipe's model, where the Hub knows it.
         published_licence: Hub id -> whether there is such a model, and the licence its card names.
 
     Raises:
-        CheckpointError: no output of `compress prune`, or a link leads out of it.
+        CheckpointError: no such folder, or a link leads out of it.
     """
     reader = Reader(folder)
     recipe, report, kept = _records(folder)
@@ -116,7 +116,9 @@ def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None
         recipe = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
         report = read_json(folder / REPORT)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` makes") from None
+        raise CheckpointError(
+            f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` and `compress lowrank` make"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / RECIPE} is not readable TOML: {str(error)[:200]}") from None
     needed = {"recipe": dict, "architecture": str, "totals": dict, "linears": list, "left_dense": list, "versions": dict}

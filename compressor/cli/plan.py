@@ -13,7 +13,7 @@ from rich.text import Text
 
 from compressor.cli import options
 from compressor.cli.prune import most, show_allocation
-from compressor.cli.show import err, out, pruning_progress, quiet_libraries, table
+from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -57,6 +57,7 @@ def plan(
     ignore: options.Ignore = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    expert_tokens: options.ExpertTokens = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
@@ -75,7 +76,7 @@ def plan(
         "model": model, "revision": revision, "method": method and method.replace("-", "_"), "refine": refine,
         "pattern": pattern, "keep": keep, "ranks": ranks, "ratios": ratios,
         "dense_fraction": dense_fraction, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
     if merged.keep and pattern:
@@ -83,15 +84,13 @@ def plan(
     for path in (output, plot):
         if path and (path.exists() or not path.resolve().parent.is_dir()):
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")
-    if not quiet:
-        err.print("loading libraries …", style="dim")
+    begin(quiet, verbose)
     from compressor import heatmap
     from compressor.pipeline import make_plan
     from compressor.plan import dumps
 
     if plot:
         heatmap.check_drawing(plot)
-    quiet_libraries(verbose)
     with pruning_progress(quiet) as progress:
         job = make_plan(merged, device=device, progress=progress)
     part = output.with_name(f"{output.name}.part")
