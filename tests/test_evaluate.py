@@ -97,7 +97,10 @@ def test_self_is_reproducible_and_written_by_the_baseline(demo_model, copy):
 def test_tasks_run_offline_through_lm_eval(demo_model, choice_task):
     pytest.importorskip("lm_eval")
     steps = []
-    progress = lambda step, done, total: steps.append((step, done, total))  # noqa: E731
+
+    def progress(step, done, total):
+        steps.append((step, done, total))
+
     found = evaluate(str(demo_model), tasks=["local_choice"], include_path=choice_task, batch_size=4, progress=progress)
     assert steps == [("local_choice", *count) for count in ((0, 1), (4, 6), (6, 6), (1, 1))]
     assert found["results"]["local_choice"]["acc,none"] == 1.0
