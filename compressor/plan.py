@@ -56,7 +56,7 @@ def dumps(job: Job) -> str:
 
 
 def _command(job: Job) -> str:
-    return "lowrank" if job.every and isinstance(job.every[0].goal, int) else "prune"
+    return "lowrank" if any(isinstance(task.goal, int) for task in job.every) else "prune"
 
 
 def _quoted(name: str) -> str:

@@ -127,6 +127,7 @@ def test_two_data_sets_of_one_name_stay_apart(demo_model, rows, tmp_path):
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"batch_size": 0}, "batch-size is 0"),
+        ({"num_fewshot": -1}, "num-fewshot is -1"),
     ],
 )
 def test_bad_settings(demo_model, rows, settings, match):

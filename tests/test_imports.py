@@ -69,6 +69,7 @@ ALLOWED = {
         "compressor.job",
         "compressor.model",
     },  # the last for types
+    "compressor/rehearsal.py": LEAVES,
     "compressor/job.py": LEAVES
     | {
         f"compressor.{name}"
@@ -83,6 +84,7 @@ ALLOWED = {
             "ratios.dense",
             "recipe",
             "refine",
+            "rehearsal",
             "report",
             "writer",
         )  # curvature for a type

@@ -238,3 +238,18 @@ def test_a_plan_cannot_make_a_linear_larger(cli, demo_model, rows, tmp_path):
     plan.write_text("\n".join(line.replace("rank = ", "rank = 9") if "0.self_attn.q" in line else line for line in text))
     done = cli("lowrank", demo_model, "-o", tmp_path / "out", "--plan", plan, "-q", code=2)
     assert "factors are smaller than it from rank 1 to 63" in done.stderr
+
+
+def test_what_cannot_be_kept_is_refused_before_any_work(cli, demo_model, tmp_path):
+    for command in (("lowrank", demo_model, "--dry-run"), ("plan", demo_model, "-o", tmp_path / "plan.toml")):
+        done = cli(*command, "--keep", "1%", code=2)
+        assert "so few parameters leave model.layers.0.self_attn.k_proj without a rank" in done.stderr
+        assert "calibration" not in done.stderr
+
+
+def test_the_plan_of_a_mixed_recipe_speaks_of_both(cli, demo_model, tmp_path):
+    shown = cli("plan", demo_model, "-o", tmp_path / "plan.toml", "--recipe", "mixed").stdout
+    assert "Parameters removed of every linear" in shown
+    assert "parameters removed: 399360 of 786432, 50.78%" in shown
+    assert "then: compress lowrank MODEL" in (tmp_path / "plan.toml").read_text()
+    assert "zeros: 393216 of 786432" in cli("plan", demo_model, "-o", tmp_path / "b.toml").stdout

@@ -303,7 +303,7 @@ def test_an_upload_that_was_changed_on_the_way_is_noticed(hub, push, out, monkey
 
 def test_bad_arguments(push, out, tmp_path):
     assert "names no owner" in push(out, "packed", exit=2)
-    assert "is no Hub repository" in push(out, "a/b/c", exit=2)
+    assert "is no Hub repository; accepted: ORG/NAME" in push(out, "a/b/c", exit=2)
     assert "has no recipe.toml" in push(DEMO, "tester/packed", exit=1)
     (out / "tokenizer.json").unlink()
     (tmp_path / "secret").touch()

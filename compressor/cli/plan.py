@@ -97,7 +97,7 @@ def plan(
     part.write_text(dumps(job), encoding="utf-8")
     part.replace(output)
     if plot:
-        heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", "parameters removed" if job.keep else "zeros")
+        heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", _what_goes(job))
     if as_json:
         print(json.dumps(job.allocation, indent=1))
         return
@@ -112,8 +112,15 @@ plan.__doc__ = f"{plan.__doc__}\n\n{_EXAMPLES}"
 def _chosen(recipe: Recipe) -> str:
     if recipe.keep:
         return f"keep {recipe.keep}, {recipe.method}"
+    if recipe.plan:
+        return "as planned"
     how = recipe.ratios or (f"{recipe.dense_fraction} dense" if recipe.dense_fraction else "one goal")
     return f"{recipe.pattern}, {how}"
+
+
+def _what_goes(job: Job) -> str:
+    """What is counted: zeros, or where factors do without parameters as well these."""
+    return "parameters removed" if any(isinstance(task.goal, int) for task in job.every) else "zeros"
 
 
 def _show(job: Job) -> None:
@@ -124,10 +131,14 @@ def _show(job: Job) -> None:
         _print("Rank of every linear", columns, [[_span(each, _rank) for each in row] for row in ranks])
     else:
         columns, values = sparsities(job)
-        _print("Zeros of every linear, %", columns, [[_span(each, _coloured) for each in row] for row in values])
+        _print(
+            f"{_what_goes(job).capitalize()} of every linear, %",
+            columns,
+            [[_span(each, _coloured) for each in row] for row in values],
+        )
         size = sum(linear.size for index in range(len(values)) for linear in job.skeleton.linears(index))
-        zeros = sum(task.removed * task.linear.size for task in job.every)
-        out.print(f"{round(zeros)} of {size} weights pruned, {zeros / size:.2%}")
+        gone = sum(task.removed * task.linear.size for task in job.every)
+        out.print(f"{_what_goes(job)}: {round(gone)} of {size}, {gone / size:.2%}")
     show_allocation(job.allocation)
 
 
