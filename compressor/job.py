@@ -25,7 +25,7 @@ from compressor.ranks import check_align, uniform
 from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
-from compressor.rehearsal import rehearse, rehearse_rank
+from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
 from compressor.report import LeftDense
 from compressor.writer import check_output
 
@@ -288,6 +288,7 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
     module = rank_allocator(name)
     options = check_options(f"ranks {name}", module.allocate, recipe.rank_options)
     check_align(options.get("align", 0))
+    rehearse_ranks(module, options)
     return {"keep": parse_fraction("keep", recipe.keep), "ranks": module, "rank_options": options}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compressor.pattern import Pattern
+from compressor.ranks import Spectrum
 from compressor.stats import InputStats
 
 
@@ -34,3 +35,10 @@ def rehearse_rank(method: ModuleType, options: dict[str, Any]) -> None:
         method.decompose(weight, 4, stats.gram, weight @ weight.T, **options)
     else:
         method.compress(weight, stats, 4, **options)
+
+
+def rehearse_ranks(ranks: ModuleType, options: dict[str, Any]) -> None:
+    """Share all parameters of one large weight out, which is possible whatever the options, unless they are out of range."""
+    size = 1 << 12
+    spectrum = Spectrum((size, size), torch.linspace(1, 0, size, dtype=torch.float64))
+    ranks.allocate({"weight": spectrum}, spectrum.size, **{**options, "align": 0})

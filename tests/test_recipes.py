@@ -97,13 +97,18 @@ def test_what_cannot_be_shown_is_one_line(cli, tmp_path):
         ("a.toml", b"\xff\x00", "is not readable TOML"),
         ("b.toml", b'plan = "none.toml"', "names the plan"),
         ("c.toml", b'plan = "../x.toml"', "not inside its folder"),
+        ("d.toml", b"plan = 3", "plan is 3; a value of type str is expected"),
+        ("e.toml", b'plan = "' + b"x" * 5000 + b'"', "names the plan"),
+        ("f.toml", b"method = 3", "method is 3; a value of type str is expected"),
         ("none.toml", None, "does not exist"),
+        ("x" * 5000, None, "no file and no bundled recipe"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         done = cli("recipes", tmp_path / name, code=2)
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+        assert cli("recipes", tmp_path / name, "--json", code=0 if name in ("b.toml", "e.toml") else 2)
 
 
 def test_a_file_wins_over_a_bundled_name(tmp_path, monkeypatch):

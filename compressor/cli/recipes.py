@@ -46,9 +46,8 @@ def _shown(path: Path) -> str:
     """The file, and as comments the plan it names."""
     from compressor.bundled import bundled
     from compressor.errors import UsageError
-    from compressor.recipe import load
 
-    plan = load(path).get("plan")
+    plan = _settings(path).get("plan")
     text = path.read_text(encoding="utf-8").rstrip()
     if not plan:
         return text
@@ -66,8 +65,17 @@ def _shown(path: Path) -> str:
 def _facts(path: Path) -> dict[str, Any]:
     from compressor.bundled import description
     from compressor.methods import command
+    from compressor.recipe import Recipe
+
+    settings = _settings(path)
+    runs = command(settings.get("method", Recipe.method))
+    return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What the file says, each value of its kind."""
     from compressor.recipe import Recipe, load
 
     settings = load(path)
-    runs = command(settings.get("method", Recipe.method))
-    return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}
+    Recipe(**{"model": "any", **settings})
+    return settings
