@@ -212,7 +212,8 @@ def _scores(facts: Facts) -> str:
     lines = [head, rule]
     for task, metric, value in metrics(scores):
         before = baseline["results"].get(task, {}).get(metric) if baseline else None
-        cells = [f"{value:.4g}"] if not baseline else ["–" if before is None else f"{before:.4g}", f"{value:.4g}"]
+        known = f"{before:.4g}" if isinstance(before, float) else "–"
+        cells = [known, f"{value:.4g}"] if baseline else [f"{value:.4g}"]
         heading = f"{task}, {label(metric)} {arrow(scores, task, metric)}, {_how_many(scores, task)}"
         lines.append([heading, *cells])
     where = scores["config"]

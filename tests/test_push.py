@@ -402,3 +402,42 @@ def test_a_damaged_report_is_no_card(out, change):
     (out / "report.json").write_text(json.dumps(report))
     with pytest.raises(CheckpointError, match="is no report of this package"):
         prepare(out, "me/it", "", lambda name: (False, None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"results": 3},
+        {"results": {"t": 3}},
+        {"config": 3},
+        {"config": {}},
+        {"n-samples": {"t": 3}},
+        {"n-samples": {"t": {"effective": "x", "original": []}}},
+        {"versions_of": 3},
+        {"baseline": 3},
+        {"baseline": {"results": 3}},
+        {"baseline": {"results": {"t": 3}}},
+    ],
+    ids=str,
+)
+def test_damaged_scores_are_one_line_for_card_and_page(out, change):
+    from compressor.errors import CheckpointError
+    from compressor.page import read_record
+    from compressor.publication import prepare
+
+    path = scores_path(out)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match="is no record of `compress eval`"):
+        prepare(out, "me/it", "", lambda name: (False, None))
+    with pytest.raises(CheckpointError, match="is no record of `compress eval`"):
+        read_record(out)
+
+
+def test_a_baseline_without_a_number_is_a_dash(out):
+    from compressor.publication import prepare
+
+    path = scores_path(out)
+    found = json.loads(path.read_text())
+    found["baseline"]["results"]["books"]["token_perplexity,none"] = "x"
+    path.write_text(json.dumps(found))
+    assert "first 7 of 9 samples | – | 121.9 |" in str(prepare(out, "me/it", "", lambda name: (False, None)).card)

@@ -62,7 +62,8 @@ def folder(tmp_path):
         (folder / "config.json").write_text("{}")
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         if "eval" in beside:
-            beside["eval"] = {"digest": checkpoint_digest(Reader(folder)), **{key: {} for key in BY_TASK}, **beside["eval"]}
+            known = {"digest": checkpoint_digest(Reader(folder)), "config": {"device": "cpu", "dtype": "float32"}}
+            beside["eval"] = {**known, **{key: {} for key in BY_TASK}, **beside["eval"]}
         for name, value in beside.items():
             (tmp_path / f"out.{name}.json").write_text(json.dumps(value))
         return folder
