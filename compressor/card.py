@@ -141,9 +141,11 @@ def _introduction(facts: Facts) -> str:
 
 
 def _methods(facts: Facts) -> list[str]:
-    """The recipe's method, and what did the other half where factors and zeros are mixed."""
+    """What made the linears: the recipe's method, its counterpart where a plan asks for the other form, or both."""
     method, forms = str(facts.recipe["method"]), {row["format"] for row in facts.report["linears"]}
-    return [method, counterpart(method)] if "lowrank" in forms and len(forms) > 1 else [method]
+    factored, pruned = "lowrank" in forms, bool(forms - {"lowrank"})
+    own, other = (factored, pruned) if command(method) == "lowrank" else (pruned, factored)
+    return [method] * own + [counterpart(method)] * other or [method]
 
 
 def _what_was_done(facts: Facts) -> str:

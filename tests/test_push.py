@@ -361,8 +361,13 @@ PLAN = """version = 1
                 "| left dense | 5 weights, 4 inside the decoder blocks:",
             ],
         ),
+        (
+            dict(method="magnitude"),
+            'version = 1\n[linears]\n"*.q_proj" = { rank = 8 }\n"*" = { dense = true }\n',
+            ["4 linears, of low rank (rank 8,", "as its plan.toml says with svd_llm, by", "| method | `svd_llm`. SVD-LLM"],
+        ),
     ],
-    ids=["armor", "dense", "mixed"],
+    ids=["armor", "dense", "mixed", "low rank of a plan"],
 )
 def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, plan, said):
     from compressor.pipeline import prune
