@@ -56,7 +56,7 @@ def prune(
     max_memory: str = "",
     progress: Progress | None = None,
 ) -> Report:
-    """Compress the checkpoint `model` into the new folder `output`; what `compress prune` does.
+    """Compress the checkpoint `model` into the new folder `output`; what `compress prune` and `compress lowrank` do.
 
     A run that was cut off goes on where it was when the same is asked for again.
 

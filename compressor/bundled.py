@@ -13,10 +13,13 @@ from compressor.errors import UsageError, did_you_mean
 _INSTALLED, _CHECKOUT = Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes"
 
 
+def _folder() -> Path:
+    return _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
+
+
 def bundled() -> dict[str, Path]:
     """Name -> file of every bundled recipe, by name."""
-    folder = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(_folder().glob("*.toml"))}
 
 
 def find(recipe: str | Path) -> Path:
@@ -26,12 +29,25 @@ def find(recipe: str | Path) -> Path:
         UsageError: neither.
     """
     path, known = Path(recipe).expanduser(), bundled()
-    if path.is_file() or path.suffix == ".toml":
+    if _is_file(path) or path.suffix == ".toml":
         return path
     if str(recipe) not in known:
         names, hint = ", ".join(known), did_you_mean(str(recipe), list(known))
-        raise UsageError(f"recipe {str(recipe)!r} is no file and no bundled recipe; bundled: {names}{hint}")
+        raise UsageError(f"recipe {str(recipe)[:200]!r} is no file and no bundled recipe; bundled: {names}{hint}")
     return known[str(recipe)]
+
+
+def find_plan(plan: str, recipe: Path) -> Path:
+    """The plan that the file `recipe` names: beside it, or else the bundled one of this name, so that a copied recipe works."""
+    own, shipped = recipe.parent / plan, _folder() / plan
+    return shipped if _is_file(shipped) and not own.exists() else own
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def description(path: Path) -> str:

@@ -7,14 +7,14 @@ Scores go into the card's `model-index` and into `.eval_results/`, its newer for
 from __future__ import annotations
 
 import ast
-from collections import Counter
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressor.licence import Licence
-from compressor.methods import command
+from compressor.methods import command, counterpart
 from compressor.scores import arrow, label, metrics
 
 EVAL_RESULTS = ".eval_results/compress.yaml"
@@ -30,6 +30,7 @@ class Facts:
         base: the Hub id of the base model, empty where it has none.
         recipe, report: contents of recipe.toml and report.json, without the paths of this machine.
         packed: whether a linear is stored in a form of ours.
+        kept: fraction of the parameters of the linears, where ranks were shared out.
         scores: what `compress eval` stored, None without.
     """
 
@@ -38,6 +39,7 @@ class Facts:
     recipe: Mapping[str, Any]
     report: Mapping[str, Any]
     packed: bool
+    kept: float | None
     scores: Mapping[str, Any] | None
     licence: Licence | None
 
@@ -134,28 +136,63 @@ def _introduction(facts: Facts) -> str:
         goal = f"its linears factored to {facts.recipe['keep']} of their parameters"
     elif facts.recipe.get("plan"):
         goal = "compressed as its plan.toml says"
-    how = f"{goal} with {facts.recipe['method']}{refined}{tuned}"
+    how = f"{goal} with {' and '.join(_methods(facts))}{refined}{tuned}"
     return f"{base}, {how}, by compress-llm {version}."
+
+
+def _methods(facts: Facts) -> list[str]:
+    """What made the linears: the recipe's method, its counterpart where a plan asks for the other form, or both."""
+    method, forms = str(facts.recipe["method"]), {row["format"] for row in facts.report["linears"]}
+    factored, pruned = "lowrank" in forms, bool(forms - {"lowrank"})
+    own, other = (factored, pruned) if command(method) == "lowrank" else (pruned, factored)
+    return [method] * own + [counterpart(method)] * other or [method]
 
 
 def _what_was_done(facts: Facts) -> str:
     recipe, report = facts.recipe, facts.report
     totals, left = report["totals"], report["left_dense"]
-    forms = Counter(row["format"] for row in report["linears"])
     inside = sum(entry["reason"] != "outside the decoder blocks" for entry in left)
     tokens = report["calibration_tokens"]
     source = "text that the model wrote itself" if recipe["dataset"] == "self" else f"`{recipe['dataset']}`"
     rows = {
-        "method": _summary("methods", recipe["method"]),
+        "method": "; ".join(_summary("methods", method) for method in _methods(facts)),
         "refinement": _summary("refine", recipe["refine"]) if recipe.get("refine") else "",
         "calibration": f"{tokens} tokens of {source}" if tokens else "none",
-        "compressed": f"{totals['linears']} linears ({', '.join(f'{count} {form}' for form, count in sorted(forms.items()))}), "
-        f"{totals['sparsity']:.1%} zeros",
+        "compressed": _forms(report["linears"]),
         "their bytes": f"{_megabytes(totals['dense_bytes'])} → {_megabytes(totals['bytes'])} ({totals['ratio']:.4f} of dense)",
+        "parameters kept": "" if facts.kept is None else f"{facts.kept:.1%} of those of all linears in the decoder blocks",
         "checkpoint": f"{_megabytes(report['input_bytes'])} → {_megabytes(report['output_bytes'])}",
-        "left dense": f"{len(left)} weights, {inside} of them inside the decoder blocks; report.json says which and why",
+        "left dense": f"{_counted(len(left), 'weight')}, {inside or 'none'} inside the decoder blocks: report.json has reasons",
     }
     return "## What was done\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text)
+
+
+def _forms(linears: list[Mapping[str, Any]]) -> str:
+    """How many linears are of each form, and what it leaves of a weight: ranks of factors, zeros of the others."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in linears:
+        found.setdefault(row["format"], []).append(row)
+    count = _counted(len(linears), "linear")
+    if len(found) == 1:
+        return f"{count}, {_form(*found.popitem())}"
+    return f"{count}: {'; '.join(f'{len(rows)} {_form(form, rows)}' for form, rows in sorted(found.items()))}"
+
+
+def _form(form: str, rows: list[Mapping[str, Any]]) -> str:
+    weights = sum(math.prod(row["shape"][:2]) for row in rows) or 1
+    if form == "lowrank":
+        ranks = sorted(row["entry"]["rank"] for row in rows)
+        span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+        kept = sum(row["entry"]["rank"] * sum(row["shape"]) for row in rows)
+        return f"of low rank ({span}, {kept / weights:.1%} of their parameters)"
+    zeros = f"{sum(row['sparsity'] * math.prod(row['shape'][:2]) for row in rows) / weights:.1%} zeros"
+    if form == "armor":
+        return f"packed 2:4 between block-diagonal factors ({zeros} in the 2:4 core)"
+    return f"packed 2:4 ({zeros})" if form == "sparse24" else f"dense with zeros in place ({zeros})"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _summary(room: str, name: str) -> str:
@@ -177,7 +214,8 @@ def _scores(facts: Facts) -> str:
     lines = [head, rule]
     for task, metric, value in metrics(scores):
         before = baseline["results"].get(task, {}).get(metric) if baseline else None
-        cells = [f"{value:.4g}"] if not baseline else ["–" if before is None else f"{before:.4g}", f"{value:.4g}"]
+        known = f"{before:.4g}" if isinstance(before, float) else "–"
+        cells = [known, f"{value:.4g}"] if baseline else [f"{value:.4g}"]
         heading = f"{task}, {label(metric)} {arrow(scores, task, metric)}, {_how_many(scores, task)}"
         lines.append([heading, *cells])
     where = scores["config"]
@@ -212,7 +250,9 @@ def _limits(facts: Facts) -> str:
             "The weights are stored in a packed form. Without `import compressor.runtime` transformers refuses the checkpoint; "
             "other tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
         )
-        limits.append("It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU and on the kernels.")
+        limits.append(
+            "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: `compress bench` measures it."
+        )
     if totals["bytes"] >= totals["dense_bytes"]:
         limits.append("The zeros are stored in place: this checkpoint is not smaller than the original, and no faster by itself.")
     limits += [
@@ -234,7 +274,8 @@ def _licence(facts: Facts) -> str:
 
 def _how_to_repeat(facts: Facts, recipe_text: str) -> str:
     line = f"`compress {command(str(facts.recipe['method']))} MODEL -o OUT --recipe recipe.toml`"
-    return f"## How to make it again\n\n{line}, with this recipe's model and text:\n\n```toml\n{recipe_text.strip()}\n```"
+    plan = ", `plan.toml` beside it" if facts.recipe.get("plan") else ""
+    return f"## How to make it again\n\n{line}{plan}, with this recipe's model and text:\n\n```toml\n{recipe_text.strip()}\n```"
 
 
 def _megabytes(count: float) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
 from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
+from compressor.text import part
 
 if TYPE_CHECKING:
     from compressor.job import Job, Task
@@ -15,20 +18,33 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], list[list[T | None]]]:
-    """Names of the linears inside a block, and per block a value of each: `dense` for one left dense, None for one it has not."""
+def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], list[list[list[T]]]]:
+    """Names of the linears inside a block, those of its experts as one, and per block the values of each.
+
+    `dense` is the value of one left dense; there is no value of a linear that a block has not, and one of every expert.
+    """
     known = {task.linear.name: value(task) for task in job.every}
-    blocks = []
+    blocks: list[dict[str, list[T]]] = []
     for index in range(len(job.skeleton.blocks)):
         prefix = f"{job.skeleton.path}.{index}."
-        names = [linear.name for linear in job.skeleton.linears(index)]
-        blocks.append({name.removeprefix(prefix): known.get(name, dense) for name in names})
+        blocks.append({})
+        for linear in job.skeleton.linears(index):
+            blocks[-1].setdefault(part(linear.name.removeprefix(prefix)), []).append(known.get(linear.name, dense))
     columns = list(dict.fromkeys(name for block in blocks for name in block))
-    return columns, [[block.get(name) for name in columns] for block in blocks]
+    return columns, [[block.get(name, []) for name in columns] for block in blocks]
 
 
-def sparsities(job: Job) -> tuple[list[str], list[list[float | None]]]:
-    """As `cells`: the fraction of the numbers that goes, zeros of a pattern or what factors do without."""
+def headings(columns: Sequence[str]) -> list[str]:
+    """The last word of each name; where that says too little the module it is in, a line above: `experts`, `up_proj`."""
+    words = [[word for word in name.split(".") if word != "*"] for name in columns]
+    last = Counter(each[-1] for each in words)
+    return [
+        "\n".join(each[-2:]) if "*" in name or last[each[-1]] > 1 else each[-1] for name, each in zip(columns, words, strict=True)
+    ]
+
+
+def sparsities(job: Job) -> tuple[list[str], list[list[list[float]]]]:
+    """As `cells`: the fractions of the numbers that go, zeros of a pattern or what factors do without."""
     return cells(job, lambda task: task.removed, 0.0)
 
 
@@ -40,23 +56,24 @@ def check_drawing(path: Path) -> None:
 
 
 def draw(job: Job, path: Path, title: str, what: str) -> None:
-    """Draw the plan of `job`, `what` goes of each linear, into the file `path`. Raises OutputError."""
+    """Draw the plan of `job`, `what` goes of each linear (of experts the mean), into the file `path`. Raises OutputError."""
     from matplotlib.figure import Figure
 
     columns, rows = sparsities(job)
     figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.8 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    values = [[float("nan") if value is None else 100 * value for value in row] for row in rows]
+    values = [[100 * fmean(each) if each else float("nan") for each in row] for row in rows]
     image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if value == value:
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 60 else "black")
-    axes.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], rotation=35, ha="right")
+    axes.set_xticks(range(len(columns)), headings(columns), rotation=35, ha="right")
     axes.set_yticks(range(len(rows)))
     axes.set_ylabel("block")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, label=f"{what}, %")
+    mean = "; of experts the mean" if any("*" in name for name in columns) else ""
+    figure.colorbar(image, label=f"{what}, %{mean}")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

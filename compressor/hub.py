@@ -40,8 +40,9 @@ def check_repo(name: str) -> None:
 
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise UsageError(f"{name!r} is no Hub repository: {str(error).splitlines()[0].rstrip('.')}") from None
+    except HFValidationError:
+        accepted = "ORG/NAME of letters, digits, '-', '_' and '.', at most 96 characters"
+        raise UsageError(f"{name!r} is no Hub repository; accepted: {accepted}") from None
     if "/" not in name:
         raise UsageError(f"{name!r} names no owner; give ORG/NAME, such as your-name/{name}")
 

@@ -17,22 +17,20 @@ from compressor import data, plan
 from compressor.checkpoint import Reader, resolve
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import only_stacks
-from compressor.methods import factors, method_module, options_of
+from compressor.methods import counterpart, factors, method_module, options_of
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import allocator as rank_allocator
-from compressor.ranks import check_align
+from compressor.ranks import check_align, uniform
 from compressor.ratios import allocator
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
+from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
 from compressor.report import LeftDense
-from compressor.stats import InputStats
 from compressor.writer import check_output
 
 if TYPE_CHECKING:
     from compressor.curvature import Factored
-
-_COUNTERPARTS = ("sparsegpt", "svd_llm")  # of a plan that mixes goals: what prunes, what factors where the method does the other
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,8 @@ def _suited(task: Task, goal: Pattern | int) -> Task:
     ranked = isinstance(goal, int)
     if factors(task.method) == ranked:
         return replace(task, goal=goal)
-    return replace(task, goal=goal, method=method_module(_COUNTERPARTS[ranked]), options={}, refined=not ranked)
+    other = counterpart(task.method.__name__.rpartition(".")[2])
+    return replace(task, goal=goal, method=method_module(other), options={}, refined=not ranked)
 
 
 def make_job(recipe: Recipe, output: Path | None) -> Job:
@@ -225,10 +224,10 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
     entries = plan.read(Path(recipe.plan)) if recipe.plan else {}
     if factors(method):
-        _rehearse_rank(method, options)
+        rehearse_rank(method, options)
     else:
         for each in plan.patterns(entries) if entries else [pattern]:
-            _rehearse(method, options, refine, refine_options, each)
+            rehearse(method, options, refine, refine_options, each)
     goal = 1 if factors(method) else pattern
     allocation = _ranks(recipe, method) if factors(method) else _allocation(recipe, pattern)
     reader = Reader(resolve(recipe.model, recipe.revision or None))
@@ -252,6 +251,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     )  # fmt: skip
     if job.needs_inputs:
         data.check_dataset(recipe.dataset)
+    if job.keep:  # every choice of ranks begins with these
+        uniform.of_shapes({task.linear.name: task.linear.shape for task in job.every}, job.keep, job.rank_options.get("align", 0))
     if not entries:
         return job.check_experts()
     goals = plan.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
@@ -287,13 +288,14 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
     module = rank_allocator(name)
     options = check_options(f"ranks {name}", module.allocate, recipe.rank_options)
     check_align(options.get("align", 0))
+    rehearse_ranks(module, options)
     return {"keep": parse_fraction("keep", recipe.keep), "ranks": module, "rank_options": options}
 
 
 def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
     """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
     if recipe.keep or recipe.ranks or recipe.rank_options:
-        raise UsageError(f"--keep and --ranks are for methods that make factors, {recipe.method} prunes: use compress lowrank")
+        raise UsageError(f"--keep and --ranks are for methods that make factors, such as kfac; {recipe.method} prunes")
     if recipe.plan and (recipe.ratios or recipe.dense_fraction):
         raise UsageError(
             "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
@@ -319,31 +321,6 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
     if recipe.ratio_options:
         raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given")
     return {}
-
-
-def _rehearse(
-    method: ModuleType, options: dict[str, Any], refine: ModuleType | None, refine_options: dict[str, Any], pattern: Pattern
-) -> None:
-    """Run method and refinement on a tiny weight: what they refuse, they refuse now and not after the calibration."""
-    columns = -(-16 // (pattern.m or 1)) * (pattern.m or 1)
-    generator = torch.Generator().manual_seed(0)
-    stats = InputStats(columns, gram=True)
-    stats.update(torch.randn(2 * columns, columns, generator=generator))
-    weight = torch.randn(16, columns, generator=generator)
-    pruned = method.compress(weight, stats, pattern, **options).dense()
-    if refine:
-        refine.refine(weight, pruned, stats, pattern, **refine_options)
-
-
-def _rehearse_rank(method: ModuleType, options: dict[str, Any]) -> None:
-    """As `_rehearse`, for a method that makes factors."""
-    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
-    stats = InputStats(16, gram=True)
-    stats.update(weight)
-    if method.NEEDS_GRADIENTS:
-        method.decompose(weight, 4, stats.gram, weight @ weight.T, **options)
-    else:
-        method.compress(weight, stats, 4, **options)
 
 
 def _sequence_length(asked: int, limit: int | None) -> int:

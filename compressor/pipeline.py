@@ -259,7 +259,7 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0].partition('. ')[0][:200]}") from None
     return chosen
 
 

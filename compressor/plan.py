@@ -56,7 +56,7 @@ def dumps(job: Job) -> str:
 
 
 def _command(job: Job) -> str:
-    return "lowrank" if job.every and isinstance(job.every[0].goal, int) else "prune"
+    return "lowrank" if any(isinstance(task.goal, int) for task in job.every) else "prune"
 
 
 def _quoted(name: str) -> str:
@@ -160,7 +160,8 @@ def _named(entries: Entries, names: Sequence[str], dense: Mapping[str, str]) -> 
 
 def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
     if "rank" in entry:
-        if not 1 <= entry["rank"] <= (most := largest_rank(linear.shape)):
+        most = largest_rank(linear.shape)
+        if not 1 <= entry["rank"] <= most:
             raise UsageError(
                 f"the plan asks for rank {entry['rank']} of {linear.name}; factors are smaller than it from rank 1 to {most}"
             )

@@ -19,6 +19,7 @@ from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
 from compressor.layout import packed_modules
 from compressor.licence import Licence, from_file, from_folder
+from compressor.page.record import is_number, read_record
 from compressor.scores import read_scores, scores_path
 from compressor.writer import is_side_file
 
@@ -60,15 +61,15 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
     """Choose the files of `folder` and write the card for the repository `repo`.
 
     Args:
-        folder: made by `compress prune`.
+        folder: made by `compress prune` or `compress lowrank`.
         base: Hub id of the base model; empty: the recipe's model, where the Hub knows it.
         published_licence: Hub id -> whether there is such a model, and the licence its card names.
 
     Raises:
-        CheckpointError: no output of `compress prune`, or a link leads out of it.
+        CheckpointError: no such folder, or a link leads out of it.
     """
     reader = Reader(folder)
-    recipe, report = _records(folder)
+    recipe, report, kept = _records(folder)
     notes: list[str] = []
     base, licence = _base(recipe, base, published_licence)
     if not base:
@@ -87,7 +88,7 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
         )
     public = {**recipe, "model": base or Path(recipe["model"]).name, "dataset": _without_path(recipe["dataset"])}
     recipe_text = _to_toml(public)
-    facts = Facts(repo, base, public, report, bool(packed_modules(reader.config)), scores, licence)
+    facts = Facts(repo, base, public, report, bool(packed_modules(reader.config)), kept, scores, licence)
     card = make_card(facts, recipe_text)
     public_report = {**report, "recipe": {**report["recipe"], "model": public["model"], "dataset": public["dataset"]}}
     made = {CARD: str(card), RECIPE: recipe_text, REPORT: json.dumps(public_report, indent=1)}
@@ -109,20 +110,27 @@ def _own_card(path: Path) -> Any:
         raise CheckpointError(f"{path} is no model card: {' '.join(str(error).split())[:200]}") from None
 
 
-def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None]:
+    """The recipe, the report, and the part of the parameters that was kept, where ranks were shared out."""
     try:
         recipe = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
         report = read_json(folder / REPORT)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` makes") from None
+        raise CheckpointError(
+            f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` and `compress lowrank` make"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / RECIPE} is not readable TOML: {str(error)[:200]}") from None
     needed = {"recipe": dict, "architecture": str, "totals": dict, "linears": list, "left_dense": list, "versions": dict}
     if not all(isinstance(report.get(key), kind) for key, kind in needed.items()):
         raise CheckpointError(f"{folder / REPORT} is no report of this package")
+    known = is_number(report["totals"].get("ratio")) and isinstance(report["versions"].get("compress-llm"), str)
+    record = read_record(folder)  # checks every value
+    if not known or any(row.format == "lowrank" and row.rank is None for row in record.rows):
+        raise CheckpointError(f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is missing")
     if not all(isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")):
         raise CheckpointError(f"{folder / RECIPE} is no complete recipe: model, method, pattern and dataset are expected in it")
-    return recipe, report
+    return recipe, report, record.kept
 
 
 def _base(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from compressor.bundled import find_plan
 from compressor.errors import UsageError, did_you_mean
 
 
@@ -104,7 +105,7 @@ def load(path: Path) -> dict[str, Any]:
     if isinstance(plan := settings.get("plan"), str) and plan:
         if Path(plan).is_absolute() or ".." in Path(plan).parts:
             raise UsageError(f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another")
-        settings["plan"] = str(path.parent / plan)
+        settings["plan"] = str(find_plan(plan, path))
     return settings
 
 

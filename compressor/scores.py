@@ -37,11 +37,25 @@ def read_scores(folder: Path, digest: str) -> dict[str, Any] | None:
     found = read_json(path)
     if found.get("digest") != digest:
         return None
-    if not all(isinstance(found.get(key), dict) for key in BY_TASK) or not all(
-        isinstance(values, dict) for key in ("results", "configs", "higher_is_better") for values in found[key].values()
-    ):
+    if not _is_record(found):
         raise CheckpointError(f"{path} is no record of `compress eval`: remove it and score {folder} again")
     return found
+
+
+def _is_record(found: Mapping[str, Any]) -> bool:
+    """Whether everything that is read of a record is of its kind."""
+    if not all(isinstance(found.get(key), dict) for key in (*BY_TASK, "config")):
+        return False
+    baseline = found.get("baseline") or {"results": {}}
+    if not isinstance(baseline, dict) or not isinstance(baseline.get("results"), dict):
+        return False
+    by_task = [values for key in ("results", "configs", "higher_is_better") for values in found[key].values()]
+    counts = [count or {} for count in found["n-samples"].values()]
+    return (
+        all(isinstance(values, dict) for values in (*by_task, *baseline["results"].values(), *counts, found.get("versions_of", {})))
+        and all(type(number) is int for count in counts for number in count.values())
+        and {"device", "dtype"} <= set(found["config"])
+    )
 
 
 def store_scores(folder: Path, scores: Mapping[str, Any]) -> Path:

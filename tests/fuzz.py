@@ -27,7 +27,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from tests.mutate import damage, damaged_recipe  # noqa: E402
+from tests.mutate import damage, damaged_recipe  # noqa: E402  # found by the line above
 
 LIMIT_SECONDS = 60  # of processor time; ten times that by the clock, for the machine may be busy
 LIMIT_BYTES = 1 << 30  # of address space beyond what the process began with; the models have a few hundred kilobytes
@@ -45,11 +45,10 @@ _MODEL = dict(
 
 def preload() -> None:
     """Import here what the cases need, so that a case costs a fork and not an import."""
-    import compressor.cli
-    import compressor.legacy
-    import compressor.pack
-    import compressor.runtime
-    import compressor.unpack  # noqa: F401
+    from importlib import import_module
+
+    for name in ("cli", "legacy", "pack", "runtime", "unpack"):
+        import_module(f"compressor.{name}")
     from compressor.cli.show import quiet_libraries
 
     quiet_libraries(False)

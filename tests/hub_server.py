@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             except RefusalError as refusal:
                 self.answer(refusal.status, {"error": str(refusal)}, X_Error_Code=refusal.code, X_Error_Message=str(refusal))
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_one  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = handle_one  # noqa: N815  # the names that http.server calls
 
     # --- the interface
 

@@ -50,9 +50,9 @@ def test_wrong_settings_are_refused(demo_model, tmp_path):
     with pytest.raises(UsageError, match="did you mean 'wanda'"):
         compressor.prune(demo_model, tmp_path / "out", method="wandaa")
     with pytest.raises(UsageError, match="tune is '3'; a value of type int is expected"):
-        compressor.prune(demo_model, tmp_path / "out", tune="3")  # type: ignore[arg-type]
+        compressor.prune(demo_model, tmp_path / "out", tune="3")  # type: ignore[arg-type]  # the mistake under test
     with pytest.raises(TypeError, match="patern"):
-        compressor.prune(demo_model, tmp_path / "out", patern="2:4")  # type: ignore[call-arg]
+        compressor.prune(demo_model, tmp_path / "out", patern="2:4")  # type: ignore[call-arg]  # the mistake under test
     assert not list(tmp_path.iterdir())
 
 

@@ -91,6 +91,7 @@ def test_unstructured_says_that_the_size_stays(cli, tiny, rows, tmp_path):
         (["--pattern=-0.2"], "sparsity of -0.2"),
         (["--pattern", "2:5"], "in_features 64 of model.layers.0.self_attn.q_proj is not a multiple of 5 (pattern 2:5)"),
         (["--method", "wandaa"], "did you mean 'wanda'"),
+        (["--method", "WANDA"], "did you mean 'wanda'"),
         (["--set", "damp=1"], "method wanda has no option 'damp'"),
         (["--method", "sparsegpt", "--set", "dmap=1"], "did you mean 'damp'"),
         (["--method", "sparsegpt", "--set", "damp=high"], "a value of type float is expected"),

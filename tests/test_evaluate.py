@@ -97,7 +97,10 @@ def test_self_is_reproducible_and_written_by_the_baseline(demo_model, copy):
 def test_tasks_run_offline_through_lm_eval(demo_model, choice_task):
     pytest.importorskip("lm_eval")
     steps = []
-    progress = lambda step, done, total: steps.append((step, done, total))  # noqa: E731
+
+    def progress(step, done, total):
+        steps.append((step, done, total))
+
     found = evaluate(str(demo_model), tasks=["local_choice"], include_path=choice_task, batch_size=4, progress=progress)
     assert steps == [("local_choice", *count) for count in ((0, 1), (4, 6), (6, 6), (1, 1))]
     assert found["results"]["local_choice"]["acc,none"] == 1.0
@@ -124,6 +127,7 @@ def test_two_data_sets_of_one_name_stay_apart(demo_model, rows, tmp_path):
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"batch_size": 0}, "batch-size is 0"),
+        ({"num_fewshot": -1}, "num-fewshot is -1"),
     ],
 )
 def test_bad_settings(demo_model, rows, settings, match):

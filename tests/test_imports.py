@@ -21,7 +21,7 @@ ALLOWED = {
     "compressor/refine/": LEAVES | FORMATS,
     "compressor/layout.py": BASE,
     "compressor/checkpoint.py": BASE,
-    "compressor/recipe.py": BASE,
+    "compressor/recipe.py": BASE | {"compressor.bundled"},
     "compressor/report.py": BASE,
     "compressor/text.py": set(),
     "compressor/bundled.py": BASE,
@@ -40,12 +40,12 @@ ALLOWED = {
     "compressor/doctor.py": {"compressor.cache", "compressor_kernels.linear", "compressor_kernels.packing"},
     "compressor/card.py": {"compressor.licence", "compressor.methods", "compressor.scores"},
     "compressor/publication.py": BASE
-    | {f"compressor.{name}" for name in ("card", "checkpoint", "digest", "layout", "licence", "scores", "writer")},
+    | {f"compressor.{name}" for name in ("card", "checkpoint", "digest", "layout", "licence", "page.record", "scores", "writer")},
     "compressor/hub.py": BASE | {"compressor.digest", "compressor.licence", "compressor.publication"},
     "compressor/durable.py": set(),
     "compressor/manifest.py": {"compressor.durable"},
     "compressor/drawing.py": BASE,
-    "compressor/heatmap.py": BASE | {"compressor.drawing", "compressor.job"},
+    "compressor/heatmap.py": BASE | {"compressor.drawing", "compressor.job", "compressor.text"},
     "compressor/hidden.py": BASE | {"compressor.durable"},
     "compressor/memory.py": BASE | {"compressor.job", "compressor.stats"},
     "compressor/fingerprint.py": {f"compressor.{name}" for name in ("checkpoint", "durable", "recipe", "report")},
@@ -69,6 +69,7 @@ ALLOWED = {
         "compressor.job",
         "compressor.model",
     },  # the last for types
+    "compressor/rehearsal.py": LEAVES | {"compressor.ranks"},
     "compressor/job.py": LEAVES
     | {
         f"compressor.{name}"
@@ -83,6 +84,7 @@ ALLOWED = {
             "ratios.dense",
             "recipe",
             "refine",
+            "rehearsal",
             "report",
             "writer",
         )  # curvature for a type

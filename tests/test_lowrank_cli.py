@@ -43,6 +43,7 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     assert size == report["output_bytes"] == dense - 2 * (before - numbers)
     shown = json.loads(cli("inspect", out, "--json").stdout)
     assert {row["format"] for row in shown["linears"]} <= {"dense"} | {f"lowrank {r['entry']['rank']}" for r in report["linears"]}
+    assert all(row["sparsity"] is None for row in shown["linears"] if row["format"].startswith("lowrank"))
     assert not problems(out)
     cli("verify", out)
     model = compressor.load(out, dtype=torch.float32)
@@ -54,6 +55,14 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     cli("unpack", out, "-o", tmp_path / "dense")
     torch.testing.assert_close(compressor.load(tmp_path / "dense", dtype=torch.float32)(ids).logits, logits, rtol=0.1, atol=0.15)
     assert counted(tmp_path / "dense") == (before, dense)
+
+
+def test_no_table_speaks_of_zeros_in_factors(cli, demo_model, tmp_path):
+    done = cli("lowrank", demo_model, "-o", tmp_path / "out", "--method", "svd", "--keep", "60%")
+    for text in (done.stdout, cli("inspect", tmp_path / "out").stdout):
+        rows = [line for line in text.splitlines() if " lowrank " in line]
+        assert len(rows) == 28
+        assert not [line for line in rows if "%" in line]
 
 
 def test_the_data_free_methods_read_no_text(cli, demo_model, tmp_path):
@@ -216,6 +225,10 @@ def test_what_does_not_belong_together_is_refused_in_one_line(cli, demo_model, r
     assert "keep" in refused("lowrank", demo_model, "-o", out, "--keep", "170%")
     assert "raise --keep" in refused("lowrank", demo_model, "-o", out, "--keep", "0.1%", "--method", "svd")
     assert "unknown ranks 'x'" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--ranks", "x")
+    wrong = ("--keep", "70%", "--ranks", "welore", "--set", "ranks.energy=2")
+    assert "energy is 2" in refused("lowrank", demo_model, "--dry-run", *wrong)
+    plan.write_text('version = 1\n[linears]\n"*" = { rank = 0 }\n')
+    assert "rank 0 of model.layers.0.self_attn.q_proj" in refused("lowrank", demo_model, "-o", out, "--plan", plan)
     assert "align is -1" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--set", "ranks.align=-1")
     plan.write_text('version = 1\n[linears]\n"model.layers.0.mlp.up_proj" = { rank = 3 }\n')
     assert "give one of them" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--plan", plan)
@@ -229,3 +242,18 @@ def test_a_plan_cannot_make_a_linear_larger(cli, demo_model, rows, tmp_path):
     plan.write_text("\n".join(line.replace("rank = ", "rank = 9") if "0.self_attn.q" in line else line for line in text))
     done = cli("lowrank", demo_model, "-o", tmp_path / "out", "--plan", plan, "-q", code=2)
     assert "factors are smaller than it from rank 1 to 63" in done.stderr
+
+
+def test_what_cannot_be_kept_is_refused_before_any_work(cli, demo_model, tmp_path):
+    for command in (("lowrank", demo_model, "--dry-run"), ("plan", demo_model, "-o", tmp_path / "plan.toml")):
+        done = cli(*command, "--keep", "1%", code=2)
+        assert "so few parameters leave model.layers.0.self_attn.k_proj without a rank" in done.stderr
+        assert "calibration" not in done.stderr
+
+
+def test_the_plan_of_a_mixed_recipe_speaks_of_both(cli, demo_model, tmp_path):
+    shown = cli("plan", demo_model, "-o", tmp_path / "plan.toml", "--recipe", "mixed").stdout
+    assert "Parameters removed of every linear" in shown
+    assert "parameters removed: 399360 of 786432, 50.78%" in shown
+    assert "then: compress lowrank MODEL" in (tmp_path / "plan.toml").read_text()
+    assert "zeros: 393216 of 786432" in cli("plan", demo_model, "-o", tmp_path / "b.toml").stdout

@@ -1,6 +1,7 @@
 """Plan files: written, edited, read back, and refused in one line when they are not what they should be."""
 
 import json
+import sys
 from fractions import Fraction
 
 import pytest
@@ -175,6 +176,40 @@ def test_plan_draws_a_picture(cli, tiny, rows, tmp_path):
     cli("plan", tiny("gpt2"), "-o", tmp_path / "p.toml", "--plot", tmp_path / "p.png", "--pattern", "2:4", *COMMON)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "p.toml").read_text().count('pattern = "2:4"') == 12
+
+
+@pytest.mark.parametrize("width", [48, 80, 120])
+def test_experts_of_a_block_are_one_column(cli, tiny, rows, tmp_path, monkeypatch, width):
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    monkeypatch.setattr(sys.modules["compressor.cli.plan"], "out", console)
+    file = tmp_path / "plan.toml"
+    settings = ("--pattern", "60%", "--ratios", "curve", "--dataset", rows, *COMMON[:-1])
+    with console.capture() as captured:
+        cli("plan", tiny("qwen2_moe"), "-o", file, *settings)
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= max(width, 77)  # the last line is a sentence
+    assert "of experts the lowest and the highest" in lines[0]
+    heads = [name for line in lines[1:] for name in line.split() if name in ("experts", "shared_expert")]
+    assert sorted(heads) == ["experts"] * 3 + ["shared_expert"] * 3
+    entries = plan.read(file)
+    assert sum(".mlp.experts." in name for name in entries) == 3 * 3 * 4
+    linears = {linear.name: linear for index in range(3) for linear in Skeleton(Reader(tiny("qwen2_moe"))).linears(index)}
+    zeros = [
+        100 * entry.get("zeros", 0) / linears[name].size
+        for name, entry in entries.items()
+        if name.startswith("model.layers.1.mlp.experts.") and name.endswith("down_proj")
+    ]
+    shown = [f"{value:.1f}" if value else "dense" for value in (min(zeros), max(zeros))]
+    assert next(line for line in reversed(lines) if line.startswith(" 1 ")).split()[-1] == "–".join(dict.fromkeys(shown))
+
+
+def test_headings_say_which_module_where_the_last_word_does_not():
+    from compressor.heatmap import headings
+
+    names = ["attn.q", "attn.o", "mlp.up", "mlp.shared.up", "mlp.experts.*.up", "moe.experts.*.w1"]
+    assert headings(names) == ["q", "o", "mlp\nup", "shared\nup", "experts\nup", "experts\nw1"]
 
 
 def test_dry_run_shows_the_plan(cli, tiny, tmp_path, linears):

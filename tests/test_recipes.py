@@ -69,6 +69,48 @@ def test_a_mixed_recipe_mixes_forms_and_shows_its_plan(cli, demo_model, rows, tm
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+def test_a_printed_recipe_runs_as_the_bundled_one(cli, demo_model, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--dataset", rows, "--num-samples", "4", "--seq-len", "32", "--tune", "0", "-q"]
+    made = {}
+    for name in bundled():
+        (tmp_path / "mine.toml").write_text(cli("recipes", name).stdout)
+        assert load(find("mine.toml")) == load(find(name))
+    (tmp_path / "mine.toml").write_text(cli("recipes", "mixed").stdout)
+    for out, recipe in (("a", "mixed"), ("b", "mine.toml")):
+        cli("lowrank", demo_model, "-o", out, "--recipe", recipe, *small)
+        made[out] = (tmp_path / out / "model.safetensors").read_bytes()
+    assert made["a"] == made["b"]
+    assert '#     "*" = { pattern = "2:4" }' in cli("recipes", "mine.toml").stdout
+    # the plan as it was printed, changed, beside the recipe
+    lines = (tmp_path / "mine.toml").read_text().splitlines()
+    plan = [line.removeprefix("#").strip() for line in lines[next(i for i, line in enumerate(lines) if "comes with" in line) + 1 :]]
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "mixed.toml").write_text("\n".join(plan).replace('pattern = "2:4"', "dense = true"))
+    cli("lowrank", demo_model, "-o", "c", "--recipe", "mine.toml", *small)
+    formats = [row["format"] for row in json.loads((tmp_path / "c" / "report.json").read_text())["linears"]]
+    assert formats == ["lowrank"] * 12
+
+
+def test_what_cannot_be_shown_is_one_line(cli, tmp_path):
+    for name, content, message in (
+        ("a.toml", b"\xff\x00", "is not readable TOML"),
+        ("b.toml", b'plan = "none.toml"', "names the plan"),
+        ("c.toml", b'plan = "../x.toml"', "not inside its folder"),
+        ("d.toml", b"plan = 3", "plan is 3; a value of type str is expected"),
+        ("e.toml", b'plan = "' + b"x" * 5000 + b'"', "names the plan"),
+        ("f.toml", b"method = 3", "method is 3; a value of type str is expected"),
+        ("none.toml", None, "does not exist"),
+        ("x" * 5000, None, "no file and no bundled recipe"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        done = cli("recipes", tmp_path / name, code=2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert cli("recipes", tmp_path / name, "--json", code=0 if name in ("b.toml", "e.toml") else 2)
+
+
 def test_a_file_wins_over_a_bundled_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find("armor-24") == bundled()["armor-24"]

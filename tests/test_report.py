@@ -62,7 +62,8 @@ def folder(tmp_path):
         (folder / "config.json").write_text("{}")
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         if "eval" in beside:
-            beside["eval"] = {"digest": checkpoint_digest(Reader(folder)), **{key: {} for key in BY_TASK}, **beside["eval"]}
+            known = {"digest": checkpoint_digest(Reader(folder)), "config": {"device": "cpu", "dtype": "float32"}}
+            beside["eval"] = {**known, **{key: {} for key in BY_TASK}, **beside["eval"]}
         for name, value in beside.items():
             (tmp_path / f"out.{name}.json").write_text(json.dumps(value))
         return folder
@@ -299,13 +300,23 @@ def test_no_section_without_spectra(folder):
 def test_low_rank_is_called_by_its_name(folder):
     found = {**facts(2), "spectra": measured(2), "allocation": {"parameters": 699, "dense_parameters": 1000}}
     found["recipe"] = {"method": "kfac", "pattern": "2:4", "keep": "70%", "dataset": "self"}
-    found["totals"]["sparsity"] = 0.0
+    for row in found["linears"]:
+        row |= {"format": "lowrank", "sparsity": 0.0, "entry": {"format": "lowrank", "rank": 2}}
     text = render(read_record(folder(found)))
     assert "compress lowrank MODEL" in text
     assert "keep 70% of the linears" in text
     assert "69.90%" in text
     assert "2:4" not in text
     assert ">zeros</span>" not in text
+    assert "0.0 %" not in text
+
+
+def test_zeros_are_those_of_what_was_pruned(folder):
+    found = facts(2)
+    found["linears"][0] |= {"format": "lowrank", "sparsity": 0.0, "entry": {"format": "lowrank", "rank": 2}}
+    text = render(read_record(folder(found)))
+    assert "50.0%" in text
+    assert f"of the weights of the {len(found['linears']) - 1} linears that are not of low rank" in text
 
 
 @pytest.mark.parametrize("most", [1e-9, 0.0999, 0.1, 1, 2.4, 7, 99.9, 1e12])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compressor.cli.show import err, quiet_libraries, scoring_progress
+from compressor.cli import options
+from compressor.cli.show import begin, scoring_progress
 
 
 def evaluate(
@@ -32,11 +34,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many rows, and examples per task.", show_default=False)] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt of each task.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Of the tasks.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: options.Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw quality over size, .png or .svg; must not exist.", show_default=False)
     ] = None,
@@ -46,7 +46,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in lm-eval's schema instead of the table.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Score models side by side: perplexity, KL divergence from the baseline, lm-eval tasks, bytes.
 
@@ -70,12 +70,10 @@ def evaluate(
         check_plot(plot)
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
-    else:
-        err.print("loading libraries …", style="dim")
+    begin(quiet, verbose)
     from compressor.evaluate import evaluate_all, table
     from compressor.pipeline import choose_device
 
-    quiet_libraries(verbose)
     where = str(choose_device(device))
     settings: dict[str, Any] = {
         "datasets": dataset or [], "tasks": names, "divergence": kl, "include_path": include_path, "seq_len": seq_len,
@@ -95,7 +93,7 @@ def evaluate(
     print(text if as_json else table(scored))
 
 
-evaluate.__doc__ = f"""{evaluate.__doc__}
+evaluate.__doc__ = f"""{cleandoc(evaluate.__doc__ or "")}
 
 [bold]Examples[/bold]
 

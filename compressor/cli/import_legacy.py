@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli import options
 from compressor.cli.show import err
 
 
@@ -14,7 +15,7 @@ def import_legacy(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A compressed-tensors checkpoint, sparse-24-bitmask.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)],
+    output: options.NewFolder,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:
     """Bring a compressed-tensors checkpoint in its retired `sparse-24-bitmask` format into the packed format, without loss.

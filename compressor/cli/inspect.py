@@ -31,7 +31,7 @@ def inspect(
 
 
 def describe(reader: Any) -> dict[str, Any]:
-    """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a report is."""
+    """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a report is; factors have none."""
     from compressor.checkpoint import ITEM_BITS, read_json
     from compressor.errors import CheckpointError
     from compressor.layout import packed_modules
@@ -56,9 +56,8 @@ def describe(reader: Any) -> dict[str, Any]:
                 raise CheckpointError(f"{reader.folder}: {tensor} has shape {list(parts[tensor].shape)}, a matrix is expected")
         shape = [first.shape[0], last.shape[1] * (1 if low_rank else 2)]
         form = f"lowrank {last.shape[0]}" if low_rank else entry["format"]
-        linears.append(
-            _row(name, shape, form, sparsity.get(name), sum(part.nbytes for part in parts.values()), ITEM_BITS[first.dtype])
-        )
+        zeros = None if low_rank else sparsity.get(name)
+        linears.append(_row(name, shape, form, zeros, sum(part.nbytes for part in parts.values()), ITEM_BITS[first.dtype]))
     for tensor, entry in reader.tensors.items():
         name = tensor.removesuffix(".weight")
         if tensor.endswith(".weight") and len(entry.shape) == 2 and name not in modules:

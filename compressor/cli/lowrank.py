@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compressor.cli import options
 from compressor.cli.prune import job_facts, run_and_show, show_left, show_tasks
-from compressor.cli.show import err, out, quiet_libraries, speaks
+from compressor.cli.show import begin, out
 
 _EXAMPLES = """[bold]Examples[/bold]
 
@@ -30,9 +29,7 @@ def lowrank(
     keep: options.Keep = None,
     ranks: options.Ranks = None,
     tune: Annotated[int | None, typer.Option(help="Epochs of training the factors, block by block.", show_default="0")] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="What every linear becomes: a file such as OUT/plan.toml.", show_default=False)
-    ] = None,
+    plan: options.Plan = None,
     dataset: options.Dataset = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
@@ -59,7 +56,6 @@ def lowrank(
     """Replace linears by products of two thin factors, one decoder block in memory at a time."""
     from compressor.bundled import find
     from compressor.errors import UsageError
-    from compressor.methods import FACTORIZATIONS, METHODS
     from compressor.recipe import load, merge
 
     settings = {"method": "kfac", **(load(find(recipe)) if recipe else {})}
@@ -70,14 +66,10 @@ def lowrank(
         "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(settings, given, assign or [])
-    if merged.method in METHODS:
-        right = f"compress prune --recipe {recipe}" if recipe and not method else "compress prune"
-        raise UsageError(f"method {merged.method} prunes: use {right}; accepted here: {', '.join(FACTORIZATIONS)}")
+    options.check_method(merged.method, "lowrank", None if method else recipe)
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to check everything")
-    if speaks() and not quiet:
-        err.print("loading libraries …", style="dim")
-    quiet_libraries(verbose)
+    begin(quiet, verbose)
     if output is None or dry_run:
         from compressor.job import make_job
 

@@ -9,15 +9,14 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli import options
 from compressor.cli.show import err, quiet_libraries
 
 
 def pack(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A dense checkpoint with 2:4 zeros in place.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)],
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
+    output: options.NewFolder,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was packed and what was not as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:

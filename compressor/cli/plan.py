@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,7 @@ from rich.text import Text
 
 from compressor.cli import options
 from compressor.cli.prune import most, show_allocation
-from compressor.cli.show import err, out, pruning_progress, quiet_libraries, table
+from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
     from compressor.job import Job
@@ -55,6 +57,7 @@ def plan(
     ignore: options.Ignore = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
+    expert_tokens: options.ExpertTokens = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
@@ -73,7 +76,7 @@ def plan(
         "model": model, "revision": revision, "method": method and method.replace("-", "_"), "refine": refine,
         "pattern": pattern, "keep": keep, "ranks": ranks, "ratios": ratios,
         "dense_fraction": dense_fraction, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
     if merged.keep and pattern:
@@ -81,22 +84,20 @@ def plan(
     for path in (output, plot):
         if path and (path.exists() or not path.resolve().parent.is_dir()):
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")
-    if not quiet:
-        err.print("loading libraries …", style="dim")
+    begin(quiet, verbose)
     from compressor import heatmap
     from compressor.pipeline import make_plan
     from compressor.plan import dumps
 
     if plot:
         heatmap.check_drawing(plot)
-    quiet_libraries(verbose)
     with pruning_progress(quiet) as progress:
         job = make_plan(merged, device=device, progress=progress)
     part = output.with_name(f"{output.name}.part")
     part.write_text(dumps(job), encoding="utf-8")
     part.replace(output)
     if plot:
-        heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", "parameters removed" if job.keep else "zeros")
+        heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", _what_goes(job))
     if as_json:
         print(json.dumps(job.allocation, indent=1))
         return
@@ -111,30 +112,68 @@ plan.__doc__ = f"{plan.__doc__}\n\n{_EXAMPLES}"
 def _chosen(recipe: Recipe) -> str:
     if recipe.keep:
         return f"keep {recipe.keep}, {recipe.method}"
+    if recipe.plan:
+        return "as planned"
     how = recipe.ratios or (f"{recipe.dense_fraction} dense" if recipe.dense_fraction else "one goal")
     return f"{recipe.pattern}, {how}"
+
+
+def _what_goes(job: Job) -> str:
+    """What is counted: zeros, or where factors do without parameters as well these."""
+    return "parameters removed" if any(isinstance(task.goal, int) for task in job.every) else "zeros"
 
 
 def _show(job: Job) -> None:
     from compressor.heatmap import cells, sparsities
 
     if job.keep:
-        _print("Rank of every linear", *cells(job, lambda task: Text(str(task.goal)), Text("dense")))
+        columns, ranks = cells(job, lambda task: task.goal if isinstance(task.goal, int) else math.inf, math.inf)
+        _print("Rank of every linear", columns, [[_span(each, _rank) for each in row] for row in ranks])
     else:
         columns, values = sparsities(job)
-        _print("Zeros of every linear, %", columns, [[None if one is None else _coloured(one) for one in row] for row in values])
+        _print(
+            f"{_what_goes(job).capitalize()} of every linear, %",
+            columns,
+            [[_span(each, _coloured) for each in row] for row in values],
+        )
         size = sum(linear.size for index in range(len(values)) for linear in job.skeleton.linears(index))
-        zeros = sum(task.removed * task.linear.size for task in job.every)
-        out.print(f"{round(zeros)} of {size} weights pruned, {zeros / size:.2%}")
+        gone = sum(task.removed * task.linear.size for task in job.every)
+        out.print(f"{_what_goes(job)}: {round(gone)} of {size}, {gone / size:.2%}")
     show_allocation(job.allocation)
 
 
-def _print(title: str, columns: list[str], blocks: list[list[Text | None]]) -> None:
-    """A row for each block, a column for each linear."""
-    found = table(title, " ".join(["block", *(f">{name.rpartition('.')[2]}" for name in columns)]))
-    for index, row in enumerate(blocks):
-        found.add_row(str(index), *(value or "" for value in row))
-    out.print(found)
+def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:
+    """A row for each block, a column for each linear, in as many tables as the width takes."""
+    from compressor.heatmap import headings
+
+    heads = headings(columns)
+    widths = [max(*map(len, head.splitlines()), *(len(row[place]) for row in blocks)) + 2 for place, head in enumerate(heads)]
+    shown: list[list[int]] = [[]]
+    for place in range(len(columns)):
+        if shown[-1] and len("block  ") + sum(widths[other] for other in (*shown[-1], place)) > out.width:
+            shown.append([])
+        shown[-1].append(place)
+    note = "; of experts the lowest and the highest" if any("*" in name for name in columns) else ""
+    for number, places in enumerate(shown):
+        found = table("" if number else title + note, "block")
+        for place in places:
+            found.add_column(heads[place], justify="right", no_wrap=True)
+        for index, row in enumerate(blocks):
+            found.add_row(str(index), *(row[place] for place in places))
+        out.print(found)
+
+
+def _span(values: list[float], show: Callable[[float], Text]) -> Text:
+    """The lowest and the highest value, one where they are the same, nothing where there is none."""
+    if not values:
+        return Text()
+    low, high = show(min(values)), show(max(values))
+    return low if low.plain == high.plain else Text.assemble(low, "–", high)
+
+
+def _rank(rank: float) -> Text:
+    """A linear that stays dense is of more than every rank."""
+    return Text("dense" if rank == math.inf else str(rank))
 
 
 def _coloured(value: float) -> Text:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor.cli import options
-from compressor.cli.show import err, out, pruning_progress, quiet_libraries, size, speaks, table
+from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
 
 if TYPE_CHECKING:
     from compressor.job import Job, Task
@@ -52,9 +52,7 @@ def prune(
     ratios: options.Ratios = None,
     max_sparsity: options.MaxSparsity = None,
     dense_fraction: options.DenseFraction = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="What every linear becomes: a file of `compress plan`.", show_default=False)
-    ] = None,
+    plan: options.Plan = None,
     format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
     dataset: options.Dataset = None,
     num_samples: options.NumSamples = None,
@@ -85,7 +83,6 @@ def prune(
     """Prune a checkpoint, one decoder block in memory at a time."""
     from compressor.bundled import find
     from compressor.errors import UsageError
-    from compressor.methods import FACTORIZATIONS, METHODS
     from compressor.recipe import load, merge
 
     given = {
@@ -98,16 +95,12 @@ def prune(
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]
     merged = merge(load(find(recipe)) if recipe else {}, given, assign)
-    if merged.method in FACTORIZATIONS:
-        right = f"compress lowrank --recipe {recipe}" if recipe and not method else "compress lowrank --keep 70%"
-        raise UsageError(f"method {merged.method} makes factors: use {right}; accepted here: {', '.join(METHODS)}")
+    options.check_method(merged.method, "prune", None if method else recipe)
     if plan and pattern:
         raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
-    if speaks() and not quiet:
-        err.print("loading libraries …", style="dim")
-    quiet_libraries(verbose)
+    begin(quiet, verbose)
     if output is None or dry_run:
         from compressor.job import make_job
 
@@ -210,8 +203,9 @@ def _show_report(report: Report) -> None:
     found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
-        form = f"{row.format} {row.entry['rank']}" if "rank" in row.entry else row.format
-        found.add_row(row.name, "×".join(map(str, row.shape)), form, f"{row.sparsity:.1%}", error, size(row.bytes))
+        factored = "rank" in row.entry
+        form, zeros = (f"{row.format} {row.entry['rank']}", "-") if factored else (row.format, f"{row.sparsity:.1%}")
+        found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()

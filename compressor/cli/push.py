@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `compress prune` made.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or lowrank made.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The model on the Hub; made if need be.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,

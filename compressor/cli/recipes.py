@@ -12,7 +12,7 @@ from compressor.cli.show import out, table
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="Show this one.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, command, description, settings.")] = False,
 ) -> None:
     """List the recipes that come with the package, or show one.
@@ -23,7 +23,7 @@ def recipes(
 
     compress recipes armor-24 > mine.toml
 
-    compress prune org/model -o out --recipe armor-24
+    compress prune org/model -o out --recipe mine.toml
     """
     from compressor.bundled import bundled, description, find
 
@@ -43,21 +43,39 @@ def recipes(
 
 
 def _shown(path: Path) -> str:
-    """The file, and as comments the plan it stands beside."""
-    from compressor.recipe import load
+    """The file, and as comments the plan it names."""
+    from compressor.bundled import bundled
+    from compressor.errors import UsageError
 
+    plan = _settings(path).get("plan")
     text = path.read_text(encoding="utf-8").rstrip()
-    if plan := load(path).get("plan"):
+    if not plan:
+        return text
+    name = f"{Path(plan)}:"
+    if path in bundled().values():
+        name = Path(plan).relative_to(path.parent).as_posix()
+        name += " comes with the package. A file of this name beside the recipe takes its place; this is what it says:"
+    try:
         lines = Path(plan).read_text(encoding="utf-8").rstrip().splitlines()
-        text += f"\n\n# {Path(plan).relative_to(path.parent).as_posix()}:\n" + "\n".join(f"#     {line}".rstrip() for line in lines)
-    return text
+    except (OSError, ValueError):
+        raise UsageError(f"recipe {path} names the plan {plan}, which cannot be read") from None
+    return f"{text}\n\n# {name}\n" + "\n".join(f"#     {line}".rstrip() for line in lines)
 
 
 def _facts(path: Path) -> dict[str, Any]:
     from compressor.bundled import description
     from compressor.methods import command
+    from compressor.recipe import Recipe
+
+    settings = _settings(path)
+    runs = command(settings.get("method", Recipe.method))
+    return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What the file says, each value of its kind."""
     from compressor.recipe import Recipe, load
 
     settings = load(path)
-    runs = command(settings.get("method", Recipe.method))
-    return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}
+    Recipe(**{"model": "any", **settings})
+    return settings

@@ -9,7 +9,7 @@ import typer
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `compress prune` made.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or lowrank made.", show_default=False)],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to make; must not exist.", show_default="DIR.report.html"),

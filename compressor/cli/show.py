@@ -28,6 +28,13 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def begin(quiet: bool, verbose: bool) -> None:
+    """Say that the libraries are being loaded, which takes seconds, and load them."""
+    if speaks() and not quiet:
+        err.print("loading libraries …", style="dim")
+    quiet_libraries(verbose)
+
+
 def quiet_libraries(verbose: bool) -> None:
     """Leave the terminal to us, unless the user wants to hear everything."""
     import logging

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli import options
 from compressor.cli.show import err
 
 
 def unpack(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed checkpoint.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)],
+    output: options.NewFolder,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:
     """Turn a packed checkpoint back into a plain dense one that every tool reads.

@@ -73,6 +73,7 @@ class Settings:
             ("seq-len", self.seq_len or 2, 2),
             ("num-samples", self.num_samples, 1),
             ("limit", 1 if self.limit is None else self.limit, 1),
+            ("num-fewshot", self.num_fewshot or 0, 0),
             ("seed", self.seed, 0),
             ("batch-size", self.batch_size, 1),
         ):

@@ -49,6 +49,11 @@ def command(method: str) -> str:
     return "lowrank" if method in FACTORIZATIONS else "prune"
 
 
+def counterpart(method: str) -> str:
+    """What does the other half of a plan that mixes forms: factors beside a method that prunes, zeros beside one that factors."""
+    return "sparsegpt" if method in FACTORIZATIONS else "svd_llm"
+
+
 def factors(method: ModuleType) -> bool:
     """Whether it makes thin factors of a rank, and does not prune to a pattern."""
     return hasattr(method, "RANKS")

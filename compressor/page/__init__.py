@@ -7,6 +7,7 @@ page.html the template; every string passes through jinja2's escaping or the XML
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -139,8 +140,11 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
     ]
     if record.kept is not None:
         found.append(("parameters kept", f"{record.kept:.2%}", "of those of all linears in the blocks"))
-    if record.sparsity or record.kept is None:
-        found.append(("zeros", _percent(record.sparsity), "of the weights of these linears"))
+    pruned = [row for row in record.rows if row.rank is None]  # there are no zeros in factors
+    if weights := sum(math.prod(row.shape[:2]) for row in pruned):
+        zeros = sum(row.sparsity * math.prod(row.shape[:2]) for row in pruned) / weights
+        which = "these linears" if len(pruned) == len(record.rows) else f"the {len(pruned)} linears that are not of low rank"
+        found.append(("zeros", _percent(zeros), f"of the weights of {which}"))
     for score in record.scores[:2]:
         name = score.metric.split(",")[0].replace("_", " ")
         before = "" if score.before is None else f", was {text.number(score.before)}"

@@ -87,7 +87,6 @@ class Record:
     output_bytes: int
     dense_bytes: int
     bytes: int
-    sparsity: float
     calibration_tokens: int
     rows: list[Row]
     block_errors: dict[int, float]
@@ -101,7 +100,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a folder that `compress prune` made. Weights are not read.
+    """The record of a folder that `compress prune` or `compress lowrank` made. Weights are not read.
 
     Raises:
         CheckpointError: there is no report, or it is no report of this package.
@@ -110,7 +109,9 @@ def read_record(folder: Path) -> Record:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no report.json: `compress prune` writes one into the folders it makes")
+        raise CheckpointError(
+            f"{folder} has no report.json: `compress prune` and `compress lowrank` write one into the folders they make"
+        )
     found = _Checked(path, read_json(path))
     totals = found.inside("totals")
     beside = folder.resolve()
@@ -130,7 +131,6 @@ def read_record(folder: Path) -> Record:
         output_bytes=output_bytes,
         dense_bytes=totals.whole("dense_bytes"),
         bytes=totals.whole("bytes"),
-        sparsity=totals.real("sparsity"),
         calibration_tokens=found.whole("calibration_tokens"),
         rows=[_row(entry) for entry in found.entries("linears")],
         block_errors={

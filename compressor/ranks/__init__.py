@@ -92,6 +92,13 @@ def check_align(align: int) -> None:
         raise UsageError(f"align is {align}; accepted: 1 or more, or 0 for 16 (less where matrices are tiny)")
 
 
+def check_some(ranks: Ranks, keep: Fraction) -> Ranks:
+    """The ranks themselves. Raises UsageError where no linear has one."""
+    if not any(ranks.values()):
+        raise UsageError(f"keeping {float(keep):.1%} leaves every linear dense: factors would be no smaller; lower --keep")
+    return ranks
+
+
 def parameters(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None]) -> int:
     """Numbers stored in all linears together."""
     return sum(spectrum.parameters(ranks[name]) for name, spectrum in spectra.items())

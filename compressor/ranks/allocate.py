@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from compressor.allocation import better
 from compressor.blocks import Progress, dense_blocks
 from compressor.calibration import States
 from compressor.curvature import Factored, factor_all
-from compressor.errors import UsageError
 from compressor.job import Job, Task
-from compressor.ranks import Ranks, Spectrum, largest_rank, rounded_down, uniform
+from compressor.ranks import Ranks, Spectrum, check_some, largest_rank, rounded_down, uniform
 from compressor.ranks.measured import measured
 from compressor.stats import InputStats
 from compressor.trial import TOKENS, Trial
@@ -59,8 +59,9 @@ def allocate(job: Job, states: States | None, spectra: Spectra | None, device: t
     assert job.ranks
     shapes = {task.linear.name: Spectrum(task.linear.shape, torch.zeros(0)) for task in job.every}
     budget = int(job.keep * sum(spectrum.size for spectrum in shapes.values()))
-    align = {name: value for name, value in job.rank_options.items() if name == "align"}
-    even = sharing(job, uniform.allocate(shapes, budget, **align))
+    even = sharing(
+        job, uniform.of_shapes({name: each.shape for name, each in shapes.items()}, job.keep, job.rank_options.get("align", 0))
+    )
     name = job.ranks.__name__.rpartition(".")[2]
     facts: dict[str, Any] = {"by": name, "budget": budget}
     if job.ranks is uniform:
@@ -75,9 +76,7 @@ def allocate(job: Job, states: States | None, spectra: Spectra | None, device: t
 
 def sharing(job: Job, ranks: Ranks) -> Job:
     """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear has one."""
-    if not any(ranks.values()):
-        raise UsageError(f"keeping {float(job.keep or 0):.1%} leaves every linear dense: factors would be no smaller; lower --keep")
-    return job.assign(_whole(job, ranks), "factors would not pay")
+    return job.assign(_whole(job, check_some(ranks, job.keep or Fraction(0))), "factors would not pay")
 
 
 def _whole(job: Job, ranks: Ranks) -> Ranks:

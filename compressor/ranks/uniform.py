@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
+import torch
+
 from compressor.errors import UsageError
-from compressor.ranks import Ranks, Spectrum, check_align, largest_rank, parameters, step
+from compressor.ranks import Ranks, Spectrum, check_align, check_some, largest_rank, parameters, step
+
+
+def of_shapes(shapes: Mapping[str, tuple[int, int]], keep: Fraction, align: int = 0) -> Ranks:
+    """The ranks of `allocate` with `keep` of the parameters, by the shapes of the linears.
+
+    Raises:
+        UsageError: so few parameters cannot be kept, or so many that no linear would be factored.
+    """
+    spectra = {name: Spectrum(shape, torch.zeros(0)) for name, shape in shapes.items()}
+    return check_some(allocate(spectra, int(keep * sum(spectrum.size for spectrum in spectra.values())), align=align), keep)
 
 
 def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) -> Ranks:
