@@ -23,6 +23,7 @@ from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import allocator as rank_allocator
 from compressor.ranks import check_align, uniform
 from compressor.ratios import allocator
+from compressor.ratios.options import check as check_ratio_options
 from compressor.recipe import Recipe, check_options
 from compressor.refine import refinement
 from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
@@ -310,6 +311,7 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
             raise UsageError("--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself")
         module = allocator(recipe.ratios)
         options = check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
+        check_ratio_options(options, pattern.sparsity)
         return {"ratios": module, "ratio_options": options}
     if recipe.dense_fraction:
         if not pattern.m:
@@ -317,6 +319,7 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
         from compressor.ratios import dense
 
         options = check_options("--dense-fraction", dense.choose, recipe.ratio_options)
+        check_ratio_options(options, pattern.sparsity)
         return {"dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction), "ratio_options": options}
     if recipe.ratio_options:
         raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given")

@@ -82,6 +82,7 @@ ALLOWED = {
             "ranks",
             "ratios",
             "ratios.dense",
+            "ratios.options",
             "recipe",
             "refine",
             "rehearsal",

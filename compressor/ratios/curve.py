@@ -19,7 +19,7 @@ from compressor.calibration import States
 from compressor.job import Job, Task
 from compressor.pattern import Pattern
 from compressor.ratios.direct import divergence_curves
-from compressor.ratios.fisher import check_options, error_curves
+from compressor.ratios.fisher import error_curves
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.knapsack import share_out
 
@@ -49,11 +49,7 @@ def allocate(
         tokens: calibration tokens the curves are made from.
         labels: `text`, the tokens that follow; or `model`, drawn from its predictions.
         direct: measure the divergence with each linear compressed alone instead: many more forward passes, no labels.
-
-    Raises:
-        UsageError: an option out of range.
     """
-    check_options(labels, tokens)
     grouped = groups(job, granularity)
     weights = sum(task.linear.size for task in job.every)
     most = ceiling(max_sparsity, zeros, weights, min(zeros / weights + 0.2, 0.95))

@@ -16,7 +16,7 @@ from compressor.blocks import Progress
 from compressor.calibration import States
 from compressor.job import Job
 from compressor.ratios import knapsack
-from compressor.ratios.fisher import check_options, error_curves
+from compressor.ratios.fisher import error_curves
 
 
 def choose(
@@ -40,7 +40,6 @@ def choose(
         tokens: calibration tokens the errors are measured on.
         labels: `text` or `model`, as for `curve`.
     """
-    check_options(labels, tokens)
     errors = error_curves(job, lambda task: [task.goal], states, device, progress, tokens=tokens, sampled=labels == "model")
     values = {name: curve[0] for name, curve in errors.items()}
     sizes = {task.linear.name: task.linear.size for task in job.every}

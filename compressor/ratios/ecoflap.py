@@ -22,7 +22,6 @@ from torch import Tensor
 from compressor import calibration
 from compressor.blocks import Progress
 from compressor.calibration import States
-from compressor.errors import UsageError
 from compressor.gradients import Taps, backward_blocks, next_token_loss
 from compressor.head import head
 from compressor.job import Job
@@ -61,13 +60,8 @@ def allocate(
         epsilon: of `zeroth`.
 
     Raises:
-        UsageError: an option out of range.
         NumericalError: scores that are not finite, or all zero.
     """
-    if score not in ("first", "product", "zeroth"):
-        raise UsageError(f"score is {score!r}; accepted: first, product, zeroth")
-    if tokens < 1 or evaluations < 1 or not epsilon > 0:
-        raise UsageError("ratios ecoflap needs tokens and evaluations of 1 or more and epsilon above 0")
     grouped = groups(job, granularity)
     sizes = [sum(linear.size for linear in linears) for linears in grouped.values()]
     most = ceiling(max_sparsity, zeros, sum(sizes), zeros / sum(sizes) + 0.1)

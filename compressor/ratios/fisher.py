@@ -22,7 +22,6 @@ from torch.nn.functional import cross_entropy
 
 from compressor.blocks import Progress
 from compressor.calibration import States
-from compressor.errors import UsageError
 from compressor.gradients import Loss, Taps, backward_blocks, next_token_loss
 from compressor.job import Job, Task
 from compressor.pattern import Pattern
@@ -70,14 +69,6 @@ def error_curves(
             ]
         progress("error curves", done + 1, len(job.tasks))
     return curves
-
-
-def check_options(labels: str, tokens: int) -> None:
-    """Raise UsageError where an allocator's options of these names cannot be used."""
-    if labels not in ("text", "model"):
-        raise UsageError(f"ratios.labels is {labels!r}; accepted: text, model")
-    if tokens < 1:
-        raise UsageError(f"ratios.tokens is {tokens}; accepted: 1 or more")
 
 
 def sampled_label_loss(seed: int) -> Loss:

@@ -14,11 +14,9 @@ Groups = Mapping[str, Sequence[Linear]]
 
 
 def groups(job: Job, granularity: str) -> dict[str, list[Linear]]:
-    """The linears to prune: those of a `block` together, or each `linear` by itself. Raises UsageError for another word."""
+    """The linears to prune: those of a `block` together, or each `linear` by itself."""
     if granularity == "linear":
         return {task.linear.name: [task.linear] for task in job.every}
-    if granularity != "block":
-        raise UsageError(f"granularity is {granularity!r}; accepted: block, linear")
     named = {f"{job.skeleton.path}.{index}": [task.linear for task in tasks] for index, tasks in enumerate(job.tasks)}
     return {name: linears for name, linears in named.items() if linears}
 
@@ -35,10 +33,8 @@ def ceiling(asked: float, zeros: int, weights: int, default: float) -> Fraction:
     """The largest sparsity of a group: what was asked for, or, if that is 0, the default, at most 1.
 
     Raises:
-        UsageError: it is out of range, or below the sparsity of the whole.
+        UsageError: it is below the sparsity of the whole.
     """
-    if not 0 <= asked <= 1:
-        raise UsageError(f"max_sparsity is {asked:g}; accepted: a sparsity up to 1, or 0 for the allocator's own")
     most = Fraction(asked or min(default, 1.0)).limit_denominator(10**6)
     if most * weights < zeros:
         raise UsageError(f"max_sparsity {float(most):g} is below the sparsity asked for, {zeros / weights:.4g}")

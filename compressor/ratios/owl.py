@@ -47,12 +47,7 @@ def allocate(
         spread: λ; 0.08 in all of the authors' commands.
         outlier: M; 5 in all of them.
         max_sparsity: of a block; 0 for no limit but 1.
-
-    Raises:
-        UsageError: an option out of range.
     """
-    if not 0 <= spread < 0.5 or outlier <= 0:
-        raise UsageError(f"ratios owl needs 0 <= spread < 0.5 and outlier > 0: spread={spread:g}, outlier={outlier:g}")
     blocks = groups(job, "block")
     sizes = [sum(linear.size for linear in linears) for linears in blocks.values()]
     ratios = _outlier_ratios(job, states, device, progress, outlier)
