@@ -1,0 +1,110 @@
+"""A driver for Triton whose device is the emulator: kernels are specialised and compiled as for a GPU, and launched on CPU tensors."""
+
+import ctypes
+import struct
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.driver import driver
+
+from compressor_kernels import backend
+from tests.emulated import ptx
+from tests.emulated.machine import execute
+from tests.emulated.memory import Memory, Region, traffic
+
+parse = cache(ptx.parse)
+
+
+class Driver:
+    """What Triton asks of a driver. `launches` records the traffic of each; `seed` orders the programs of the next ones."""
+
+    def __init__(self, target, seed=0):
+        self.target, self.seed = target, seed
+        self.utils = self
+        self.launches = []
+        self.before = []  # (address, bytes) as they were before the last launch
+        self.launcher_cls = lambda source, metadata: Launcher(self, source, metadata)
+
+    def get_current_device(self):
+        return self.target  # Triton keeps what it compiled by the number of the device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.target, 32)
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": {80: 166912, 89: 101376, 90: 232448}[self.target]}
+
+    def load_binary(self, name, binary, shared, device):
+        return None, parse(binary.decode()), 0, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+
+class Launcher:
+    def __init__(self, device, source, metadata):
+        self.device, self.source, self.metadata = device, source, metadata
+
+    def __call__(self, x, y, z, stream, kernel, packed, launch, enter, leave, *arguments):
+        names = self.source.fn.arg_names
+        given = {name: value for name, value in zip(names, arguments, strict=True) if self.source.signature[name] != "constexpr"}
+        params = [bits(value) for value in given.values()]
+        params += [0] * (len(kernel.params) - len(params))  # Triton's own scratch memory, which no kernel here uses
+        regions = gather({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
+        waits = bool(getattr(self.metadata, "launch_pdl", False))
+        memory = Memory(regions, self.device.before if waits else ())
+        self.device.before = [(region.start, region.real.copy()) for region in regions]
+        execute(kernel, (x, y, z), params, memory, self.metadata.shared, self.device.seed, waits)
+        self.device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions)))
+
+
+def bits(value):
+    """A parameter as an integer."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return struct.unpack("<I", struct.pack("<f", value))[0] if isinstance(value, float) else int(value)
+
+
+def gather(tensors):
+    """The bytes of the tensors as regions; those that overlap are one."""
+    found = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{name} is not a contiguous CPU tensor"
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if found and start < found[-1][2]:
+            name, start, stop = f"{found[-1][0]}, {name}", found[-1][1], max(stop, found[-1][2])
+            found.pop()
+        found.append((name, start, stop))
+    return [
+        Region(name, start, stop, np.frombuffer((ctypes.c_uint8 * (stop - start)).from_address(start), np.uint8))
+        for name, start, stop in found
+    ]
+
+
+@contextmanager
+def emulated(target, folder, seed=0):
+    """Launches inside go to a GPU of compute capability `target` / 10, an emulated one; Triton compiles into `folder`."""
+    plain, plain_new = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        patch.setattr(CUDABackend, "make_cubin", lambda self, source, metadata, options, capability: source.encode())
+        patch.setattr(driver, "_active", Driver(target, seed))
+        patch.setattr(torch, "empty", lambda *args, **options: poison(plain(*args, **options)))
+        patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(plain_new(*args, **options)))
+        patch.setattr(backend, "nvidia", lambda: True)
+        patch.setattr(backend, "runs", lambda x: x.dtype in backend.DTYPES)
+        patch.setattr(backend, "sparse_tensor_cores", lambda device: True)
+        yield driver.active
