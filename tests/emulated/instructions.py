@@ -11,7 +11,7 @@ import numpy as np
 from tests.emulated import arithmetic, tensor_cores
 from tests.emulated.ptx import TYPES, UNSIGNED, Address, number
 
-NOTHING = {"griddepcontrol.launch_dependents", "bar.warp.sync", "wgmma.fence.sync.aligned", "prefetch.global.L2", "createpolicy"}
+NOTHING = {"griddepcontrol.launch_dependents", "bar.warp.sync", "wgmma.fence.sync.aligned", "prefetch", "createpolicy"}
 
 
 def decode(kernel, params):
@@ -72,10 +72,10 @@ class _Decoder:
         return lambda p: np.stack([read(p) for read in reads], 1)
 
     def unpacked(self, operands, kind):
-        writes = [self.write(operand, kind) for operand in operands]
+        writes = [(column, self.write(operand, kind)) for column, operand in enumerate(operands) if operand != "_"]
 
         def put(p, values, mask):
-            for column, write in enumerate(writes):
+            for column, write in writes:
                 write(p, np.ascontiguousarray(values[:, column]), mask)
 
         return put
@@ -298,7 +298,7 @@ class _Decoder:
             return together(lambda p: _wait(p, int(operands[0])))
         assert opcode[-1] in ("bf16", "f16") and opcode[-3] == "f32" and "m64" in opcode[4] and "k16" in opcode[4]
         columns, bf16, sums = int(opcode[4][4:].split("k")[0]), opcode[-1] == "bf16", operands[0]
-        left_, right_, scale = operands[1], self.read(operands[2], "u64"), self.read(operands[3], "pred")
+        left_, right, scale = operands[1], self.read(operands[2], "u64"), self.read(operands[3], "pred")
         signs, major = operands[4:6], [flag == "1" for flag in operands[6:]]
         assert signs == ("1", "1")
         acc, write = self.packed(sums, "f32"), self.unpacked(sums, "f32")

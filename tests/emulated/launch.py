@@ -1,8 +1,13 @@
-"""A driver for Triton whose device is the emulator: kernels are specialised and compiled as for a GPU, and launched on CPU tensors."""
+"""A driver for Triton whose device is the emulator: kernels are specialised and compiled as for a GPU, and launched on CPU tensors.
+
+Nothing of Triton is replaced but its driver and `ptxas`: the "binary" is the PTX itself.
+"""
 
 import ctypes
 import struct
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 
@@ -21,15 +26,23 @@ from tests.emulated.memory import Memory, Region, traffic
 parse = cache(ptx.parse)
 
 
-class Driver:
-    """What Triton asks of a driver. `launches` records the traffic of each; `seed` orders the programs of the next ones."""
+@dataclass
+class Device:
+    """What Triton asks of a driver, for one emulated GPU.
 
-    def __init__(self, target, seed=0):
-        self.target, self.seed = target, seed
-        self.utils = self
-        self.launches = []
-        self.before = []  # (address, bytes) as they were before the last launch
-        self.launcher_cls = lambda source, metadata: Launcher(self, source, metadata)
+    Attributes:
+        target: ten times the compute capability.
+        seed: of the order in which programs go on.
+        edit: applied to the PTX, to break it on purpose.
+        launches: a record of each, `name` and `traffic`: argument -> (sectors requested, distinct sectors), of reads.
+        before: (address, bytes) of what the last launch was given, as it was before.
+    """
+
+    target: int
+    seed: int = 0
+    edit: Callable[[str], str] = str
+    launches: list[SimpleNamespace] = field(default_factory=list)
+    before: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     def get_current_device(self):
         return self.target  # Triton keeps what it compiled by the number of the device
@@ -44,27 +57,35 @@ class Driver:
         return {"max_shared_mem": {80: 166912, 89: 101376, 90: 232448}[self.target]}
 
     def load_binary(self, name, binary, shared, device):
-        return None, parse(binary.decode()), 0, 0, 1024
+        return None, binary.decode(), 0, 0, 1024
 
-    def unload_module(self, module):
-        pass
+    @property
+    def utils(self):
+        return self
+
+    @property
+    def launcher_cls(self):
+        return Launcher
 
 
 class Launcher:
-    def __init__(self, device, source, metadata):
-        self.device, self.source, self.metadata = device, source, metadata
+    """Of one compiled kernel, on whatever device is active."""
 
-    def __call__(self, x, y, z, stream, kernel, packed, launch, enter, leave, *arguments):
-        names = self.source.fn.arg_names
+    def __init__(self, source, metadata):
+        self.source, self.metadata = source, metadata
+
+    def __call__(self, x, y, z, stream, text, packed, launch, enter, leave, *arguments):
+        device, names = driver.active, self.source.fn.arg_names
+        kernel = parse(device.edit(text))
         given = {name: value for name, value in zip(names, arguments, strict=True) if self.source.signature[name] != "constexpr"}
         params = [bits(value) for value in given.values()]
         params += [0] * (len(kernel.params) - len(params))  # Triton's own scratch memory, which no kernel here uses
         regions = gather({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
-        waits = bool(getattr(self.metadata, "launch_pdl", False))
-        memory = Memory(regions, self.device.before if waits else ())
-        self.device.before = [(region.start, region.real.copy()) for region in regions]
-        execute(kernel, (x, y, z), params, memory, self.metadata.shared, self.device.seed, waits)
-        self.device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions)))
+        early = bool(getattr(self.metadata, "launch_pdl", False))
+        memory = Memory(regions, device.before if early else ())
+        device.before = [(region.start, region.real.copy()) for region in regions]
+        execute(kernel, (x, y, z), params, memory, self.metadata.shared, device.seed, early)
+        device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions)))
 
 
 def bits(value):
@@ -91,8 +112,8 @@ def gather(tensors):
 
 
 @contextmanager
-def emulated(target, folder, seed=0):
-    """Launches inside go to a GPU of compute capability `target` / 10, an emulated one; Triton compiles into `folder`."""
+def emulated(device, folder):
+    """Launches inside go to `device`; Triton compiles into `folder`. What a kernel does not write is NaN."""
     plain, plain_new = torch.empty, torch.Tensor.new_empty
 
     def poison(tensor):
@@ -101,10 +122,10 @@ def emulated(target, folder, seed=0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         patch.setattr(CUDABackend, "make_cubin", lambda self, source, metadata, options, capability: source.encode())
-        patch.setattr(driver, "_active", Driver(target, seed))
+        patch.setattr(driver, "_active", device)
         patch.setattr(torch, "empty", lambda *args, **options: poison(plain(*args, **options)))
         patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(plain_new(*args, **options)))
         patch.setattr(backend, "nvidia", lambda: True)
         patch.setattr(backend, "runs", lambda x: x.dtype in backend.DTYPES)
         patch.setattr(backend, "sparse_tensor_cores", lambda device: True)
-        yield driver.active
+        yield device

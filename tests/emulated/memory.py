@@ -9,12 +9,11 @@ Within a program, a byte that a warp wrote is another warp's only after a barrie
 AssertionError, as is shared memory that nobody wrote. The threads of one warp are taken to go in step.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.emulated.shared import WARP, Shadow, put
+from tests.emulated.shared import WARP, Shadow, put, write
 
 SECTOR = 32  # bytes that the hardware moves at once
 
@@ -115,8 +114,7 @@ class View:
             if place not in self.shadows:
                 self.shadows[place] = Shadow(len(self.copies[place]), written=True)
                 self.copies[place] = self.copies[place].copy()
-            self.shadows[place].write(offsets, width, threads // WARP, self.epoch)
-            put(self.copies[place], offsets, data[threads])
+            write(self.copies[place], self.shadows[place], offsets, data[threads], threads // WARP, self.epoch)
             if self.fresh is not None:
                 put(self.fresh[place], offsets, data[threads])
             self.stores.append((place, threads, offsets, data[threads], self.epoch))
@@ -176,6 +174,4 @@ class View:
 
 def traffic(regions):
     """name -> (sectors requested by warps, distinct sectors), of reads."""
-    counted = defaultdict(lambda: (0, 0))
-    counted.update({region.name: (region.requested, len(region.sectors)) for region in regions})
-    return counted
+    return {region.name: (region.requested, len(region.sectors)) for region in regions}

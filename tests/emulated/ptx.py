@@ -59,7 +59,7 @@ def parse(text: str) -> Kernel:
     params = {name: kind for kind, name in re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", head[2].strip())}
     shared, static = _variables(text)
     registers, code, labels = {}, [], {}
-    for line in text[head.end() : re.compile(r"^\}", re.MULTILINE).search(text, head.end()).start()].splitlines():
+    for line in _body(text[head.end() :]).splitlines():
         for statement in _statements(line):
             if match := re.fullmatch(r"(\$?\w+):", statement):
                 labels[match[1]] = len(code)
@@ -71,6 +71,16 @@ def parse(text: str) -> Kernel:
                 code.append(_instruction(statement))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", head[3])[1])
     return Kernel(head[1], params, threads, registers, shared, static, tuple(code), labels)
+
+
+def _body(text):
+    """Up to the brace that closes it."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if not depth:
+            return text[:place]
+    raise AssertionError("no end of the kernel")
 
 
 def _variables(text):
@@ -122,5 +132,5 @@ def number(text: str, kind: str) -> np.ndarray:
     dtype = np.dtype(TYPES[kind])
     if kind == "pred":
         return np.array(int(text, 0) != 0)
-    bits = int(text[2:], 16) if text[:2] in ("0f", "0d", "0F", "0D") else int(text, 0)
+    bits = int(text[2:], 16) if text[:2] in ("0f", "0d", "0F", "0D") else int(text.rstrip("U"), 0)
     return np.array(bits & (1 << 8 * dtype.itemsize) - 1, UNSIGNED[dtype.itemsize]).view(dtype)

@@ -7,9 +7,19 @@ CELL = 2  # bytes that are tracked together
 
 
 def put(copied, offsets, data):
+    """Rows of bytes to offsets that are multiples of their length."""
     rows = copied.reshape(-1, data.shape[1])
     rows[offsets // data.shape[1]] = data
-    assert (rows[offsets // data.shape[1]] == data).all(), "two threads store different values at one place"
+    assert (rows[offsets // data.shape[1]] == data).all(), "race: two threads store different values at one place"
+
+
+def write(copied, shadow, offsets, data, warps, epoch):
+    """The same, checked: what changes must not be what another warp reads or writes in this epoch."""
+    width = data.shape[1]
+    changed = (copied.reshape(-1, width)[offsets // width] != data).any(1)
+    shadow.check_write(offsets[changed], width, warps[changed], epoch)
+    shadow.write(offsets, width, warps, epoch)
+    put(copied, offsets, data)
 
 
 class Shadow:
@@ -32,15 +42,14 @@ class Shadow:
         self.reader[cells[others]] = -1  # several
 
     def check_write(self, offsets, width, warps, epoch):
+        """Before a write of something else than what is there."""
         cells, warps = _cells(offsets, width, warps)
         for epochs, last, what in ((self.read_epoch, self.reader, "reads"), (self.write_epoch, self.writer, "writes")):
             assert not ((epochs[cells] == epoch) & (last[cells] != warps)).any(), f"race: written where another warp {what}"
 
     def write(self, offsets, width, warps, epoch):
-        self.check_write(offsets, width, warps, epoch)
         cells, warps = _cells(offsets, width, warps)
         self.write_epoch[cells], self.writer[cells] = epoch, warps
-        assert (self.writer[cells] == warps).all(), "race: two warps write one place at once"
 
 
 def _cells(offsets, width, warps):
@@ -77,8 +86,7 @@ class Shared:
     def store(self, addresses, data, mask):
         width = data.shape[1]
         threads, offsets = self._threads(addresses, width, mask)
-        self.shadow.write(offsets, width, threads // WARP, self.epoch)
-        put(self.bytes, offsets, data[threads])
+        write(self.bytes, self.shadow, offsets, data[threads], threads // WARP, self.epoch)
         self.unfenced[(offsets[:, None] + np.arange(width)).ravel()] = True
 
     def copy_later(self, addresses, data, mask):

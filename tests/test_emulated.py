@@ -1,0 +1,183 @@
+"""Every kernel as it was compiled: its PTX executed without a GPU (tests/emulated) against float64.
+
+What the interpreter cannot show is here as it will run: the layouts that the compiler chose, operands of inline assembly, conversions
+through shared memory, bfloat16, and the protocol between programs under the weakest memory that PTX allows.
+"""
+
+import os
+import re
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from compressor_kernels import armor as armor_ops
+from compressor_kernels import sparse24 as ops
+from compressor_kernels.fragments import to_fragments
+from compressor_kernels.lowrank import lowrank, run_skinny
+from compressor_kernels.packing import pack24
+from tests.emulated.launch import Device, emulated
+from tests.interpreted.armor import problem as armor_problem
+from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem
+from tests.interpreted.tolerance import assert_close
+from tests.test_packing import sparse
+
+TARGETS = [80, 90]
+SHAPES = [(40, 132), (128, 192)]  # out, in: no tile filled, and all
+GEMV = {"kernel": "gemv", "warps": 2}
+SKINNY = {"kernel": "dot", "bm": 16, "bn": 64, "bk": 64, "warps": 4, "stages": 3}
+ARMOR = {"unroll": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(params=TARGETS)
+def device(request, folder):
+    with emulated(Device(request.param), folder) as device:
+        yield device
+
+
+def run_mma(device, rows, shape, dtype, **settings):
+    x, weight, bias = problem(rows, shape, dtype)
+    fragments, config = to_fragments(*pack24(weight)), {**MMA, **settings}
+    return check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
+
+
+def run_stored(device, rows, shape, dtype, split):
+    x, weight, bias = problem(rows, shape, dtype)
+    packed, config = pack24(weight), {**DOT, "split": split}
+    return check(x, weight, bias, lambda semaphore: ops.run_stored(x, *packed, bias, semaphore, config))
+
+
+def run_thin(device, rows, dtype, split):
+    x, weight, bias = problem(rows, (100, 132), dtype)
+    config = {**SKINNY, "split": split}
+    return check(x, weight, bias, lambda semaphore: run_skinny(x, weight, bias, semaphore, config))
+
+
+def run_armor(device, rows, shape, dtype, **settings):
+    x, core, a, b, bias, expected = armor_problem(rows, *shape, dtype)
+    semaphore, config = ops.new_semaphore(len(core), "cpu"), {**ARMOR, **settings}
+    y = armor_ops.run_armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore, config)
+    assert_close(y, expected)
+    assert not semaphore.any(), "the semaphore is zero again"
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 17])
+@pytest.mark.parametrize(("split", "ordered"), [(1, False), (3, True)])
+def test_mma(device, rows, shape, dtype, split, ordered):
+    run_mma(device, rows, shape, dtype, split=split, ordered=ordered)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("split", [1, 3])
+def test_gemv(device, shape, dtype, split):
+    run_mma(device, 1, shape, dtype, **GEMV, split=split)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 260)])
+def test_the_dense_weight_is_exact(device, shape):
+    weight = sparse(*shape, seed=0, dtype=torch.bfloat16)
+    packed = pack24(weight)
+    assert torch.equal(ops.unpack_stored(*packed), weight)
+    assert torch.equal(ops.unpack_fragments(to_fragments(*packed), *shape), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("rows", "split"), [(3, 1), (17, 2)])
+def test_stored(device, rows, shape, dtype, split):
+    run_stored(device, rows, shape, dtype, split)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "split"), [(1, 1), (3, 2), (17, 3)])
+def test_skinny(device, rows, dtype, split):
+    run_thin(device, rows, dtype, split)
+
+
+def test_low_rank(device):
+    torch.manual_seed(0)
+    u, v, bias, x = torch.randn(100, 36) / 6, torch.randn(36, 130) / 11, torch.randn(100), torch.randn(3, 130)
+    u, v, bias, x = (tensor.bfloat16() for tensor in (u, v, bias, x))
+    expected = x.double() @ v.double().T @ u.double().T + bias.double()
+    assert_close(lowrank(x, u, v, bias, ops.new_semaphore(100, "cpu")), expected)
+    assert len(device.launches) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(
+    ("shape", "warps", "split"),
+    [
+        ((64, 128, 16, 32), 4, 1),  # several blocks of A in a program
+        ((256, 192, 128, 64), 2, 3),  # several programs for a block of A
+        ((96, 64, 32, 64), 4, 2),  # a last program that is not full
+    ],
+)
+def test_armor(device, rows, shape, warps, split, dtype):
+    run_armor(device, rows, shape, dtype, warps=warps, split=split, pdl=device.target == 90)
+    assert len(device.launches) == 2
+
+
+@pytest.mark.parametrize("run", [run_mma, run_armor])
+def test_the_order_of_the_programs_does_not_matter(device, run):
+    shape, settings = ((128, 192), {}) if run is run_mma else ((256, 192, 128, 64), {"pdl": False, "warps": 2})
+    results = []
+    for device.seed in range(4):
+        results.append(run(device, 3, shape, torch.bfloat16, split=3, **settings))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_weight_is_read_once_and_coalesced(device, rows):
+    x, weight, _ = problem(rows, (128, 256), torch.bfloat16)
+    fragments = to_fragments(*pack24(weight))
+    ops.run_fragments(x, fragments, 128, None, ops.new_semaphore(128, "cpu"), {**MMA, "split": 2})
+    read = device.launches[-1].traffic
+    for name, tensor in (("v_ptr", fragments.values), ("m_ptr", fragments.words)):
+        assert read[name] == (tensor.nbytes // 32, tensor.nbytes // 32)
+
+
+# What would go wrong if the code were a little different: each edit of the PTX must be noticed.
+
+SPLIT = [
+    (r"bar\.sync\s+0;(?=[^@]*@\S+ atom)", ""),  # the stores of other threads are not ordered before the atomic
+    (r"acq_rel", "relaxed"),
+    (r"acq_rel", "acquire"),
+    (r"acq_rel", "release"),
+    (r"(atom\.[^;]*;[^;]*;\s*)bar\.sync\s+0;", r"\1"),  # the others read what the atomic gave before it is there
+]
+
+
+def broken(device, pattern, replacement, run):
+    """Whether a run is wrong once the pattern, which must occur, is replaced."""
+    found = []
+
+    def edit(text):
+        edited, count = re.subn(pattern, replacement, text)
+        found.append(count)
+        return edited
+
+    device.edit = edit
+    with pytest.raises(AssertionError):
+        run()
+    assert any(found)
+
+
+@pytest.mark.parametrize(("pattern", "replacement"), [*SPLIT, (r"0x1;", "0x0;"), (r"mma\.sp", "mma.sp")])
+def test_a_broken_mma_is_noticed(device, pattern, replacement):
+    broken(device, pattern, replacement, lambda: run_mma(device, 3, (128, 192), torch.bfloat16, split=3))
