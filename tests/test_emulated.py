@@ -58,8 +58,8 @@ def run_stored(device, rows, shape, dtype, split):
     return check(x, weight, bias, lambda semaphore: ops.run_stored(x, *packed, bias, semaphore, config))
 
 
-def run_thin(device, rows, dtype, split):
-    x, weight, bias = problem(rows, (100, 132), dtype)
+def run_thin(device, rows, shape, dtype, split):
+    x, weight, bias = problem(rows, shape, dtype)
     config = {**SKINNY, "split": split}
     return check(x, weight, bias, lambda semaphore: run_skinny(x, weight, bias, semaphore, config))
 
@@ -104,9 +104,10 @@ def test_stored(device, rows, shape, dtype, split):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(100, 132), (64, 256)])  # the second by asynchronous copies
 @pytest.mark.parametrize(("rows", "split"), [(1, 1), (3, 2), (17, 3)])
-def test_skinny(device, rows, dtype, split):
-    run_thin(device, rows, dtype, split)
+def test_skinny(device, rows, shape, dtype, split):
+    run_thin(device, rows, shape, dtype, split)
 
 
 def test_low_rank(device):
@@ -155,16 +156,23 @@ def test_the_weight_is_read_once_and_coalesced(device, rows):
 # What would go wrong if the code were a little different: each edit of the PTX must be noticed.
 
 SPLIT = [
-    (r"bar\.sync\s+0;(?=[^@]*@\S+ atom)", ""),  # the stores of other threads are not ordered before the atomic
+    (r"(bar\.sync 0;\n)+(?=[^@]*@\S+ atom)", ""),  # the stores of other threads are not ordered before the atomic
     (r"acq_rel", "relaxed"),
     (r"acq_rel", "acquire"),
     (r"acq_rel", "release"),
-    (r"(atom\.[^;]*;[^;]*;\s*)bar\.sync\s+0;", r"\1"),  # the others read what the atomic gave before it is there
+    (r"(@\S+ st\.shared::cta[^;]*;\n)bar\.sync 0;", r"\1"),  # the others read what the atomic gave before it is there
+    (r"(ld\.shared\.b32 %r\d+, \[global_smem\];\n[^@]*setp)\.ne", r"\1.eq"),  # all go on but the last
 ]
+MMA_SP = [
+    (r"0x1;", "0x0;"),  # the metadata of the other step
+    (r"(mma\.sp.*\{)(%r\d+),(%r\d+),(.*0x0;)", r"\1\3,\2,\4"),
+]
+ASYNC = [(r"cp\.async\.wait_group \d+;", ""), (r"(cp\.async\.wait_group \d+;\n)bar\.sync 0;", r"\1")]
+WARP_GROUP = [(r"fence\.proxy\.async\S*;", ""), (r"wgmma\.wait_group\S* 0;", "")]
 
 
 def broken(device, pattern, replacement, run):
-    """Whether a run is wrong once the pattern, which must occur, is replaced."""
+    """A run must go wrong once the pattern, which occurs, is replaced."""
     found = []
 
     def edit(text):
@@ -173,11 +181,33 @@ def broken(device, pattern, replacement, run):
         return edited
 
     device.edit = edit
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError) as error:
         run()
-    assert any(found)
+    print(error.value)  # pytest -rP shows it
+    assert any(found), "the code has no such place"
 
 
-@pytest.mark.parametrize(("pattern", "replacement"), [*SPLIT, (r"0x1;", "0x0;"), (r"mma\.sp", "mma.sp")])
+@pytest.mark.parametrize(("pattern", "replacement"), [*SPLIT, *MMA_SP])
 def test_a_broken_mma_is_noticed(device, pattern, replacement):
     broken(device, pattern, replacement, lambda: run_mma(device, 3, (128, 192), torch.bfloat16, split=3))
+
+
+@pytest.mark.parametrize(("pattern", "replacement"), SPLIT)
+def test_a_broken_armor_is_noticed(device, pattern, replacement):
+    broken(device, pattern, replacement, lambda: run_armor(device, 3, (256, 192, 128, 64), torch.bfloat16, warps=2, split=3))
+
+
+@pytest.mark.parametrize(("target", "pattern", "replacement"), [*((80, *edit) for edit in ASYNC), *((90, *edit) for edit in WARP_GROUP)])
+def test_a_broken_pipeline_is_noticed(target, pattern, replacement, folder):
+    with emulated(Device(target), folder) as device:
+        broken(device, pattern, replacement, lambda: run_thin(device, 3, (64, 256), torch.bfloat16, 1))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [(r"griddepcontrol\.wait ;", ""), (r"(griddepcontrol\.wait ;)([\s\S]*?\n)(?=.*st\.global)", r"\2\1")],  # never; too late
+)
+def test_a_launch_that_does_not_wait_is_noticed(pattern, replacement, folder):
+    with emulated(Device(90), folder) as device:
+        run = lambda: run_armor(device, 3, (64, 128, 16, 32), torch.bfloat16, warps=4, split=1, pdl=True)  # noqa: E731
+        broken(device, pattern, replacement, run)

@@ -23,7 +23,7 @@ from tests.emulated import ptx
 from tests.emulated.machine import execute
 from tests.emulated.memory import Memory, Region, traffic
 
-parse = cache(ptx.parse)
+parse, plain = cache(ptx.parse), cache(ptx.plain)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, text, packed, launch, enter, leave, *arguments):
         device, names = driver.active, self.source.fn.arg_names
-        kernel = parse(device.edit(text))
+        kernel = parse(device.edit(plain(text)))
         given = {name: value for name, value in zip(names, arguments, strict=True) if self.source.signature[name] != "constexpr"}
         params = [bits(value) for value in given.values()]
         params += [0] * (len(kernel.params) - len(params))  # Triton's own scratch memory, which no kernel here uses

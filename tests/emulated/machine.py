@@ -73,7 +73,6 @@ def run(program: Program, code):
             step(program)
         except Exception as error:
             raise AssertionError(f"{text}\n{type(error).__name__}: {error}") from error
-    program.view.finish()
 
 
 def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int, waits: bool) -> None:
@@ -93,14 +92,16 @@ def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int
     threads = np.arange(kernel.threads, dtype=np.uint32)
     fixed = {"%tid.x": threads, "%laneid": threads % 32, "%warpid": threads // 32}
     sizes = {"%ntid.x": kernel.threads, **{f"%nctaid.{axis}": size for axis, size in zip("xyz", grid, strict=True)}}
-    running = []
+    views, running = [], []
     for place in np.ndindex(*grid[::-1]):
         numbers = {**sizes, **{f"%ctaid.{axis}": at for axis, at in zip("zyx", place, strict=True)}}
         special = fixed | {name: np.full(kernel.threads, value, np.uint32) for name, value in numbers.items()}
-        program = Program({}, special, View(memory, waits), Shared(kernel.static + shared), kernel.threads)
-        running.append(run(program, code))
+        views.append(View(memory, waits))
+        running.append(run(Program({}, special, views[-1], Shared(kernel.static + shared), kernel.threads), code))
     with np.errstate(all="ignore"):
         while running:
             place = generator.integers(len(running))
             if next(running[place], StopIteration) is StopIteration:
                 running.pop(place)
+    for view in views:
+        view.finish()

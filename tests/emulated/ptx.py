@@ -51,9 +51,14 @@ class Kernel:
         return name in self.registers or name.rstrip("0123456789") in self.registers
 
 
+def plain(text: str) -> str:
+    """PTX without comments, empty lines and what is for debuggers."""
+    text = re.sub(r"//.*|^\s*\.loc.*|\$L__tmp\d+:", "", text, flags=re.MULTILINE)
+    return re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text))
+
+
 def parse(text: str) -> Kernel:
-    """The one kernel in a module."""
-    text = re.sub(r"//.*|/\*.*?\*/", "", text)
+    """The one kernel in a module, which is `plain`."""
     head = re.search(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", text, re.DOTALL)
     assert head, "no kernel in the module"
     params = {name: kind for kind, name in re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", head[2].strip())}
