@@ -18,9 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from compressor_kernels import armor as armor_ops
+from compressor_kernels import lowrank as lowrank_ops
 from compressor_kernels import sparse24 as ops
 from compressor_kernels.fragments import to_fragments
-from compressor_kernels.lowrank import lowrank, run_skinny
 from compressor_kernels.packing import pack24
 from tests.emulated.launch import Device, emulated
 from tests.interpreted.armor import problem as armor_problem
@@ -28,7 +28,7 @@ from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem
 from tests.interpreted.tolerance import assert_close
 from tests.test_packing import sparse
 
-TARGETS = [80, 90]
+FP16, BF16 = DTYPES
 SHAPES = [(40, 132), (128, 192)]  # out, in: no tile filled, and all
 GEMV = {"kernel": "gemv", "warps": 2}
 SKINNY = {"kernel": "dot", "bm": 16, "bn": 64, "bk": 64, "warps": 4, "stages": 3}
@@ -40,31 +40,31 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("triton")
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=[80, 90])
 def device(request, folder):
     with emulated(Device(request.param), folder) as device:
         yield device
 
 
-def run_mma(device, rows, shape, dtype, **settings):
+def run_mma(rows, shape, dtype, **settings):
     x, weight, bias = problem(rows, shape, dtype)
     fragments, config = to_fragments(*pack24(weight)), {**MMA, **settings}
     return check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
 
 
-def run_stored(device, rows, shape, dtype, split):
+def run_stored(rows, shape, dtype, split):
     x, weight, bias = problem(rows, shape, dtype)
     packed, config = pack24(weight), {**DOT, "split": split}
     return check(x, weight, bias, lambda semaphore: ops.run_stored(x, *packed, bias, semaphore, config))
 
 
-def run_thin(device, rows, shape, dtype, split):
+def run_skinny(rows, shape, dtype, split):
     x, weight, bias = problem(rows, shape, dtype)
     config = {**SKINNY, "split": split}
-    return check(x, weight, bias, lambda semaphore: run_skinny(x, weight, bias, semaphore, config))
+    return check(x, weight, bias, lambda semaphore: lowrank_ops.run_skinny(x, weight, bias, semaphore, config))
 
 
-def run_armor(device, rows, shape, dtype, **settings):
+def run_armor(rows, shape, dtype, **settings):
     x, core, a, b, bias, expected = armor_problem(rows, *shape, dtype)
     semaphore, config = ops.new_semaphore(len(core), "cpu"), {**ARMOR, **settings}
     y = armor_ops.run_armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore, config)
@@ -73,41 +73,41 @@ def run_armor(device, rows, shape, dtype, **settings):
     return y
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("device", "rows", "dtype"),
+    [*((80, rows, dtype) for rows in (1, 3, 8, 17) for dtype in DTYPES), (90, 3, BF16), (90, 17, FP16)],
+    indirect=["device"],
+)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 17])
 @pytest.mark.parametrize(("split", "ordered"), [(1, False), (3, True)])
 def test_mma(device, rows, shape, dtype, split, ordered):
-    run_mma(device, rows, shape, dtype, split=split, ordered=ordered)
+    run_mma(rows, shape, dtype, split=split, ordered=ordered)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("split", "dtype"), [(1, FP16), (3, BF16)])
 def test_gemv(device, shape, dtype, split):
-    run_mma(device, 1, shape, dtype, **GEMV, split=split)
+    run_mma(1, shape, dtype, **GEMV, split=split)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (37, 260)])
 def test_the_dense_weight_is_exact(device, shape):
-    weight = sparse(*shape, seed=0, dtype=torch.bfloat16)
+    weight = sparse(*shape, seed=0, dtype=BF16)
     packed = pack24(weight)
     assert torch.equal(ops.unpack_stored(*packed), weight)
     assert torch.equal(ops.unpack_fragments(to_fragments(*packed), *shape), weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("rows", "split"), [(3, 1), (17, 2)])
+@pytest.mark.parametrize(("rows", "split", "dtype"), [(3, 1, FP16), (17, 2, BF16)])
 def test_stored(device, rows, shape, dtype, split):
-    run_stored(device, rows, shape, dtype, split)
+    run_stored(rows, shape, dtype, split)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(100, 132), (64, 256)])  # the second by asynchronous copies
-@pytest.mark.parametrize(("rows", "split"), [(1, 1), (3, 2), (17, 3)])
+@pytest.mark.parametrize(("rows", "split", "dtype"), [(1, 1, BF16), (3, 2, FP16), (17, 3, BF16)])
 def test_skinny(device, rows, shape, dtype, split):
-    run_thin(device, rows, shape, dtype, split)
+    run_skinny(rows, shape, dtype, split)
 
 
 def test_low_rank(device):
@@ -115,12 +115,11 @@ def test_low_rank(device):
     u, v, bias, x = torch.randn(100, 36) / 6, torch.randn(36, 130) / 11, torch.randn(100), torch.randn(3, 130)
     u, v, bias, x = (tensor.bfloat16() for tensor in (u, v, bias, x))
     expected = x.double() @ v.double().T @ u.double().T + bias.double()
-    assert_close(lowrank(x, u, v, bias, ops.new_semaphore(100, "cpu")), expected)
+    assert_close(lowrank_ops.lowrank(x, u, v, bias, ops.new_semaphore(100, "cpu")), expected)
     assert len(device.launches) == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, BF16), (3, FP16), (17, BF16)])
 @pytest.mark.parametrize(
     ("shape", "warps", "split"),
     [
@@ -130,7 +129,7 @@ def test_low_rank(device):
     ],
 )
 def test_armor(device, rows, shape, warps, split, dtype):
-    run_armor(device, rows, shape, dtype, warps=warps, split=split, pdl=device.target == 90)
+    run_armor(rows, shape, dtype, warps=warps, split=split, pdl=device.target == 90)
     assert len(device.launches) == 2
 
 
@@ -139,13 +138,13 @@ def test_the_order_of_the_programs_does_not_matter(device, run):
     shape, settings = ((128, 192), {}) if run is run_mma else ((256, 192, 128, 64), {"pdl": False, "warps": 2})
     results = []
     for device.seed in range(4):
-        results.append(run(device, 3, shape, torch.bfloat16, split=3, **settings))
+        results.append(run(3, shape, BF16, split=3, **settings))
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_the_weight_is_read_once_and_coalesced(device, rows):
-    x, weight, _ = problem(rows, (128, 256), torch.bfloat16)
+    x, weight, _ = problem(rows, (128, 256), BF16)
     fragments = to_fragments(*pack24(weight))
     ops.run_fragments(x, fragments, 128, None, ops.new_semaphore(128, "cpu"), {**MMA, "split": 2})
     read = device.launches[-1].traffic
@@ -189,18 +188,18 @@ def broken(device, pattern, replacement, run):
 
 @pytest.mark.parametrize(("pattern", "replacement"), [*SPLIT, *MMA_SP])
 def test_a_broken_mma_is_noticed(device, pattern, replacement):
-    broken(device, pattern, replacement, lambda: run_mma(device, 3, (128, 192), torch.bfloat16, split=3))
+    broken(device, pattern, replacement, lambda: run_mma(3, (128, 192), BF16, split=3))
 
 
 @pytest.mark.parametrize(("pattern", "replacement"), SPLIT)
 def test_a_broken_armor_is_noticed(device, pattern, replacement):
-    broken(device, pattern, replacement, lambda: run_armor(device, 3, (256, 192, 128, 64), torch.bfloat16, warps=2, split=3))
+    broken(device, pattern, replacement, lambda: run_armor(3, (256, 192, 128, 64), BF16, warps=2, split=3))
 
 
 @pytest.mark.parametrize(("target", "pattern", "replacement"), [*((80, *edit) for edit in ASYNC), *((90, *edit) for edit in WARP_GROUP)])
 def test_a_broken_pipeline_is_noticed(target, pattern, replacement, folder):
     with emulated(Device(target), folder) as device:
-        broken(device, pattern, replacement, lambda: run_thin(device, 3, (64, 256), torch.bfloat16, 1))
+        broken(device, pattern, replacement, lambda: run_skinny(3, (64, 256), BF16, 1))
 
 
 @pytest.mark.parametrize(
@@ -209,5 +208,5 @@ def test_a_broken_pipeline_is_noticed(target, pattern, replacement, folder):
 )
 def test_a_launch_that_does_not_wait_is_noticed(pattern, replacement, folder):
     with emulated(Device(90), folder) as device:
-        run = lambda: run_armor(device, 3, (64, 128, 16, 32), torch.bfloat16, warps=4, split=1, pdl=True)  # noqa: E731
+        run = lambda: run_armor(3, (64, 128, 16, 32), BF16, warps=4, split=1, pdl=True)  # noqa: E731
         broken(device, pattern, replacement, run)

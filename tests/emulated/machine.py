@@ -103,5 +103,5 @@ def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int
             place = generator.integers(len(running))
             if next(running[place], StopIteration) is StopIteration:
                 running.pop(place)
-    for view in views:
-        view.finish()
+    for place in generator.permutation(len(views)):
+        views[place].finish()
