@@ -1,7 +1,7 @@
 """Every kernel as it was compiled: its PTX executed without a GPU (tests/emulated) against float64.
 
-What the interpreter cannot show is here as it will run: the layouts that the compiler chose, operands of inline assembly, conversions
-through shared memory, bfloat16, and the protocol between programs under the weakest memory that PTX allows.
+What the interpreter cannot show is here as it will run: the layouts that the compiler chose, operands of inline assembly,
+conversions through shared memory, bfloat16, and the protocol between programs under the weakest memory that PTX allows.
 """
 
 import os
@@ -203,7 +203,9 @@ def test_a_broken_armor_is_noticed(device, pattern, replacement):
     broken(device, pattern, replacement, lambda: split_armor(device))
 
 
-@pytest.mark.parametrize(("target", "pattern", "replacement"), [*((80, *edit) for edit in ASYNC), *((90, *edit) for edit in WARP_GROUP)])
+@pytest.mark.parametrize(
+    ("target", "pattern", "replacement"), [*((80, *edit) for edit in ASYNC), *((90, *edit) for edit in WARP_GROUP)]
+)
 def test_a_broken_pipeline_is_noticed(target, pattern, replacement, folder):
     with emulated(Device(target), folder) as device:
         broken(device, pattern, replacement, lambda: run_skinny(1, (64, 256), BF16, 1))

@@ -33,15 +33,16 @@ def fused(a, b, c):
 
 
 def extract(a, start, length):
-    """bfe: `length` bits from `start`, with their sign where the type has one."""
-    width, start, length = 8 * a.itemsize, start & 255, length & 255
-    bits = a.view(f"u{a.itemsize}").astype(np.uint64) >> np.minimum(start, 63).astype(np.uint64)
-    bits &= (np.uint64(1) << np.minimum(length, 63).astype(np.uint64)) - np.uint64(1)
+    """bfe: `length` bits from `start`; where there are none, the sign of a signed type, else zeros."""
+    width, one = 8 * a.itemsize, np.uint64(1)
+    start, length = np.minimum(start & 255, width).astype(np.uint64), (length & 255).astype(np.uint64)
+    inside = np.minimum(length, width - start)
+    bits = a.view(f"u{a.itemsize}").astype(np.uint64)
+    result = shift_right(bits, start) & (shift_left(np.full_like(bits, 1), inside) - one)
     if a.dtype.kind == "i":
-        sign = np.minimum(start + length - 1, width - 1).astype(np.uint64)
-        negative = (a.view(f"u{a.itemsize}").astype(np.uint64) >> sign & np.uint64(1)).astype(bool) & (length > 0)
-        bits = np.where(negative, bits | ~((np.uint64(1) << np.minimum(length, 63).astype(np.uint64)) - np.uint64(1)), bits)
-    return bits.astype(f"u{a.itemsize}").view(a.dtype)
+        sign = shift_right(bits, np.minimum(start + length - one, np.uint64(width - 1))) & one
+        result = np.where((sign > 0) & (length > 0), result | ~(shift_left(np.full_like(bits, 1), inside) - one), result)
+    return result.astype(f"u{a.itemsize}").view(a.dtype)
 
 
 def prmt(a, b, selector):

@@ -1,7 +1,7 @@
 """PTX instructions -> Python functions of a program: decoded once for a kernel, executed for all threads at once.
 
-A register is one array over the threads, of unsigned integers of its size or bool; what an instruction makes is always a new array. An
-instruction that is not known is an AssertionError where it is met.
+A register is one array over the threads, of unsigned integers of its size or of bool; what an instruction makes is a new array.
+An instruction that is not known is an AssertionError where it is met.
 """
 
 import re
@@ -12,6 +12,9 @@ from tests.emulated import arithmetic, tensor_cores
 from tests.emulated.ptx import TYPES, UNSIGNED, Address, number
 
 NOTHING = {"griddepcontrol.launch_dependents", "bar.warp.sync", "wgmma.fence.sync.aligned", "prefetch", "createpolicy"}
+
+
+SPECIAL = {"%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")}
 
 
 def decode(kernel, params):
@@ -34,7 +37,7 @@ class _Decoder:
     def read(self, operand, kind):
         """A function of the program: the operand as an array of a type."""
         dtype = np.dtype(TYPES[kind])
-        if operand.startswith("%") and "." in operand or operand in ("%laneid", "%warpid"):
+        if operand in SPECIAL:
             return lambda p: p.special[operand].view(dtype)
         if operand in self.kernel.shared:
             operand = str(self.kernel.shared[operand])
@@ -147,12 +150,13 @@ class _Decoder:
         return lambda p, mask: p.branch(target, mask)
 
     def _ret(self, opcode, operands):
-        return lambda p, mask: p.leave((mask if mask is not None else np.full(p.threads, True)))
+        return lambda p, mask: p.leave(everyone(p) if mask is None else mask)
 
     _exit = _ret
 
     def _bar(self, opcode, operands):
-        assert opcode == ("bar", "sync") and operands == ("0",), "a barrier of some threads"
+        if opcode != ("bar", "sync") or operands != ("0",):
+            return None  # of some threads
         return together(lambda p: p.barrier())
 
     def _fence(self, opcode, operands):
@@ -160,9 +164,10 @@ class _Decoder:
             return together(lambda p: p.shared.unfenced.fill(False))
 
         def fence(p, mask):
-            for thread in np.flatnonzero(np.full(p.threads, True) if mask is None else mask):
+            threads = everyone(p) if mask is None else mask
+            for thread in np.flatnonzero(threads):
                 p.view.release(thread)
-            p.view.acquire(np.full(p.threads, True) if mask is None else mask)
+            p.view.acquire(threads)
 
         return fence
 
@@ -173,16 +178,14 @@ class _Decoder:
 
     def _shfl(self, opcode, operands):
         target, source, other, clamp, members = operands
-        if opcode[:2] != ("shfl", "sync") or opcode[2] not in ("bfly", "idx", "up", "down") or members not in ("-1", "0xffffffff"):
+        if opcode[1:3] not in (("sync", "bfly"), ("sync", "idx")) or clamp != "31" or members != "-1":
             return None
-        assert clamp == ("0" if opcode[2] == "up" else "31"), "a shuffle in a part of a warp"
         read, by, write = self.read(source, "u32"), self.read(other, "u32"), self.write(target, "u32")
         lane = np.arange(self.kernel.threads)
-        pick = {"bfly": lambda n: lane ^ n, "idx": lambda n: lane // 32 * 32 + n % 32, "up": lambda n: lane - n, "down": lambda n: lane + n}
 
         def shuffle(p):
-            place = pick[opcode[2]](by(p).astype(np.int64))
-            write(p, read(p)[np.where(place // 32 == lane // 32, place, lane)], None)
+            place = by(p) % 32
+            write(p, read(p)[lane ^ place if opcode[2] == "bfly" else lane // 32 * 32 + place], None)
 
         return together(shuffle)
 
@@ -190,6 +193,8 @@ class _Decoder:
 
     def _ld(self, opcode, operands):
         kind, count = _layout(opcode)
+        if "relaxed" in opcode or "volatile" in opcode:
+            return None
         if "param" in opcode:
             write, value = self.write(operands[0], kind), number(str(self.params[operands[1].base]), kind)
             return lambda p, mask: write(p, np.full(p.threads, value), mask)
@@ -199,7 +204,7 @@ class _Decoder:
 
         def load(p, mask):
             if acquire:
-                p.view.acquire(np.full(p.threads, True) if mask is None else mask)
+                p.view.acquire(everyone(p) if mask is None else mask)
             data = (p.shared if shared else p.view).load(address(p), width, mask)
             write(p, data.view(TYPES[kind]), mask)
 
@@ -296,25 +301,23 @@ class _Decoder:
             return together(_commit)
         if opcode[1] == "wait_group":
             return together(lambda p: _wait(p, int(operands[0])))
-        assert opcode[-1] in ("bf16", "f16") and opcode[-3] == "f32" and "m64" in opcode[4] and "k16" in opcode[4]
-        columns, bf16, sums = int(opcode[4][4:].split("k")[0]), opcode[-1] == "bf16", operands[0]
-        left_, right, scale = operands[1], self.read(operands[2], "u64"), self.read(operands[3], "pred")
-        signs, major = operands[4:6], [flag == "1" for flag in operands[6:]]
-        assert signs == ("1", "1")
-        acc, write = self.packed(sums, "f32"), self.unpacked(sums, "f32")
-        in_registers = isinstance(left_, tuple)
-        left = self.packed(left_, "b32") if in_registers else self.read(left_, "u64")
+        shape, bf16 = re.fullmatch(r"m64n(\d+)k16", opcode[4]), opcode[-1] == "bf16"
+        if not shape or opcode[5:] not in (("f32", "bf16", "bf16"), ("f32", "f16", "f16")) or operands[4:6] != ("1", "1"):
+            return None
+        acc, write, scale = self.packed(operands[0], "f32"), self.unpacked(operands[0], "f32"), self.read(operands[3], "pred")
+        right, major = self.read(operands[2], "u64"), [flag == "1" for flag in operands[6:]]
+        in_registers = isinstance(operands[1], tuple)
+        left = self.packed(operands[1], "b32") if in_registers else self.read(operands[1], "u64")
 
         def multiply(p):
-            given, place, added = left(p), right(p), scale(p)
-            for group in range(p.threads // 128):
-                group = slice(128 * group, 128 * group + 128)
-                right_at = tensor_cores.descriptor(_one(place[group]), columns, major[-1])
-                left_at = None if in_registers else tensor_cores.descriptor(_one(given[group]), 64, major[0])
-                for at in (right_at, left_at):
-                    if at is not None:
-                        p.shared.operand(at)
-                p.later.append((group, given[group], left_at, right_at, acc, write, added[group, None], bf16))
+            for first in range(0, p.threads, 128):
+                group = slice(first, first + 128)
+                held, columns = left(p)[group], tensor_cores.descriptor(_one(right(p)[group]), int(shape[1]), major[-1])
+                p.shared.operand(columns)  # checked now, and read again when the product is computed
+                rows = None if in_registers else tensor_cores.descriptor(_one(held), 64, major[0])
+                if not in_registers:
+                    p.shared.operand(rows)
+                p.later.append((group, held, rows, columns, acc, write, scale(p)[group, None], bf16))
 
         return together(multiply)
 
@@ -329,19 +332,23 @@ def together(action):
     return step
 
 
+def everyone(p):
+    return np.full(p.threads, True)
+
+
 def _commit(p):
     p.groups.append(p.later)
     p.later = []
 
 
 def _wait(p, pending):
-    """The products of all but the last groups, computed only now: what reads the sums earlier, or overwrites an operand, is wrong."""
+    """The products of all but the last groups, computed only now: who reads the sums earlier, or overwrites an operand, is wrong."""
     while len(p.groups) > pending:
-        for group, given, left_at, right_at, acc, write, added, bf16 in p.groups.pop(0):
-            left = tensor_cores.wgmma_left(given) if left_at is None else p.shared.operand(left_at)
+        for group, held, rows, columns, acc, write, scale, bf16 in p.groups.pop(0):
+            left = tensor_cores.wgmma_left(held) if rows is None else p.shared.operand(rows)
             sums = acc(p)
-            before = np.where(added, sums[group], np.float32(0))
-            sums[group] = tensor_cores.wgmma(left, p.shared.operand(right_at), before, bf16)
+            before = np.where(scale, sums[group], np.float32(0))
+            sums[group] = tensor_cores.wgmma(left, p.shared.operand(columns), before, bf16)
             write(p, sums, None)
 
 

@@ -99,7 +99,7 @@ def gather(tensors):
     """The bytes of the tensors as regions; those that overlap are one."""
     found = []
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{name} is not a contiguous CPU tensor"
+        assert tensor.is_contiguous(), name
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if found and start < found[-1][2]:
             name, start, stop = f"{found[-1][0]}, {name}", found[-1][1], max(stop, found[-1][2])

@@ -1,12 +1,11 @@
 """Memory as weak as PTX allows, and checked: bounds, alignment, races.
 
-Global memory. A program sees the bytes that were there at the launch, and what it stores itself. Its stores reach the others when a
-thread releases for which they are ordered before: its own, and those of other threads before a barrier. It sees what others released
-when a thread acquires: that thread at once, its other threads from the next barrier on. So whatever the protocol between programs
-forgets is a wrong result in every run, and not once in a million.
+Global memory. A program sees the bytes that were there at the launch, and what it stores itself. Its stores reach the others when
+a thread releases for which they are ordered before: its own, and those of other threads before a barrier. It sees what others
+released when a thread acquires: that thread at once, its other threads from the next barrier on. So whatever the protocol between
+programs forgets is a wrong result in every run, and not once in a million.
 
-Within a program, a byte that a warp wrote is another warp's only after a barrier; what is read or overwritten earlier is an
-AssertionError, as is shared memory that nobody wrote. The threads of one warp are taken to go in step.
+Within a program, what a warp wrote is another warp's only after a barrier (shared.py).
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ SECTOR = 32  # bytes that the hardware moves at once
 
 @dataclass
 class Region:
-    """An argument's bytes. `bytes` begins at `base`, a multiple of 16, and its length is one, so that it can be viewed in wider types."""
+    """An argument's bytes. Copies begin at `base`, a multiple of 16, and so does their length: they can be viewed in wider types."""
 
     name: str
     start: int
@@ -156,7 +155,7 @@ class View:
         self.copies, self.fresh, self.waits = self.fresh, None, False
 
     def atomic(self, addresses, width, mask, change, order):
-        """`change(old bytes, thread) -> new bytes` for one thread after the other on memory itself; the old bytes [threads, width]."""
+        """`change(old bytes, thread) -> new bytes`, by one thread after the other on memory itself; gives the old bytes."""
         assert not self.waits, "an atomic before griddepcontrol.wait"
         old = np.zeros((len(addresses), width), np.uint8)
         for place, threads, offsets in self.memory.locate(addresses, width, mask):

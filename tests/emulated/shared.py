@@ -1,4 +1,8 @@
-"""The shared memory of a program, and which warp last touched each part of a memory."""
+"""The shared memory of a program, and which warp last touched each part of a memory.
+
+What a warp wrote is another warp's only after a barrier. What is read or overwritten earlier is an AssertionError, as is reading
+what nobody wrote. The threads of one warp are taken to go in step, and to write what is there already is nothing.
+"""
 
 import numpy as np
 
@@ -35,7 +39,7 @@ class Shadow:
         cells, warps = _cells(offsets, width, warps)
         written = self.write_epoch[cells]
         assert (written > -2).all(), "read before anything was written"
-        assert not ((written == epoch) & (self.writer[cells] != warps)).any(), "race: read in the epoch in which another warp writes"
+        assert not ((written == epoch) & (self.writer[cells] != warps)).any(), "race: read where another warp writes"
         others = (self.read_epoch[cells] == epoch) & (self.reader[cells] != warps)
         self.read_epoch[cells], self.reader[cells] = epoch, warps
         others |= self.reader[cells] != warps

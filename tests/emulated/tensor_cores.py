@@ -1,6 +1,7 @@
 """The matrix instructions, from the fragment tables of the PTX ISA: who holds which element.
 
-Registers are uint32 or float32 [threads, n]; thread = 32 · warp + 4 · gid + tig. Products and sums are exact to float64 and rounded once.
+Registers are uint32 or float32 [threads, n]; thread = 32 · warp + 4 · gid + tig. Products and sums are exact to float64 and
+rounded once; hardware may cut off more.
 """
 
 import numpy as np
@@ -20,7 +21,9 @@ SUMS = (GID[:, None] + 8 * (_R4 // 2), 2 * TIG[:, None] + _R4 % 2)  # 16 x 8
 def floats(words, bf16):
     """uint32 [...] -> the two 16-bit floats in each, float32 [..., 2]."""
     halves = np.stack((words & 0xFFFF, words >> 16), -1)
-    return (halves << 16).astype(np.uint32).view(np.float32) if bf16 else halves.astype(np.uint16).view(np.float16).astype(np.float32)
+    if bf16:
+        return (halves << 16).astype(np.uint32).view(np.float32)
+    return halves.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
 def _by_warp(registers):
@@ -45,7 +48,7 @@ def mma(left, right, acc, bf16):
 
 
 def mma_sp(left, right, acc, word, selector, bf16):
-    """mma.sp.m16n8k32 with ordered metadata: registers [threads, 4] each, word [threads]; lanes 2 · selector + 0, 1 of four give theirs."""
+    """mma.sp.m16n8k32, ordered metadata: registers [threads, 4], word [threads]; of four lanes 2 · selector and the next give theirs."""
     held, words = floats(_by_warp(left), bf16), word.reshape(-1, 32)
     matrix = np.zeros((len(held), 16, 32))
     warp = np.arange(len(held))[:, None]

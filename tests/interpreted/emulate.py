@@ -1,7 +1,7 @@
 """Inline assembly in Triton's interpreter: the PTX of the kernels, run on numpy arrays.
 
-`mma.sp` is that of the emulator (tests/emulated/tensor_cores.py), lane by lane; the other strings are run instruction by instruction
-on unsigned 32-bit integers.
+`mma.sp` is that of the emulator (tests/emulated/tensor_cores.py), lane by lane; the other strings are run instruction by
+instruction on unsigned 32-bit integers.
 """
 
 import re
