@@ -49,7 +49,7 @@ def run(body, inputs=None, threads=32, shared=64, grid=(1, 1, 1), seed=0):
         for name, array in (("in", inputs), ("out", outputs))
     ]
     kernel = ptx.parse(ptx.plain(MODULE % (threads, body)))
-    execute(kernel, grid, [region.start for region in regions], Memory(regions), shared, seed, False)
+    execute(kernel, grid, [region.start for region in regions], Memory(regions), shared, seed)
     return outputs
 
 

@@ -174,7 +174,7 @@ class _Decoder:
     _membar = _fence
 
     def _griddepcontrol(self, opcode, operands):
-        return together(lambda p: p.view.wait(p.threads))
+        return together(lambda p: p.view.wait())
 
     def _shfl(self, opcode, operands):
         target, source, other, clamp, members = operands
@@ -342,7 +342,7 @@ def _commit(p):
 
 
 def _wait(p, pending):
-    """The products of all but the last groups, computed only now: who reads the sums earlier, or overwrites an operand, is wrong."""
+    """The products of all but the last groups, computed only now: reading a sum, or writing an operand, earlier is an error."""
     while len(p.groups) > pending:
         for group, held, rows, columns, acc, write, scale, bf16 in p.groups.pop(0):
             left = tensor_cores.wgmma_left(held) if rows is None else p.shared.operand(rows)

@@ -81,10 +81,9 @@ class Launcher:
         params = [bits(value) for value in given.values()]
         params += [0] * (len(kernel.params) - len(params))  # Triton's own scratch memory, which no kernel here uses
         regions = gather({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
-        early = bool(getattr(self.metadata, "launch_pdl", False))
-        memory = Memory(regions, device.before if early else ())
+        memory = Memory(regions, device.before if getattr(self.metadata, "launch_pdl", False) else None)
         device.before = [(region.start, region.real.copy()) for region in regions]
-        execute(kernel, (x, y, z), params, memory, self.metadata.shared, device.seed, early)
+        execute(kernel, (x, y, z), params, memory, self.metadata.shared, device.seed)
         device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions)))
 
 

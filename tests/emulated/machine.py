@@ -74,7 +74,7 @@ def run(program: Program, code):
             raise AssertionError(f"{text}\n{type(error).__name__}: {error}") from error
 
 
-def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int, waits: bool) -> None:
+def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int) -> None:
     """Run all programs of a grid, interleaved at random.
 
     Args:
@@ -84,7 +84,6 @@ def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int
         memory: what they may touch.
         shared: bytes of shared memory that the launch asks for.
         seed: of the order.
-        waits: the launch before this one may still be running until `griddepcontrol.wait`.
     """
     code = instructions.decode(kernel, dict(zip(kernel.params, params, strict=True)))
     generator = np.random.default_rng(seed)
@@ -95,7 +94,7 @@ def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int
     for place in np.ndindex(*grid[::-1]):
         numbers = {**sizes, **{f"%ctaid.{axis}": at for axis, at in zip("zyx", place, strict=True)}}
         special = fixed | {name: np.full(kernel.threads, value, np.uint32) for name, value in numbers.items()}
-        views.append(View(memory, waits))
+        views.append(View(memory))
         running.append(run(Program({}, special, views[-1], Shared(kernel.static + shared), kernel.threads), code))
     with np.errstate(all="ignore"):
         while running:

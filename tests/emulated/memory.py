@@ -19,7 +19,7 @@ SECTOR = 32  # bytes that the hardware moves at once
 
 @dataclass
 class Region:
-    """An argument's bytes. Copies begin at `base`, a multiple of 16, and so does their length: they can be viewed in wider types."""
+    """An argument's bytes. Copies begin at `base` and are a multiple of 16 long, so that they can be viewed in wider types."""
 
     name: str
     start: int
@@ -39,13 +39,16 @@ class Region:
 
 
 class Memory:
-    """The regions of a launch. `before`: (address, bytes) that a program sees until it waits for the launch before this one."""
+    """The regions of a launch. `before`: (address, bytes) that a program sees until it waits for the launch before this one.
 
-    def __init__(self, regions, before=()):
-        self.regions = regions
-        self.launched = [region.copy() for region in regions]
-        for address, old in before:
-            for region, copied in zip(regions, self.launched, strict=True):
+    None: that launch is over when this one begins.
+    """
+
+    def __init__(self, regions, before=None):
+        self.regions, self.waits = regions, before is not None
+        self.launched, self.early = ([region.copy() for region in regions] for _ in range(2))
+        for address, old in before or ():
+            for region, copied in zip(regions, self.early, strict=True):
                 low, high = max(address, region.start), min(address + len(old), region.stop)
                 if low < high:
                     copied[low - region.base : high - region.base] = old[low - address : high - address]
@@ -82,15 +85,15 @@ class Memory:
 class View:
     """Global memory as one program sees it."""
 
-    def __init__(self, memory, waits):
+    def __init__(self, memory):
         self.memory = memory
-        self.copies = list(memory.launched)  # shared with the others until it is written
+        self.copies = list(memory.early)  # shared with the others until it is written
         self.fresh = None  # what `acquired` threads see already, the others after the next barrier
         self.acquired = None
         self.stores = []  # not yet released: region, threads, offsets, bytes, epoch
         self.shadows = {}
         self.epoch = 0
-        self.waits = waits  # the launch before this one may not have ended
+        self.waits = memory.waits  # the launch before this one may not have ended
 
     def load(self, addresses, width, mask):
         """uint8 [threads, width], zeros for the others."""
@@ -149,10 +152,10 @@ class View:
             put(self.fresh[place], offsets, data)
         self.acquired = threads if self.acquired is None else self.acquired | threads
 
-    def wait(self, threads):
-        """griddepcontrol.wait by all of `threads` (a number): the launch before this one is over."""
-        self.acquire(np.ones(threads, bool))
-        self.copies, self.fresh, self.waits = self.fresh, None, False
+    def wait(self):
+        """griddepcontrol.wait: the launch before this one is over, and what it stored is there."""
+        if self.waits:
+            self.copies, self.waits = list(self.memory.launched), False
 
     def atomic(self, addresses, width, mask, change, order):
         """`change(old bytes, thread) -> new bytes`, by one thread after the other on memory itself; gives the old bytes."""

@@ -48,7 +48,7 @@ def mma(left, right, acc, bf16):
 
 
 def mma_sp(left, right, acc, word, selector, bf16):
-    """mma.sp.m16n8k32, ordered metadata: registers [threads, 4], word [threads]; of four lanes 2 · selector and the next give theirs."""
+    """mma.sp.m16n8k32, ordered metadata: registers [threads, 4], word [threads], from lanes 2 · selector + 0, 1 of every four."""
     held, words = floats(_by_warp(left), bf16), word.reshape(-1, 32)
     matrix = np.zeros((len(held), 16, 32))
     warp = np.arange(len(held))[:, None]
