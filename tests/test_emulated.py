@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -44,6 +44,11 @@ def folder(tmp_path_factory):
 def device(request, folder):
     with emulated(Device(request.param), folder) as device:
         yield device
+
+
+def needs_fence(device):
+    if device.target == 90 and tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1):
+        pytest.skip("Triton before 3.7.1 forgets fence.proxy.async between an asynchronous copy and wgmma")
 
 
 def run_mma(rows, shape, dtype, **settings):
@@ -101,12 +106,14 @@ def test_the_dense_weight_is_exact(device, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("rows", "split", "dtype"), [(3, 1, FP16), (17, 2, BF16)])
 def test_stored(device, rows, shape, dtype, split):
+    needs_fence(device)
     run_stored(rows, shape, dtype, split)
 
 
 @pytest.mark.parametrize("shape", [(100, 132), (64, 256)])  # the second by asynchronous copies
 @pytest.mark.parametrize(("rows", "split", "dtype"), [(1, 1, BF16), (3, 2, FP16), (17, 3, BF16)])
 def test_skinny(device, rows, shape, dtype, split):
+    needs_fence(device)
     run_skinny(rows, shape, dtype, split)
 
 
@@ -166,7 +173,7 @@ SPLIT = [
     (r"acq_rel", "relaxed"),
     (r"acq_rel", "acquire"),
     (r"acq_rel", "release"),
-    (r"(@\S+ st\.shared::cta[^;]*;\n)bar\.sync 0;", r"\1"),  # the others read what the atomic gave before it is there
+    (r"(@\S+ st\.shared[^;]*;\n)bar\.sync 0;", r"\1"),  # the others read what the atomic gave before it is there
     (r"(ld\.shared\.b32 %r\d+, \[global_smem\];\n[^@]*setp)\.ne", r"\1.eq"),  # all go on but the last
 ]
 MMA_SP = [
@@ -186,11 +193,14 @@ def broken(device, pattern, replacement, run):
         found.append(count)
         return edited
 
-    device.edit = edit
-    with pytest.raises(AssertionError) as error:
+    device.edit, noticed = edit, None
+    try:
         run()
-    print(error.value)  # pytest -rP shows it
+    except AssertionError as error:
+        noticed = error
+        print(error)  # pytest -rP shows it
     assert any(found), "the code has no such place"
+    assert noticed
 
 
 @pytest.mark.parametrize(("pattern", "replacement"), [*SPLIT, *MMA_SP])
@@ -208,12 +218,13 @@ def test_a_broken_armor_is_noticed(device, pattern, replacement):
 )
 def test_a_broken_pipeline_is_noticed(target, pattern, replacement, folder):
     with emulated(Device(target), folder) as device:
+        needs_fence(device)
         broken(device, pattern, replacement, lambda: run_skinny(1, (64, 256), BF16, 1))
 
 
 @pytest.mark.parametrize(
     ("pattern", "replacement"),
-    [(r"griddepcontrol\.wait ;", ""), (r"(griddepcontrol\.wait ;)([\s\S]*?\n)(?=.*st\.global)", r"\2\1")],  # never; too late
+    [(r"griddepcontrol\.wait ?;", ""), (r"(griddepcontrol\.wait ?;)([\s\S]*?\n)(?=.*st\.global)", r"\2\1")],  # never; too late
 )
 def test_a_launch_that_does_not_wait_is_noticed(pattern, replacement, folder):
     with emulated(Device(90), folder) as device:
