@@ -6,27 +6,24 @@ conversions through shared memory, bfloat16, and the protocol between programs u
 
 import os
 import re
-import sys
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-if sys.platform != "linux":
-    pytest.skip("Triton is for Linux", allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from compressor_kernels import armor as armor_ops
-from compressor_kernels import lowrank as lowrank_ops
-from compressor_kernels import sparse24 as ops
-from compressor_kernels.fragments import to_fragments
-from compressor_kernels.packing import pack24
-from tests.emulated.launch import Device, emulated
-from tests.interpreted.armor import problem as armor_problem
-from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem
-from tests.interpreted.tolerance import assert_close
-from tests.test_packing import sparse
+from compressor_kernels import armor as armor_ops  # noqa: E402
+from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
+from compressor_kernels import sparse24 as ops  # noqa: E402
+from compressor_kernels.fragments import to_fragments  # noqa: E402
+from compressor_kernels.packing import pack24  # noqa: E402
+from tests.emulated.launch import Device, emulated  # noqa: E402
+from tests.interpreted.armor import problem as armor_problem  # noqa: E402
+from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem  # noqa: E402
+from tests.interpreted.tolerance import assert_close  # noqa: E402
+from tests.test_packing import sparse  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 FP16, BF16 = DTYPES
 SHAPES = [(40, 132), (128, 192)]  # out, in: no tile filled, and all
@@ -117,15 +114,6 @@ def test_skinny(device, rows, shape, dtype, split):
     run_skinny(rows, shape, dtype, split)
 
 
-def test_low_rank(device):
-    torch.manual_seed(0)
-    u, v, bias, x = torch.randn(100, 36) / 6, torch.randn(36, 130) / 11, torch.randn(100), torch.randn(3, 130)
-    u, v, bias, x = (tensor.bfloat16() for tensor in (u, v, bias, x))
-    expected = x.double() @ v.double().T @ u.double().T + bias.double()
-    assert_close(lowrank_ops.lowrank(x, u, v, bias, ops.new_semaphore(100, "cpu")), expected)
-    assert len(device.launches) == 2
-
-
 @pytest.mark.parametrize(("rows", "dtype"), [(1, BF16), (3, FP16), (17, BF16)])
 @pytest.mark.parametrize(
     ("shape", "warps", "split"),
@@ -138,6 +126,24 @@ def test_low_rank(device):
 def test_armor(device, rows, shape, warps, split, dtype):
     run_armor(rows, shape, dtype, warps=warps, split=split, pdl=device.target == 90)
     assert len(device.launches) == 2
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_as_the_rule_chooses(device, rows):
+    """The public functions, with the settings that a model gets."""
+    needs_fence(device)
+    x, weight, bias = problem(rows, (160, 256), BF16)
+    packed = pack24(weight)
+    check(x, weight, bias, lambda semaphore: ops.sparse24(x, *packed, bias, semaphore))
+    check(x, weight, bias, lambda semaphore: ops.sparse24_fragments(x, to_fragments(*packed), len(weight), bias, semaphore))
+    u, v = torch.randn(160, 48).to(BF16) / 7, torch.randn(48, 256).to(BF16) / 16
+    y = lowrank_ops.lowrank(x, u, v, bias, ops.new_semaphore(160, "cpu"))
+    assert_close(y, x.double() @ v.double().T @ u.double().T + bias.double())
+    x, core, a, b, bias, expected = armor_problem(rows, 256, 256, 128, 128, BF16)
+    semaphore = ops.new_semaphore(256, "cpu")
+    assert_close(armor_ops.armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore), expected)
+    assert not semaphore.any()
+    assert [launch.name for launch in device.launches].count("product") == 5
 
 
 def split_mma(device):
