@@ -146,6 +146,12 @@ def test_as_the_rule_chooses(device, rows):
     assert [launch.name for launch in device.launches].count("product") == 5
 
 
+def test_the_check_at_load_time(device):
+    assert ops.fragments_are_right(torch.device("cpu"))
+    device.edit = lambda text: text.replace("0x1;", "0x0;")  # the metadata of the other step
+    assert not ops.fragments_are_right(torch.device("cpu"))
+
+
 def split_mma(device):
     return run_mma(3, (128, 192), BF16, split=3, ordered=True)
 

@@ -108,7 +108,7 @@ COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
-KNOWN = {"rn", "lo", "wide", "ftz", "uni", "to", "global", "shared", "u64"}  # modifiers that say nothing more
+KNOWN = {"rn", "lo", "wide", "to", "global", "shared"}  # modifiers that say nothing more
 
 
 def operation(opcode):

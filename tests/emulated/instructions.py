@@ -12,15 +12,18 @@ from tests.emulated import arithmetic, tensor_cores
 from tests.emulated.ptx import TYPES, UNSIGNED, Address, number
 
 NOTHING = {"griddepcontrol.launch_dependents", "bar.warp.sync", "wgmma.fence.sync.aligned", "prefetch", "createpolicy"}
-
-
 SPECIAL = {"%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")}
 
 
 def decode(kernel, params):
     """[(text, whether others may go on before it, step)] with the values of the parameters filled in."""
-    decoder = _Decoder(kernel, params)
-    return [(instruction.text, _stops(instruction.opcode), decoder.step(instruction)) for instruction in kernel.code]
+    decoder, code = _Decoder(kernel, params), []
+    for instruction in kernel.code:
+        try:
+            code.append((instruction.text, _stops(instruction.opcode), decoder.step(instruction)))
+        except Exception as error:
+            raise AssertionError(f"{instruction.text}\n{type(error).__name__}: {error}") from error
+    return code
 
 
 def _stops(opcode):
@@ -64,7 +67,7 @@ class _Decoder:
             value = into(value)
             if mask is not None:
                 old = p.registers.get(operand)
-                value = np.where(mask, value, np.zeros_like(value) if old is None else old)
+                value = np.where(mask, value, ~np.zeros_like(value) if old is None else old)
             p.registers[operand] = value
 
         return put
@@ -119,10 +122,7 @@ class _Decoder:
         if name in NOTHING or ".".join(opcode) in NOTHING:
             return lambda p, mask: None
         special = getattr(self, f"_{name}", None)
-        found = special(opcode, operands) if special else None
-        if found is None and any(isinstance(operand, tuple) for operand in operands):
-            found = self._pieces(opcode, operands)
-        return found or self._plain(opcode, operands)
+        return (special and special(opcode, operands)) or self._plain(opcode, operands)
 
     def _plain(self, opcode, operands):
         known = arithmetic.operation(opcode)
@@ -134,9 +134,11 @@ class _Decoder:
         write = self.write(operands[0], result)
         return lambda p, mask: write(p, function(*[read(p) for read in reads]), mask)
 
-    def _pieces(self, opcode, operands):
-        """mov between a register and the pieces of one."""
+    def _mov(self, opcode, operands):
+        """Between a register and the pieces of one."""
         target, source = operands
+        if not isinstance(source, tuple) and not isinstance(target, tuple):
+            return None
         size = np.dtype(TYPES[opcode[-1]]).itemsize
         if isinstance(source, tuple):
             pieces, whole = self.packed(source, f"b{8 * size // len(source)}"), self.write(target, opcode[-1])
