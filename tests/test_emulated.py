@@ -128,7 +128,7 @@ def test_armor(device, rows, shape, warps, split, dtype):
     assert len(device.launches) == 2
 
 
-@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize(("device", "rows"), [(80, 2), (90, 20)], indirect=["device"])
 def test_as_the_rule_chooses(device, rows):
     """The public functions, with the settings that a model gets."""
     needs_fence(device)

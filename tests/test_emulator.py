@@ -8,6 +8,7 @@ import torch
 
 from tests.emulated import ptx, tensor_cores
 from tests.emulated.arithmetic import to_bf16
+from tests.emulated.instructions import decode
 from tests.emulated.machine import execute
 from tests.emulated.memory import Memory, Region
 
@@ -49,7 +50,7 @@ def run(body, inputs=None, threads=32, shared=64, grid=(1, 1, 1), seed=0):
         for name, array in (("in", inputs), ("out", outputs))
     ]
     kernel = ptx.parse(ptx.plain(MODULE % (threads, body)))
-    execute(kernel, grid, [region.start for region in regions], Memory(regions), shared, seed)
+    execute(kernel, decode(kernel), grid, [region.start for region in regions], Memory(regions), shared, seed)
     return outputs
 
 

@@ -15,9 +15,9 @@ NOTHING = {"griddepcontrol.launch_dependents", "bar.warp.sync", "wgmma.fence.syn
 SPECIAL = {"%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")}
 
 
-def decode(kernel, params):
-    """[(text, whether others may go on before it, step)] with the values of the parameters filled in."""
-    decoder, code = _Decoder(kernel, params), []
+def decode(kernel):
+    """[(text, whether others may go on before it, step)]."""
+    decoder, code = _Decoder(kernel), []
     for instruction in kernel.code:
         try:
             code.append((instruction.text, _stops(instruction.opcode), decoder.step(instruction)))
@@ -32,8 +32,8 @@ def _stops(opcode):
 
 
 class _Decoder:
-    def __init__(self, kernel, params):
-        self.kernel, self.params = kernel, params
+    def __init__(self, kernel):
+        self.kernel = kernel
 
     # Operands
 
@@ -198,8 +198,8 @@ class _Decoder:
         if "relaxed" in opcode or "volatile" in opcode:
             return None
         if "param" in opcode:
-            write, value = self.write(operands[0], kind), number(str(self.params[operands[1].base]), kind)
-            return lambda p, mask: write(p, np.full(p.threads, value), mask)
+            write, name = self.write(operands[0], kind), operands[1].base
+            return lambda p, mask: write(p, np.full(p.threads, number(str(p.params[name]), kind)), mask)
         targets = operands[0] if isinstance(operands[0], tuple) else operands[:1]
         address, write, width = self.address(operands[1]), self.unpacked(targets, kind), count * np.dtype(TYPES[kind]).itemsize
         shared, acquire = _space(opcode) == "shared", "acquire" in opcode

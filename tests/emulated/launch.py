@@ -20,10 +20,17 @@ from triton.runtime.driver import driver
 
 from compressor_kernels import backend
 from tests.emulated import ptx
+from tests.emulated.instructions import decode
 from tests.emulated.machine import execute
 from tests.emulated.memory import Memory, Region, traffic
 
-parse, plain = cache(ptx.parse), cache(ptx.plain)
+plain = cache(ptx.plain)
+
+
+@cache
+def prepare(text):
+    kernel = ptx.parse(text)
+    return kernel, decode(kernel)
 
 
 @dataclass
@@ -76,14 +83,14 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, text, packed, launch, enter, leave, *arguments):
         device, names = driver.active, self.source.fn.arg_names
-        kernel = parse(device.edit(plain(text)))
+        kernel, code = prepare(device.edit(plain(text)))
         given = {name: value for name, value in zip(names, arguments, strict=True) if self.source.signature[name] != "constexpr"}
         params = [bits(value) for value in given.values()]
         params += [0] * (len(kernel.params) - len(params))  # Triton's own scratch memory, which no kernel here uses
         regions = gather({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
         memory = Memory(regions, device.before if getattr(self.metadata, "launch_pdl", False) else None)
         device.before = [(region.start, region.real.copy()) for region in regions]
-        execute(kernel, (x, y, z), params, memory, self.metadata.shared, device.seed)
+        execute(kernel, code, (x, y, z), params, memory, self.metadata.shared, device.seed)
         device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions)))
 
 

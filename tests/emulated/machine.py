@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.emulated import instructions
 from tests.emulated.memory import Memory, View
 from tests.emulated.ptx import Kernel
 from tests.emulated.shared import Shared
@@ -14,11 +13,12 @@ from tests.emulated.shared import Shared
 class Program:
     """The state of one program. `active` is None while all threads are at `place`, else a mask; the others wait elsewhere."""
 
-    registers: dict
+    params: dict
     special: dict
     view: View
     shared: Shared
     threads: int
+    registers: dict = field(default_factory=dict)
     place: int = 0
     active: np.ndarray | None = None
     waiting: dict = field(default_factory=dict)  # place -> mask
@@ -74,18 +74,17 @@ def run(program: Program, code):
             raise AssertionError(f"{text}\n{type(error).__name__}: {error}") from error
 
 
-def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int) -> None:
+def execute(kernel: Kernel, code, grid, params, memory: Memory, shared: int, seed: int) -> None:
     """Run all programs of a grid, interleaved at random.
 
     Args:
-        kernel: parsed PTX.
+        kernel: parsed PTX, and `code` what it was decoded to.
         grid: three numbers.
-        params: the values of the kernel's parameters, bytes or integers, in order.
+        params: the kernel's parameters in order, integers.
         memory: what they may touch.
         shared: bytes of shared memory that the launch asks for.
         seed: of the order.
     """
-    code = instructions.decode(kernel, dict(zip(kernel.params, params, strict=True)))
     generator = np.random.default_rng(seed)
     threads = np.arange(kernel.threads, dtype=np.uint32)
     fixed = {"%tid.x": threads, "%laneid": threads % 32, "%warpid": threads // 32}
@@ -95,7 +94,8 @@ def execute(kernel: Kernel, grid, params, memory: Memory, shared: int, seed: int
         numbers = {**sizes, **{f"%ctaid.{axis}": at for axis, at in zip("zyx", place, strict=True)}}
         special = fixed | {name: np.full(kernel.threads, value, np.uint32) for name, value in numbers.items()}
         views.append(View(memory))
-        running.append(run(Program({}, special, views[-1], Shared(kernel.static + shared), kernel.threads), code))
+        given = dict(zip(kernel.params, params, strict=True))
+        running.append(run(Program(given, special, views[-1], Shared(kernel.static + shared), kernel.threads), code))
     with np.errstate(all="ignore"):
         while running:
             place = generator.integers(len(running))
