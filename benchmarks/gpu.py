@@ -44,7 +44,9 @@ from compressor_kernels.siblings import join
 
 PARTS = ("check", "tune", "kernels", "decode")
 TABLE = Path(choice.__file__).with_name("table.json")
-TUNED_ROWS = (1, 4, 8, 16, 32, 64, 96)
+CHECKED_SHAPES = ((128, 256), (40, 132), (1000, 2052), (4096, 4096))
+CHECKED_ROWS = (1, 3, 7, 16, 17, 63, 96)
+TUNED_ROWS = (1, 4, 8, 16, 32, 64)
 QUICK_SHAPES = ((4096, 4096), (4096, 14336))
 LLAMA_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -52,18 +54,23 @@ LLAMA_8B = {
 }  # fmt: skip
 
 
-def mma_configs() -> list[dict[str, Any]]:
-    return [
-        {"kernel": "mma", "warps": warps, "split": split, "unroll": unroll, "ordered": ordered}
-        for warps, split, unroll, ordered in itertools.product((4, 8), (1, 2, 4, 8, 16), (2, 4), (False, True))
-    ]
+def mma_configs(out_features: int, rows: int, processors: int, heights: tuple[int, ...], orders: tuple[bool, ...]) -> list[dict]:
+    """Arrangements of programs so many row tiles high; where K is split, with 8 to 48 warps for each multiprocessor."""
+    found = []
+    for high, each, warps, unroll, split in itertools.product(heights, (1, 2, 4), (8, 16), (1, 2), (1, 2, 4, 8, 16)):
+        resident = -(-out_features // (16 * high)) * split * warps / processors
+        fits = high % each == 0 and (unroll == 1 or (each == 1 and rows <= 4)) and warps <= (16 if rows <= 16 else 8)
+        if fits and (split == 1 or 8 <= resident <= 48):
+            config = {"kernel": "mma", "warps": warps, "stack": high // each, "row_tiles": each, "split": split, "unroll": unroll}
+            found += [{**config, "ordered": ordered} for ordered in orders]
+    return found
 
 
 def dot_configs(rows: int) -> list[dict[str, Any]]:
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     return [
-        {"kernel": "dot", "bm": block, "bn": bn, "bk": bk, "split": split, "warps": 4, "stages": stages}
-        for bn, bk, split, stages in itertools.product((32, 64), (64, 128), (1, 2, 4, 8), (2, 4))
+        {"kernel": "dot", "bm": block, "bn": bn, "bk": bk, "split": split, "warps": 4, "stages": 3}
+        for bn, bk, split in itertools.product((32, 64), (64, 128), (1, 2, 4, 8))
     ]
 
 
@@ -74,8 +81,7 @@ def dot_configs(rows: int) -> list[dict[str, Any]]:
 def check(device: torch.device) -> list[dict[str, Any]]:
     """Rows with the error of each kernel; `ok` says whether it is below its bar."""
     found: list[dict[str, Any]] = []
-    shapes = ((128, 256), (40, 132), (1000, 2052), (4096, 4096))
-    for dtype, (n, k) in itertools.product((torch.bfloat16, torch.float16), shapes):
+    for dtype, (n, k) in itertools.product((torch.bfloat16, torch.float16), CHECKED_SHAPES):
         weight, bias = kernels.random24(n, k, dtype, device), torch.randn(n, dtype=dtype, device=device)
         weight[: n // 2, :8] = 0  # groups without a value
         packed = pack24(weight)
@@ -86,14 +92,17 @@ def check(device: torch.device) -> list[dict[str, Any]]:
             ("unpack_stored", sparse.unpack_stored, packed),
         ):
             found.append(_checked(name, n, k, 0, dtype, partial(unpack, *arguments), weight.double()))
-        for m in (1, 3, 7, 16, 17, 63, 96):
+        for m in CHECKED_ROWS:
             x = torch.randn(m, k, dtype=dtype, device=device)
             expected = x.double() @ weight.double().T + bias.double()
+            mma = {"kernel": "mma", "warps": 8, "stack": 1, "row_tiles": 1, "split": 1, "unroll": 1, "ordered": False}
             for config in (
-                {"kernel": "mma", "warps": 4, "split": 1, "unroll": 1, "ordered": False},
-                {"kernel": "mma", "warps": 8, "split": 3, "unroll": 2, "ordered": False},
-                {"kernel": "mma", "warps": 8, "split": 4, "unroll": 4, "ordered": True},
+                mma,
+                {**mma, "stack": 2, "row_tiles": 2, "split": 3, "unroll": 2},
+                {**mma, "stack": 4, "row_tiles": 2, "split": 4, "ordered": True},
+                *([{**mma, "split": 2, "pdl": True}] if backend.hopper(device) else []),
                 *([{"kernel": "gemv", "warps": 4, "split": 2}] if m == 1 else []),
+                choice.rule("fragments", n, k, m, 132),
             ):
                 run = partial(sparse.run_fragments, x, fragments, n, bias, semaphore, config)
                 found.append(_checked(_name(config), n, k, m, dtype, run, expected, semaphore))
@@ -116,9 +125,9 @@ def _check_factored(x: Tensor, weight: Tensor, bias: Tensor) -> list[dict[str, A
         inner = (x.double().view(m, -1, 1, 128) @ b.double().transpose(1, 2)).reshape(m, k)
         outer = ((inner @ weight.double().T).view(m, -1, 1, 128) @ a.double().transpose(1, 2)).reshape(m, n) + bias.double()
         for split, pdl in ((1, False), (4, False), (4, True)):
-            if pdl and torch.cuda.get_device_capability(device) < (9, 0):
+            if pdl and not backend.hopper(device):
                 continue
-            config = {"kernel": "mma", "warps": 8, "split": split, "unroll": 2, "pdl": pdl}
+            config = {"kernel": "mma", "warps": 8, "stack": 4, "row_tiles": 2, "split": split, "unroll": 1, "pdl": pdl}
             run = partial(run_armor, x, fragments, a, b, bias, semaphore, config)
             found.append(_checked(f"armor split {split} pdl {pdl}", n, k, m, dtype, run, outer, semaphore))
     return found
@@ -167,24 +176,29 @@ def tune(
             cublas = timing.measure([partial(torch.nn.functional.linear, x, w) for w in dense], 10).median
             for op, size, run, configs in _candidates(modules, x):
                 base = {"device": backend.device_name(device), "op": op, "out": size[0], "in": size[1], "rows": m}
-                timed = []
-                for config in configs:
-                    try:
-                        us = timing.measure([partial(run, made, config) for made in modules[_kind(op)]], 10).median
-                    except Exception as error:  # too much shared memory, say: not a choice
-                        everything.append({**base, **config, "error": str(error)[:200]})
-                        continue
-                    timed.append((us, config))
-                    everything.append({**base, **config, "us": round(us, 2), "dense_us": round(cublas, 2)})
-                if not timed:  # none of them runs here; `tune` has the errors
+                timed = [_timed(run, modules[_kind(op)], config) for config in configs]
+                fastest = min(timed, key=_us)
+                if fastest["kernel"] == "mma" and backend.hopper(device):
+                    timed.append(_timed(run, modules[_kind(op)], {**fastest, "pdl": True}))
+                    fastest = min(timed, key=_us)
+                everything += [{**base, **row, "dense_us": round(cublas, 2)} for row in timed]
+                if "error" in fastest:  # none of them runs here; `tune` has the errors
                     continue
-                us, config = min(timed, key=lambda pair: pair[0])
-                gain = {} if op == "skinny" else {"speedup": round(cublas / us, 3)}
-                best.append({**base, **config, "us": round(us, 2), **gain})
-                print(
-                    f"{op} {size[0]} x {size[1]}, {m} rows: {us:.1f} us, cuBLAS {cublas:.1f} us: {_name(config)}", file=sys.stderr
-                )
+                best.append({**base, **fastest, **({} if op == "skinny" else {"speedup": round(cublas / fastest["us"], 3)})})
+                print(f"{op} {size[0]} x {size[1]}, {m} rows: cuBLAS {cublas:.1f} us: {_name(fastest)}", file=sys.stderr)
     return everything, best
+
+
+def _timed(run: Any, modules: list[Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what it took, or why it does not run."""
+    try:
+        return {**config, "us": round(timing.measure([partial(run, made, config) for made in modules], 10).median, 2)}
+    except Exception as error:  # too many registers, say: not a choice
+        return {**config, "error": str(error)[:200]}
+
+
+def _us(row: dict[str, Any]) -> float:
+    return row.get("us", float("inf"))
 
 
 def _kind(op: str) -> str:
@@ -196,12 +210,12 @@ def _candidates(modules: dict[str, list[Any]], x: Tensor) -> list[tuple[str, tup
     m = len(x)
     example = modules["lowrank"][0]
     n, k, rank = example.out_features, example.in_features, example.rank
-    mma, inner = mma_configs(), torch.randn(m, rank, dtype=x.dtype, device=x.device)
-    gemv = [{"kernel": "gemv", "warps": w, "split": s} for w, s in itertools.product((4, 8), (1, 2, 4, 8, 16))] if m == 1 else []
-    if m > 16:
-        mma = [config for config in mma if config["ordered"] and config["warps"] == 8]
-    pdl = (False, True) if torch.cuda.get_device_capability(x.device) >= (9, 0) else (False,)
-    wrapped = [{**config, "pdl": on} for config in mma if config["ordered"] for on in pdl] if m <= 64 else []
+    processors, inner = backend.multiprocessors(x.device), torch.randn(m, rank, dtype=x.dtype, device=x.device)
+    usual = choice.rule("fragments", n, k, m, processors)
+    high = usual["stack"] * usual["row_tiles"]
+    heights = tuple(tall for tall in (high // 2, high, 2 * high) if 1 <= tall <= 8)
+    mma = mma_configs(n, m, processors, heights, (False,) if m <= 4 else (False, True) if m <= 16 else (True,))
+    gemv = [{"kernel": "gemv", "warps": w, "split": s} for w, s in itertools.product((8, 16), (1, 2))] if m == 1 else []
     found = [
         ("fragments", (n, k), lambda made, c: sparse.run_fragments(x, made.packed, n, None, made.semaphore, c), mma + gemv),
         ("skinny", (rank, k), lambda made, c: run_skinny(x, made.weight_v, None, made.semaphore, c), dot_configs(m)),
@@ -211,8 +225,8 @@ def _candidates(modules: dict[str, list[Any]], x: Tensor) -> list[tuple[str, tup
     def armor(made: Any, config: dict[str, Any]) -> Tensor:
         return run_armor(x, made.packed, made.weight_a, made.weight_b, None, made.semaphore, config)
 
-    if wrapped:
-        found.append(("armor", (n, k), armor, wrapped))
+    if m <= 64:
+        found.append(("armor", (n, k), armor, mma_configs(n, m, processors, (4, 8), (True,))))  # a block of A: two programs, or one
     return found
 
 

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["sparse24", "armor", "model"])
+@pytest.mark.parametrize("name", ["sparse24", "armor", "model", "gpu"])
 def test_in_the_interpreter(name):
     pytest.importorskip("triton", reason="Triton is not installed")
     if sys.platform != "linux":

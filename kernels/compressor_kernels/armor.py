@@ -87,24 +87,28 @@ def run_armor(
     x: Tensor, core: Fragments, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor, config: dict[str, Any]
 ) -> Tensor:
     """One call with settings of one's own choosing, unchecked: for benchmarks and tests."""
+    from triton import next_power_of_2
+
     from compressor_kernels import wrapped
 
     n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = core.words.shape[:2]
-    tiles, warps, split, pdl = -(-m // 8), config["warps"], config["split"], config.get("pdl", False)
-    programs = -(-nt // warps)
+    stack, rows, parts, tiles, pdl = config["stack"], config["row_tiles"], config["split"], -(-m // 8), config.get("pdl", False)
+    programs, piece = -(-nt // (stack * rows)), 16 if not backend.hopper(x.device) else 64 if tiles <= 2 else 32
     common: dict[str, Any] = {
-        "TILES": tiles, "BM": max(16, 1 << (8 * tiles - 1).bit_length()), "WIDE": backend.interpreting(), "PDL": pdl,
+        "TILES": tiles, "BM": max(16, next_power_of_2(8 * tiles)), "WIDE": backend.interpreting(), "PDL": pdl,
     }  # fmt: skip
     inner = torch.empty(kt, tiles, 2, 32, 8, dtype=x.dtype, device=x.device)
-    partial = torch.empty(split * programs * tiles * 128 * warps, dtype=torch.float32, device=x.device)
+    partial = torch.empty(parts * programs * stack * rows * tiles * 128, dtype=torch.float32, device=x.device)
     y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
     launch(wrapped.apply_b, (k // size_b, -(-size_b // 32)),
         x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
     )  # fmt: skip
-    launch(wrapped.product, (programs, split),
-        words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, SIZE=size_a,
-        PART=min(size_a, 64), UNROLL=config["unroll"], BF16=x.dtype == torch.bfloat16, BIAS=bias is not None,
-        num_warps=warps, **common, **({"launch_pdl": True} if pdl else {}),
+    launch(wrapped.product, (programs, parts),
+        words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=config["warps"],
+        STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts, SIZE=size_a, PIECE=min(size_a, piece),
+        BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **common,
+        num_warps=config["warps"], num_stages=1,  # more would hold all blocks of A in shared memory
+        pdl=pdl,
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)

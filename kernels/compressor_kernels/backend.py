@@ -66,6 +66,12 @@ def sparse_tensor_cores(device: torch.device) -> bool:
 
 
 @cache
+def hopper(device: torch.device) -> bool:
+    """Compute capability 9.0 or later: launches may overlap, and the tensor cores take a matrix from shared memory."""
+    return device.type == "cuda" and nvidia() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once, at least."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -77,8 +83,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Start a kernel on the device of its first argument."""
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any) -> None:
+    """Start a kernel on the device of its first argument; with `pdl` while the one before it may still run (it waits inside)."""
+    if pdl:
+        settings["launch_pdl"] = True
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **settings)
 

@@ -66,18 +66,18 @@ def _groups(v_ptr, m_ptr, row, g, w, K, ASM: tl.constexpr):
 @triton.jit
 def product(
     x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
     ASM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y = x Wᵀ + bias. x [M, K], v int32 [N, K / 4], m int16 [N, ceil(K / 16)], y [M, N]; WIDE as in split.dot.
 
-    Grid (N / BN, parts of K, M / BM), rounded up; SPLIT: there are several parts.
+    Grid (N / BN, PARTS of K, M / BM), rounded up.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)
     row = tl.minimum(n, N - 1)
-    own = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(1)) * BK
+    own = tl.cdiv(tl.cdiv(K, BK), PARTS) * BK
     start = tl.program_id(1) * own
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     half = tl.arange(0, BK // 2)
@@ -96,7 +96,7 @@ def product(
     count = tl.num_programs(0) * tl.num_programs(2)
     place = m[None, :] * N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
-    finish(acc, place, n[:, None], mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, SPLIT, BIAS)
+    finish(acc, place, n[:, None], mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS)
 
 
 @triton.jit

@@ -35,31 +35,36 @@ def _float(words, BF16: tl.constexpr):
 
 @triton.jit
 def product(
-    x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, N, K, KT, NT,
-    WARPS: tl.constexpr, SPLIT: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, N, K, KT,
+    WARPS: tl.constexpr, PARTS: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT / WARPS, parts of K)."""
+    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT, PARTS of K).
+
+    A program is a row tile; its warps share out the columns.
+    """
     t = tl.arange(0, 32 * WARPS)[:, None]
     c = tl.arange(0, 4)[None, :]
     gid, tig = t % 32 // 4, t % 4
-    tile = tl.minimum(tl.program_id(0) * WARPS + t // 32, NT - 1) * KT
-    own = tl.cdiv(KT, tl.num_programs(1))
+    own = tl.cdiv(KT, PARTS)
     start = tl.program_id(1) * own
+    end = tl.minimum(start + own, KT)
     shift = 4 * tig + 16 * (c % 2)
     acc = tl.zeros((32 * WARPS, 4), tl.float32)
-    for kt in range(start, tl.minimum(start + own, KT)):
+    for first in range(start, end, WARPS):
+        kt = first + t // 32
+        tile = tl.program_id(0) * KT + kt
         for step in tl.static_range(2):
-            pair = tl.load(v_ptr + (tile + kt) * 256 + step * 128 + t % 32 * 4 + c, eviction_policy="evict_first")
-            word = tl.load(m_ptr + (tile + kt) * 32 + gid * 4 + 2 * step + c // 2) >> shift
+            place = v_ptr + tile * 256 + step * 128 + t % 32 * 4 + c
+            pair = tl.load(place, mask=kt < end, other=0, eviction_policy="evict_first")
+            word = tl.load(m_ptr + tile * 32 + gid * 4 + 2 * step + c // 2, mask=kt < end, other=0x44444444) >> shift
             g = kt * 16 + step * 8 + c // 2 * 4 + tig
-            low = tl.load(x_ptr + 2 * g, mask=g < K // 4, other=0)
-            high = tl.load(x_ptr + 2 * g + 1, mask=g < K // 4, other=0)
+            low = tl.load(x_ptr + 2 * g, mask=(g < K // 4) & (kt < end), other=0)
+            high = tl.load(x_ptr + 2 * g + 1, mask=(g < K // 4) & (kt < end), other=0)
             met = tl.inline_asm_elementwise(GATHER, "=r,r,r,r", [word, low, high], dtype=tl.int32, is_pure=True, pack=1)
             v0, v1 = _float(pair, BF16)
             x0, x1 = _float(met, BF16)
             acc = acc + v0 * x0 + v1 * x1
-    # rows gid and gid + 8 of a tile: sum over tig and over the two halves of the groups
-    rows = tl.sum(tl.sum(acc.reshape(8 * WARPS, 4, 2, 2), axis=1), axis=1)
-    r = tl.arange(0, 8 * WARPS)[:, None]
-    n = (tl.program_id(0) * WARPS + r // 8) * 16 + r % 8 + 8 * tl.arange(0, 2)[None, :]
-    finish(rows, n, n, n < N, tl.program_id(0), tl.num_programs(0), part_ptr, sem_ptr, bias_ptr, y_ptr, SPLIT, BIAS)
+    # rows gid and gid + 8 of the tile: the sum over warps, over tig and over the two halves of the groups
+    rows = tl.sum(tl.sum(tl.sum(acc.reshape(WARPS, 8, 4, 2, 2), axis=0), axis=1), axis=1)
+    n = tl.program_id(0) * 16 + tl.arange(0, 8)[:, None] + 8 * tl.arange(0, 2)[None, :]
+    finish(rows, n, n, n < N, tl.program_id(0), tl.num_programs(0), part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS)

@@ -9,13 +9,13 @@ from compressor_kernels.split import dot, finish
 @triton.jit
 def product(
     x_ptr, w_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K], w [N, K], y [M, N]; grid (N / BN, parts of K, M / BM), rounded up."""
+    """x [M, K], w [N, K], y [M, N]; grid (N / BN, PARTS of K, M / BM), rounded up."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
     m = tl.program_id(2) * BM + tl.arange(0, BM)[None, :]
     row = tl.minimum(n, N - 1)
-    own = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(1)) * BK
+    own = tl.cdiv(tl.cdiv(K, BK), PARTS) * BK
     start = tl.program_id(1) * own
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k0 in range(start, tl.minimum(start + own, K), BK):
@@ -26,4 +26,4 @@ def product(
     index = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     count = tl.num_programs(0) * tl.num_programs(2)
     mask = (m < M) & (n < N)
-    finish(acc, m * N + n, n, mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, SPLIT, BIAS)
+    finish(acc, m * N + n, n, mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS)

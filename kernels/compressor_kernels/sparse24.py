@@ -132,9 +132,9 @@ def run_stored(
     x2, y = x.reshape(m, k).contiguous(), x.new_empty(m, n)
     bm, bn = config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
-    split, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
-    launch(expand.product, (programs[0], split, programs[1]),
-        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], SPLIT=split > 1,
+    parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
+    launch(expand.product, (programs[0], parts, programs[1]),
+        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], PARTS=parts,
         BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(), num_warps=config["warps"],
         num_stages=config["stages"],
     )  # fmt: skip
@@ -145,6 +145,8 @@ def run_fragments(
     x: Tensor, fragments: Fragments, out_features: int, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
 ) -> Tensor:
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    from triton import next_power_of_2
+
     from compressor_kernels import gemv, mma
 
     n, k, m = out_features, x.shape[-1], x.numel() // x.shape[-1]
@@ -152,23 +154,22 @@ def run_fragments(
     if config["kernel"] == "dense":
         return linear(x, unpack_fragments(fragments, n, k), bias)
     x2, y = x.reshape(m, k).contiguous(), x.new_empty(m, n)
-    warps, tiles = config["warps"], -(-m // 8)
-    programs = -(-nt // warps)
-    common: dict[str, Any] = {
-        "WARPS": warps, "BF16": x.dtype == torch.bfloat16, "BIAS": bias is not None, "num_warps": warps,
-    }  # fmt: skip
+    warps, bf16, values = config["warps"], x.dtype == torch.bfloat16, words(fragments.values)
     if config["kernel"] == "gemv":
-        split, partial = workspace(x, semaphore, config["split"], programs, 16 * warps)
-        launch(gemv.product, (programs, split),
-            words(x2), words(fragments.values), fragments.words, bias, partial, semaphore, y, n, k, kt, nt,
-            SPLIT=split > 1, **common,
+        parts, partial = workspace(x, semaphore, config["split"], nt, 16)
+        launch(gemv.product, (nt, parts),
+            words(x2), values, fragments.words, bias, partial, semaphore, y, n, k, kt,
+            WARPS=warps, PARTS=parts, BF16=bf16, BIAS=bias is not None, num_warps=warps,
         )  # fmt: skip
     else:
-        split, partial = workspace(x, semaphore, config["split"], programs, 128 * warps * tiles)
+        stack, rows, tiles, pdl = config["stack"], config["row_tiles"], -(-m // 8), config.get("pdl", False)
+        programs, lanes = -(-nt // (stack * rows)), 32 * stack * rows * tiles
+        parts, partial = workspace(x, semaphore, config["split"], programs, 4 * lanes)
         x2 = ordered(x2, tiles) if config["ordered"] else words(x2)
-        launch(mma.product, (programs, split),
-            x2, words(fragments.values), fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, TILES=tiles,
-            SPLIT=split > 1, UNROLL=config["unroll"], ORDERED=config["ordered"], EVEN=k % 64 == 0, **common,
+        launch(mma.product, (programs, parts),
+            x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, STACK=stack, ROWS=rows,
+            TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"], EVEN=k % 64 == 0, BF16=bf16,
+            BIAS=bias is not None, PDL=pdl, SIZE=next_power_of_2(lanes), num_warps=warps, pdl=pdl,
         )  # fmt: skip
     return y.view(*x.shape[:-1], n)
 
@@ -179,7 +180,7 @@ def fragments_are_right(device: torch.device) -> bool:
     weight = torch.randn(48, 256, generator=generator).view(48, 64, 4)
     weight = (weight * (weight.argsort(-1).argsort(-1) > 1)).view(48, 256).to(device, torch.float16)
     x = torch.randn(11, 256, generator=generator).to(device, torch.float16)
-    config = {"kernel": "mma", "warps": 4, "split": 2, "unroll": 2, "ordered": False}
+    config = {"kernel": "mma", "warps": 4, "stack": 2, "row_tiles": 1, "split": 2, "unroll": 1, "ordered": False}
     y = run_fragments(x, to_fragments(*pack24(weight)), 48, None, new_semaphore(48, device), config).double()
     expected = x.double() @ weight.double().T
     return bool((y - expected).norm() < 1e-3 * expected.norm())
@@ -196,7 +197,7 @@ def ordered(x: Tensor, tiles: int) -> Tensor:
 
 
 def workspace(x: Tensor, semaphore: Tensor | None, split: int, programs: int, size: int) -> tuple[int, Tensor]:
-    """How often K is split, and room for the partial sums: once where `semaphore` does not hold all programs."""
+    """In how many parts K is split, and room for their sums: in one where `semaphore` does not hold all programs."""
     if semaphore is None or programs > len(semaphore):
         split = 1
     return split, torch.empty(split * programs * size if split > 1 else 1, dtype=torch.float32, device=x.device)

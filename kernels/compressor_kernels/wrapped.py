@@ -7,8 +7,8 @@ them by the blocks and stores. Multiplying by B once, first, costs less than any
 import triton
 import triton.language as tl
 
-from compressor_kernels.mma import accumulate
-from compressor_kernels.split import arrive_last, dot, store
+from compressor_kernels.mma import accumulate, keep
+from compressor_kernels.split import arrive_last, dot, prefetch, store, total
 
 
 @triton.jit
@@ -37,49 +37,45 @@ def apply_b(
 
 
 @triton.jit
-def _sums(part_ptr, n, m, programs, parts, WARPS: tl.constexpr, TILES: tl.constexpr):
-    """Rows n [R, 1] and columns m [1, C] of S x', added up in order from where mma fragments were stored."""
-    row = n % (16 * WARPS)
-    t = row // 16 * 32 + row % 8 * 4 + m % 8 // 2
-    place = ((n // (16 * WARPS) * TILES + m // 8) * 32 * WARPS + t) * 4 + row % 16 // 8 * 2 + m % 2
-    inside = (m < 8 * TILES) & (n < programs * 16 * WARPS)
-    total = tl.zeros(place.shape, tl.float32)
-    for part in range(parts):
-        total += tl.load(part_ptr + part * programs * TILES * 128 * WARPS + place, mask=inside, other=0, cache_modifier=".cg")
-    return total
+def _sums(part_ptr, n, m, tiles, PARTS: tl.constexpr, TILES: tl.constexpr):
+    """Rows n [R, 1] and columns m [1, C] of S x', added up from where `mma.keep` put the fragments of `tiles` row tiles."""
+    place = (n // 16 * TILES + m // 8) * 128 + (n % 8 * 4 + m % 8 // 2) * 4 + n % 16 // 8 * 2 + m % 2
+    return total(part_ptr + place, tiles * TILES * 128, (m < 8 * TILES) & (n < 16 * tiles), PARTS)
 
 
 @triton.jit
 def product(
     x_ptr, v_ptr, m_ptr, a_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K, KT, NT,
-    WARPS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
-    UNROLL: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr,
+    BF16: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = A (S x') + bias, K a multiple of 64. x' from `apply_b`, v and m as in mma.product, a [N / SIZE, SIZE, SIZE], y [M, N].
 
-    Grid (NT / WARPS, parts of K). part [parts, programs, TILES, 32 · WARPS, 4]; one semaphore a group of programs.
+    Grid (NT / (STACK · ROWS), PARTS of K); one semaphore a group of programs. A is multiplied PIECE columns at a time.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    sums = accumulate(x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, TILES, UNROLL, True, True, BF16)
-    programs, parts = tl.num_programs(0), tl.num_programs(1)
-    own = part_ptr + (tl.program_id(1) * programs + tl.program_id(0)) * TILES * 128 * WARPS
-    t = tl.arange(0, 32 * WARPS)[:, None]
-    for j in tl.static_range(TILES):
-        tl.store(own + j * 128 * WARPS + t * 4 + tl.arange(0, 4)[None, :], sums[j])
-    members: tl.constexpr = SIZE // (16 * WARPS) if SIZE > 16 * WARPS else 1
-    blocks: tl.constexpr = members * 16 * WARPS // SIZE
+    height: tl.constexpr = 16 * STACK * ROWS
+    if tl.program_id(1) == 0:  # A will be wanted at once when the sums are there
+        line = tl.program_id(0) * height * SIZE + tl.arange(0, height * SIZE // 64) * 64
+        prefetch(a_ptr + tl.minimum(line, N * SIZE - 1))
+    sums = accumulate(
+        x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, STACK, ROWS, TILES, UNROLL, PARTS, True, True, BF16, PDL
+    )  # fmt: skip
+    keep(sums, part_ptr, STACK, ROWS, TILES)
+    programs = tl.num_programs(0)
+    members: tl.constexpr = SIZE // height if height < SIZE else 1
+    blocks: tl.constexpr = members * height // SIZE
     group = tl.program_id(0) // members
     here = tl.minimum(members, programs - group * members)
-    if arrive_last(sem_ptr + group, here * parts):
+    if arrive_last(sem_ptr + group, here * PARTS):
         r = tl.arange(0, SIZE)[:, None]
         m = tl.arange(0, BM)[None, :]
-        c = tl.arange(0, PART)
+        c = tl.arange(0, PIECE)
         for block in range(group * blocks, tl.minimum(group * blocks + blocks, N // SIZE)):
             acc = tl.zeros((SIZE, BM), tl.float32)
-            for first in range(0, SIZE, PART):
+            for first in tl.static_range(0, SIZE, PIECE):
                 a = tl.load(a_ptr + (block * SIZE + r) * SIZE + first + c[None, :])
-                z = _sums(part_ptr, block * SIZE + first + c[:, None], m, programs, parts, WARPS, TILES)
+                z = _sums(part_ptr, block * SIZE + first + c[:, None], m, programs * STACK * ROWS, PARTS, TILES)
                 acc = dot(a, z.to(a.dtype), acc, WIDE)
             n = block * SIZE + r
             store(acc, m * N + n, n, (m < M) & (n < N), bias_ptr, y_ptr, BIAS)

@@ -26,16 +26,17 @@ def problem(rows, out_features, in_features, size_a, size_b, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(
-    ("shape", "warps", "split"),
+    ("shape", "stack", "split"),
     [
-        ((64, 128, 16, 32), 4, 1),  # several blocks of A in a program
-        ((256, 192, 128, 64), 2, 3),  # several programs for a block of A
-        ((96, 64, 32, 64), 4, 2),  # a last program that is not full
+        ((64, 128, 16, 32), 2, 1),  # several blocks of A in a program
+        ((256, 192, 128, 64), 1, 3),  # several programs for a block of A
+        ((96, 64, 32, 64), 2, 2),  # a last program that is not full
     ],
 )
-def test_two_launches(rows, shape, warps, split, dtype):
+def test_two_launches(rows, shape, stack, split, dtype):
     x, core, a, b, bias, expected = problem(rows, *shape, dtype)
-    semaphore, config = new_semaphore(len(core), "cpu"), {"warps": warps, "split": split, "unroll": 2}
+    semaphore = new_semaphore(len(core), "cpu")
+    config = {"warps": 4, "stack": stack, "row_tiles": 2, "split": split, "unroll": 2}
     assert_close(ops.run_armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore, config), expected)
     assert not semaphore.any()
 

@@ -12,7 +12,7 @@ from tests.test_packing import sparse
 ROWS = [1, 3, 7, 16, 17, 63]
 SHAPES = [(40, 132), (128, 192), (5, 4)]  # out, in: neither, both and none of the tiles filled
 DTYPES = [torch.float16, torch.bfloat16]
-MMA = {"kernel": "mma", "warps": 4, "split": 1, "unroll": 2, "ordered": False}
+MMA = {"kernel": "mma", "warps": 4, "stack": 1, "row_tiles": 1, "split": 1, "unroll": 2, "ordered": False}
 DOT = {"kernel": "dot", "bm": 16, "bn": 64, "bk": 64, "split": 1, "warps": 4, "stages": 3}
 
 
@@ -34,11 +34,19 @@ def check(x, weight, bias, run):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("split", "ordered"), [(1, False), (3, True)])
-def test_mma(rows, shape, dtype, split, ordered):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},  # all warps along K
+        {"stack": 4, "row_tiles": 2, "split": 3, "ordered": True},  # all warps along the rows, more rows than there are
+        {"stack": 2, "row_tiles": 2, "split": 2, "unroll": 1},
+    ],
+    ids=["along", "stacked", "both"],
+)
+def test_mma(rows, shape, dtype, settings):
     x, weight, bias = problem(rows, shape, dtype)
     fragments = to_fragments(*pack24(weight))
-    config = {**MMA, "split": split, "ordered": ordered}
+    config = {**MMA, **settings}
     check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
 
 
