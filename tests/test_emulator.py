@@ -85,6 +85,8 @@ INSTRUCTIONS = {
     "add.s32 %r5, %r1, %r2": lambda a, b, c, d: a + b,
     "sub.u32 %r5, %r1, %r2": lambda a, b, c, d: a - b,
     "mul.lo.s32 %r5, %r1, %r2": lambda a, b, c, d: a * b,
+    "mul.hi.s32 %r5, %r1, 1431655766": lambda a, b, c, d: signed(a) * 1431655766 >> 32,
+    "mul.hi.u32 %r5, %r1, %r2": lambda a, b, c, d: a * b >> 32,
     "mad.lo.u32 %r5, %r1, 0x22, 0x1010": lambda a, b, c, d: a * 0x22 + 0x1010,
     "min.s32 %r5, %r1, -5": lambda a, b, c, d: min(signed(a), -5),
     "max.u32 %r5, %r1, %r2": lambda a, b, c, d: max(a, b),

@@ -124,6 +124,8 @@ def operation(opcode):
         return [kind, kind, "pred"], kind, lambda a, b, which: np.where(which, a, b)
     if name in SHIFTS:
         return [kind, "u32"], kind, SHIFTS[name]
+    if name == "mul" and modifiers == ["hi"] and kind[1:] in ("16", "32"):
+        return [kind], kind, lambda a, b: (a.astype(f"{a.dtype.kind}8") * b >> 8 * a.itemsize).astype(a.dtype)
     if not set(modifiers) <= KNOWN or name not in SAME:
         return None
     if "wide" in modifiers:

@@ -312,6 +312,8 @@ class _Decoder:
         left = self.packed(operands[1], "b32") if in_registers else self.read(operands[1], "u64")
 
         def multiply(p):
+            for register in operands[0]:  # what is not added to need not be there
+                p.registers.setdefault(register, np.full(p.threads, ~np.uint32(0)))
             for first in range(0, p.threads, 128):
                 group = slice(first, first + 128)
                 held, columns = left(p)[group], tensor_cores.descriptor(_one(right(p)[group]), int(shape[1]), major[-1])

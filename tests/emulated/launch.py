@@ -133,5 +133,6 @@ def emulated(device, folder):
         patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(plain_new(*args, **options)))
         patch.setattr(backend, "nvidia", lambda: True)
         patch.setattr(backend, "runs", lambda x: x.dtype in backend.DTYPES)
-        patch.setattr(backend, "sparse_tensor_cores", lambda device: True)
+        patch.setattr(backend, "sparse_tensor_cores", lambda _: True)
+        patch.setattr(backend, "hopper", lambda _: device.target >= 90)
         yield device

@@ -19,7 +19,7 @@ def run(assembly, inputs, outputs):
     registers = {f"${outputs + place}": value for place, value in enumerate(inputs)}
     shape = inputs[0].shape
     for line in assembly.strip().strip("{}").split(";"):
-        if not line.strip() or line.strip().startswith(".reg"):
+        if not line.strip() or line.strip().startswith((".reg", "bar.warp.sync", "prefetch")):  # none of them computes
             continue
         name, operands = line.strip().split(None, 1)
         target, *sources = (operand.strip() for operand in operands.split(","))
@@ -51,7 +51,7 @@ def create_inline_asm(self, assembly, constraints, handles, types, is_pure, pack
         return _Result([interpreter.TensorHandle(result, tl.float32)])
     assert pack == 1
     with np.errstate(over="ignore"):
-        results = run(assembly, [part.view(np.uint32) for part in inputs], constraints.count("="))
+        results = run(assembly, [part.astype(np.uint32) for part in inputs], constraints.count("="))
     return _Result([interpreter.TensorHandle(part.view(np.int32), tl.int32) for part in results])
 
 
