@@ -31,7 +31,7 @@ GEMV = {"kernel": "gemv", "warps": 2}
 SKINNY = {"kernel": "dot", "bm": 16, "bn": 64, "bk": 64, "warps": 4, "stages": 3}
 ARMOR = {"warps": 4, "row_tiles": 2, "unroll": 2}
 ALONG = {}  # all warps along K
-STACKED = {"stack": 4, "row_tiles": 2, "split": 3, "ordered": True}  # all warps along the rows
+STACKED = {"stack": 4, "row_tiles": 2, "split": 3, "unroll": 1, "ordered": True}  # all warps along the rows
 BOTH = {"stack": 2, "row_tiles": 2, "split": 2, "unroll": 1}
 
 

@@ -66,8 +66,7 @@ class _Decoder:
         def put(p, value, mask):
             value = into(value)
             if mask is not None:
-                old = p.registers.get(operand)
-                value = np.where(mask, value, ~np.zeros_like(value) if old is None else old)
+                value = np.where(mask, value, p.registers[operand])
             p.registers[operand] = value
 
         return put
@@ -312,8 +311,6 @@ class _Decoder:
         left = self.packed(operands[1], "b32") if in_registers else self.read(operands[1], "u64")
 
         def multiply(p):
-            for register in operands[0]:  # what is not added to need not be there
-                p.registers.setdefault(register, np.full(p.threads, ~np.uint32(0)))
             for first in range(0, p.threads, 128):
                 group = slice(first, first + 128)
                 held, columns = left(p)[group], tensor_cores.descriptor(_one(right(p)[group]), int(shape[1]), major[-1])

@@ -9,6 +9,17 @@ from tests.emulated.ptx import Kernel
 from tests.emulated.shared import Shared
 
 
+class Registers(dict):
+    """Arrays by name. One that nobody wrote is all ones, NaN as a float: compilers read some whose value is of no account."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def __missing__(self, name):
+        return ~np.zeros(self.kernel.threads, self.kernel.dtype(name))
+
+
 @dataclass
 class Program:
     """The state of one program. `active` is None while all threads are at `place`, else a mask; the others wait elsewhere."""
@@ -18,7 +29,7 @@ class Program:
     view: View
     shared: Shared
     threads: int
-    registers: dict = field(default_factory=dict)
+    registers: Registers
     place: int = 0
     active: np.ndarray | None = None
     waiting: dict = field(default_factory=dict)  # place -> mask
@@ -95,7 +106,9 @@ def execute(kernel: Kernel, code, grid, params, memory: Memory, shared: int, see
         special = fixed | {name: np.full(kernel.threads, value, np.uint32) for name, value in numbers.items()}
         views.append(View(memory))
         given = dict(zip(kernel.params, params, strict=True))
-        running.append(run(Program(given, special, views[-1], Shared(kernel.static + shared), kernel.threads), code))
+        running.append(
+            run(Program(given, special, views[-1], Shared(kernel.static + shared), kernel.threads, Registers(kernel)), code)
+        )
     with np.errstate(all="ignore"):
         while running:
             place = generator.integers(len(running))
