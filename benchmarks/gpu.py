@@ -70,7 +70,7 @@ def dot_configs(rows: int) -> list[dict[str, Any]]:
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     return [
         {"kernel": "dot", "bm": block, "bn": bn, "bk": bk, "split": split, "warps": 4, "stages": 3}
-        for bn, bk, split in itertools.product((32, 64), (64, 128), (1, 2, 4, 8))
+        for bn, bk, split in itertools.product((16, 32), (128, 256), (1, 2, 4, 8))
     ]
 
 

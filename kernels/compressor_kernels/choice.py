@@ -56,9 +56,9 @@ def rule(op: str, out_features: int, in_features: int, rows: int, processors: in
     if op in ("fragments", "armor"):
         return _mma(out_features, in_features, rows, processors)
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    programs = -(-out_features // 64) * -(-rows // block)
-    split = _split(3 * processors, programs, in_features, 16 * block)
-    return {"kernel": "dot", "bm": block, "bn": 64, "bk": 128, "split": split, "warps": 4, "stages": 3}
+    programs = -(-out_features // 32) * -(-rows // block)
+    split = _split(5 * processors, programs, in_features, 16 * block)
+    return {"kernel": "dot", "bm": block, "bn": 32, "bk": 128, "split": split, "warps": 4, "stages": 3}
 
 
 def _mma(out_features: int, in_features: int, rows: int, processors: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ byte permutations (PRMT); elsewhere, and in the interpreter, the same in plain a
 import triton
 import triton.language as tl
 
-from compressor_kernels.split import dot, finish
+from compressor_kernels.split import dot, finish, synchronous
 
 # Selectors of PRMT pick bytes 0..3 of the pair or, with 4, a zero: four zeros a word, and the bytes 0x10 and 0x32 of the
 # first and second value at the bytes 2 i0 and 2 i1 of the eight.
@@ -73,6 +73,7 @@ def product(
 
     Grid (N / BN, PARTS of K, M / BM), rounded up.
     """
+    synchronous(BN)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from compressor_kernels.split import dot, finish
+from compressor_kernels.split import dot, finish, synchronous
 
 
 @triton.jit
@@ -12,6 +12,7 @@ def product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K], y [M, N]; grid (N / BN, PARTS of K, M / BM), rounded up."""
+    synchronous(BN)
     n = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
     m = tl.program_id(2) * BM + tl.arange(0, BM)[None, :]
     row = tl.minimum(n, N - 1)

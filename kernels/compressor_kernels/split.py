@@ -50,6 +50,16 @@ def total(place, stride, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
+def synchronous(BN: tl.constexpr):
+    """Assert that products of BN rows are not asynchronous on Hopper.
+
+    For 64 rows and more Triton takes wgmma. Triton 3.6 leaves out the fence between it and asynchronous copies (mended in
+    3.7.1), and its operands in registers may be overwritten too early by ptxas before CUDA 13.3 (Triton issue 11781).
+    """
+    tl.static_assert(BN < 64)
+
+
+@triton.jit
 def dot(a, b, acc, WIDE: tl.constexpr):
     """acc + a b. WIDE: in float32, for the interpreter, which multiplies the bits of bfloat16 as if they were integers."""
     if WIDE:

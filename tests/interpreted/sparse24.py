@@ -13,7 +13,7 @@ ROWS = [1, 3, 7, 16, 17, 63]
 SHAPES = [(40, 132), (128, 192), (5, 4)]  # out, in: neither, both and none of the tiles filled
 DTYPES = [torch.float16, torch.bfloat16]
 MMA = {"kernel": "mma", "warps": 4, "stack": 1, "row_tiles": 1, "split": 1, "unroll": 2, "ordered": False}
-DOT = {"kernel": "dot", "bm": 16, "bn": 64, "bk": 64, "split": 1, "warps": 4, "stages": 3}
+DOT = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 64, "split": 1, "warps": 4, "stages": 3}
 
 
 def problem(rows, shape, dtype, most=2):
