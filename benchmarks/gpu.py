@@ -69,8 +69,8 @@ def mma_configs(out_features: int, rows: int, processors: int, heights: tuple[in
 def dot_configs(rows: int) -> list[dict[str, Any]]:
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     return [
-        {"kernel": "dot", "bm": block, "bn": bn, "bk": bk, "split": split, "warps": 4, "stages": 3}
-        for bn, bk, split in itertools.product((16, 32), (128, 256), (1, 2, 4, 8))
+        {"kernel": "dot", "bm": block, "bn": 32, "bk": bk, "split": split, "warps": warps, "stages": 3}
+        for warps, bk, split in itertools.product((2, 4), (128, 256), (1, 2, 4, 8))
     ]
 
 

@@ -58,7 +58,7 @@ def rule(op: str, out_features: int, in_features: int, rows: int, processors: in
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     programs = -(-out_features // 32) * -(-rows // block)
     split = _split(5 * processors, programs, in_features, 16 * block)
-    return {"kernel": "dot", "bm": block, "bn": 32, "bk": 128, "split": split, "warps": 4, "stages": 3}
+    return {"kernel": "dot", "bm": block, "bn": 32, "bk": 128, "split": split, "warps": 2, "stages": 3}
 
 
 def _mma(out_features: int, in_features: int, rows: int, processors: int) -> dict[str, Any]:
