@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,6 +68,7 @@ def in_processes(size, function):
         if not (child := os.fork()):
             code = 9
             try:
+                torch.set_num_threads(torch.get_num_threads())  # makes the thread pool that a fork loses: two threads would race
                 os.environ |= dict(zip(PORTS, ("127.0.0.1", str(port), str(rank), str(size), str(size)), strict=True))
                 function(rank)
                 code = 0
