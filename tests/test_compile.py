@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = [80, 89, 90]
+NEEDED = {80: 14 << 10, 89: 6 << 10, 90: 26 << 10}  # bytes: bandwidth · 750 ns / multiprocessors of an A100, an L40S, an H200
 BF16 = dict.fromkeys(("bias_ptr", "y_ptr", "a_ptr", "b_ptr"), "*bf16")
 X16 = {**BF16, "x_ptr": "*bf16", "w_ptr": "*bf16", "o_ptr": "*bf16", "m_ptr": "*i16"}
 ARRANGED = dict(WARPS=8, STACK=1, ROWS=1, UNROLL=1, PARTS=4, BF16=True, BIAS=True, PDL=False)
@@ -134,7 +135,7 @@ def test_mma(compiled, target, arrangement, tiles, ordered, registers, instructi
     assert per_weight(body, 8, batch * 8 * 16 * 64) <= instructions
     ahead = under_way(made, 8)
     print(f"{ahead / 1024:.0f} KB of weights under way in a multiprocessor")
-    assert ahead >= (40 << 10 if tiles <= 2 else 24 << 10)
+    assert ahead >= NEEDED[target]
     check_operands(made.ttgir)
 
 
@@ -168,14 +169,14 @@ def test_mma_in_float16_with_a_last_tile_that_is_not_full(compiled, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_armor(compiled, target):
     shared = dict(TILES=1, BM=16, SIZE=128, WIDE=False, PDL=target == 90)
-    constants = dict(ARRANGED, STACK=4, ROWS=2, PIECE=64 if target == 90 else 16, **shared)
+    constants = dict(ARRANGED, STACK=4, ROWS=2, PIECE=128 if target == 90 else 16, **shared)
     made = compiled(wrapped.product, BF16, constants, target, 8, num_stages=1)
     assert made.spilled <= (0 if target == 90 else 16)  # what lets another program run is worth it at the very end
     assert not any(name.startswith(("LDL", "STL")) for name in operations(loop(made.code, "HMMA.SP")))
-    assert made.registers <= 88
-    assert made.shared <= 20 << 10  # what was loaded ahead would not leave room for two programs
+    assert made.registers <= 112  # two programs a multiprocessor
+    assert made.shared <= 44 << 10  # what was loaded ahead would not leave room for several programs
     assert sum("HMMA.SP" in name for name in operations(loop(made.code, "HMMA.SP"))) == 8
-    assert under_way(made, 8) >= 40 << 10
+    assert under_way(made, 8) >= NEEDED[target]
     check_operands(made.ttgir)
     assert ("ACQBULK" in made.code) == (target == 90)
     made = compiled(wrapped.apply_b, X16, dict(ROWS=32, **shared), target, 4)
@@ -210,7 +211,7 @@ def test_dot(compiled, target):
 def test_layouts(compiled, target):
     stored = compiled(expand.unpack_stored, {"m_ptr": "*i16"}, dict(BN=16, BK=256, ASM=True), target, 4)
     fragments = compiled(expand.unpack_fragments, {}, dict(ASM=True), target, 2)
-    order = compiled(mma.order, {}, dict(TILES=2), target, 2)
+    order = compiled(mma.order, {}, dict(TILES=2, PDL=False), target, 2)
     assert not any(made.spilled for made in (stored, fragments, order))
     assert any("STG.E.128" in name for name in stored.operations)
     assert any("LDG.E.128" in name for name in fragments.operations)

@@ -1,6 +1,6 @@
 """y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked function, the op, the launches.
 
-Up to 96 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a multiple of 64 and both
+Up to 64 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a multiple of 64 and both
 blocks are powers of two from 16 to 256. Everything else is the product of sparse24.py between two of torch.
 """
 
@@ -94,7 +94,7 @@ def run_armor(
     n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = core.words.shape[:2]
     stack, rows, parts, tiles, pdl = config["stack"], config["row_tiles"], config["split"], -(-m // 8), config.get("pdl", False)
-    programs, piece = -(-nt // (stack * rows)), 16 if not backend.hopper(x.device) else 64 if tiles <= 2 else 32
+    programs, piece = -(-nt // (stack * rows)), 16 if not backend.hopper(x.device) else 128 if tiles <= 2 else 32
     common: dict[str, Any] = {
         "TILES": tiles, "BM": max(16, next_power_of_2(8 * tiles)), "WIDE": backend.interpreting(), "PDL": pdl,
     }  # fmt: skip

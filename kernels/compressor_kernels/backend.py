@@ -84,7 +84,7 @@ def device_name(device: torch.device) -> str:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any) -> None:
-    """Start a kernel on the device of its first argument; with `pdl` while the one before it may still run (it waits inside)."""
+    """Start a kernel on the device of its first argument; with `pdl` before the one ahead of it has ended (it waits inside)."""
     if pdl:
         settings["launch_pdl"] = True
     with torch.cuda.device_of(arguments[0]):

@@ -65,6 +65,6 @@ def product(
             x0, x1 = _float(met, BF16)
             acc = acc + v0 * x0 + v1 * x1
     # rows gid and gid + 8 of the tile: the sum over warps, over tig and over the two halves of the groups
-    rows = tl.sum(tl.sum(tl.sum(acc.reshape(WARPS, 8, 4, 2, 2), axis=0), axis=1), axis=1)
+    rows = tl.sum(tl.sum(tl.sum(acc.reshape(WARPS, 8, 4, 2, 2), axis=3), axis=2), axis=0)
     n = tl.program_id(0) * 16 + tl.arange(0, 8)[:, None] + 8 * tl.arange(0, 2)[None, :]
     finish(rows, n, n, n < N, tl.program_id(0), tl.num_programs(0), part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS)

@@ -94,6 +94,17 @@ def _add(
 
 
 @triton.jit
+def _over_warps(part, ALONG: tl.constexpr, LANES: tl.constexpr):
+    """float32 [ALONG · LANES, 4] -> [LANES, 4], summed. Not `tl.sum`: for it Triton 3.6 puts 32 lanes on one bank."""
+    part = tl.permute(part.reshape(ALONG, LANES, 4), (1, 2, 0))
+    for level in tl.static_range(4):
+        if (ALONG >> level) > 1:
+            even, odd = tl.split(part.reshape(LANES, 4, (ALONG >> level) // 2, 2))
+            part = even + odd
+    return part.reshape(LANES, 4)
+
+
+@triton.jit
 def accumulate(
     x_ptr, v_ptr, m_ptr, M, K, KT, NT,
     WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
@@ -110,10 +121,11 @@ def accumulate(
     end = tl.minimum(start + own, KT)
     kt = start + t // 32 // STACK
     if PDL:
-        for u in tl.static_range(UNROLL):
+        for u in tl.static_range(2 * UNROLL):
             for r in tl.static_range(ROWS):
                 ahead = tl.minimum(tile + r, NT - 1) * KT + tl.minimum(kt + u * along, KT - 1)
                 prefetch(v_ptr + ahead * 256 + lane * 8)
+                prefetch(m_ptr + ahead * 32 + lane)
         tl.extra.cuda.gdc_wait()
     sums = ()
     for _ in tl.static_range(TILES * ROWS):
@@ -131,7 +143,7 @@ def accumulate(
     if along > 1:
         added = ()
         for i in tl.static_range(TILES * ROWS):
-            added = added + (tl.sum(sums[i].reshape(along, 32 * STACK, 4), axis=0),)  # noqa: RUF005
+            added = added + (_over_warps(sums[i], along, 32 * STACK),)  # noqa: RUF005
         sums = added
     return sums
 
@@ -184,8 +196,13 @@ def product(
 
 
 @triton.jit
-def order(x_ptr, o_ptr, M, K, TILES: tl.constexpr):
-    """x int32 [M, K / 2] -> fragment order int32 [KT, TILES, 2, 32, 4], zeros where there is no x. Grid (KT, TILES)."""
+def order(x_ptr, o_ptr, M, K, TILES: tl.constexpr, PDL: tl.constexpr):
+    """x int32 [M, K / 2] -> fragment order int32 [KT, TILES, 2, 32, 4], zeros where there is no x. Grid (KT, TILES).
+
+    PDL: let the next kernel be launched while this one runs.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.arange(0, 64)[:, None]  # step and lane
     c = tl.arange(0, 4)[None, :]
     m = tl.program_id(1) * 8 + t % 32 // 4

@@ -165,7 +165,7 @@ def run_fragments(
         stack, rows, tiles, pdl = config["stack"], config["row_tiles"], -(-m // 8), config.get("pdl", False)
         programs, lanes = -(-nt // (stack * rows)), 32 * stack * rows * tiles
         parts, partial = workspace(x, semaphore, config["split"], programs, 4 * lanes)
-        x2 = ordered(x2, tiles) if config["ordered"] else words(x2)
+        x2 = ordered(x2, tiles, pdl) if config["ordered"] else words(x2)
         launch(mma.product, (programs, parts),
             x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, STACK=stack, ROWS=rows,
             TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"], EVEN=k % 64 == 0, BF16=bf16,
@@ -186,13 +186,13 @@ def fragments_are_right(device: torch.device) -> bool:
     return bool((y - expected).norm() < 1e-3 * expected.norm())
 
 
-def ordered(x: Tensor, tiles: int) -> Tensor:
-    """x `[rows, in]` in fragment order, int32 `[ktiles, tiles, 2, 32, 4]`, filled up with zeros."""
+def ordered(x: Tensor, tiles: int, pdl: bool = False) -> Tensor:
+    """x `[rows, in]` in fragment order, int32 `[ktiles, tiles, 2, 32, 4]`, filled up with zeros; `pdl`: the next launch waits."""
     from compressor_kernels import mma
 
     m, k = x.shape
     result = torch.empty(-(-k // 64), tiles, 2, 32, 4, dtype=torch.int32, device=x.device)
-    launch(mma.order, result.shape[:2], words(x), result, m, k, TILES=tiles, num_warps=2)
+    launch(mma.order, result.shape[:2], words(x), result, m, k, TILES=tiles, PDL=pdl, num_warps=2)
     return result
 
 

@@ -39,7 +39,7 @@ def arrive_last(sem_ptr, parts):
 
 @triton.jit
 def total(place, stride, mask, PARTS: tl.constexpr):
-    """Sum of the parts at `place`, `stride` apart, in their order; all of them are loaded before the first is added."""
+    """Sum of the parts at `place`, `stride` apart, in their order; no load of one waits for another."""
     parts = ()
     for part in tl.static_range(PARTS):
         parts = parts + (tl.load(place + part * stride, mask=mask, other=0, cache_modifier=".cg"),)  # noqa: RUF005
@@ -86,7 +86,7 @@ def finish(acc, place, n, mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr
     else:
         size: tl.constexpr = acc.shape[0] * acc.shape[1]
         own = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-        tl.store(part_ptr + (tl.program_id(1) * count + index) * size + own, acc)
+        tl.store(part_ptr + (tl.program_id(1) * count + index) * size + own, acc, mask=mask)
         if arrive_last(sem_ptr + index, PARTS):
             acc = total(part_ptr + index * size + own, count * size, mask, PARTS)
             tl.store(sem_ptr + index, 0)

@@ -74,8 +74,8 @@ def product(
         for block in range(group * blocks, tl.minimum(group * blocks + blocks, N // SIZE)):
             acc = tl.zeros((SIZE, BM), tl.float32)
             for first in tl.static_range(0, SIZE, PIECE):
-                a = tl.load(a_ptr + (block * SIZE + r) * SIZE + first + c[None, :])
                 z = _sums(part_ptr, block * SIZE + first + c[:, None], m, programs * STACK * ROWS, PARTS, TILES)
+                a = tl.load(a_ptr + (block * SIZE + r) * SIZE + first + c[None, :])
                 acc = dot(a, z.to(a.dtype), acc, WIDE)
             n = block * SIZE + r
             store(acc, m * N + n, n, (m < M) & (n < N), bias_ptr, y_ptr, BIAS)
