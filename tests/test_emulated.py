@@ -6,12 +6,16 @@ conversions through shared memory, bfloat16, and the protocol between programs u
 
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+
+from compressor.bench.ahead import compile_ahead  # noqa: E402
 from compressor_kernels import armor as armor_ops  # noqa: E402
 from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
@@ -142,6 +146,22 @@ def test_the_check_at_load_time(device):
     assert ops.fragments_are_right(torch.device("cpu"))
     device.edit = lambda text: text.replace("0x1;", "0x0;")  # the metadata of the other step
     assert not ops.fragments_are_right(torch.device("cpu"))
+
+
+def test_what_was_compiled_ahead_is_launched(device, monkeypatch):
+    made, plain = [], CUDABackend.make_cubin
+    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *args: made.append(args) or plain(*args))
+    x, weight, bias = problem(5, (48, 64), BF16)
+    fragments, semaphore = to_fragments(*pack24(weight)), ops.new_semaphore(48, "cpu")
+    config = {**MMA, "warps": 2, "split": 2, "ordered": True}
+    run = partial(ops.run_fragments, x, fragments, 48, bias, semaphore, config)
+    compile_ahead([run, partial(ops.run_fragments, x, fragments, 48, bias, semaphore, {"kernel": "none"})])
+    assert made
+    assert not device.launches
+    made.clear()
+    assert_close(run(), x.double() @ weight.double().T + bias.double())
+    assert not made
+    assert len(device.launches) == 2
 
 
 def split_mma(device):

@@ -111,7 +111,9 @@ ALLOWED = {
     | {"compressor"},
     "compressor/allocation.py": LEAVES | {f"compressor.{name}" for name in ("blocks", "calibration", "job", "ratios", "trial")},
     "compressor/arrange.py": BASE | {"compressor_kernels"} | {f"compressor_kernels.{name}" for name in ("linear", "siblings")},
-    "compressor/bench/": BASE | {"compressor_kernels.linear", "compressor_kernels.packing"},
+    "compressor/bench/": BASE
+    | {"compressor_kernels"}
+    | {f"compressor_kernels.{name}" for name in ("armor", "fragments", "linear", "lowrank", "packing")},
     "compressor/runtime.py": FORMATS
     | BASE
     | {f"compressor.{name}" for name in ("checkpoint", "conversion", "layout", "packed_experts")}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 BATCHES = (1, 4, 16)
+ROUND = 16  # tokens that are timed together
 
 
 class Decoder:
@@ -61,12 +62,13 @@ def measure_model(model: Any, label: str, batches: tuple[int, ...] = BATCHES, pr
             decoder = Decoder(model, batch, prompt, tokens + 8)
             step, note = decoder.step, f"not captured: {str(error).splitlines()[0]}"
         seconds = []
-        for _ in range(tokens):
+        for _ in range(tokens // ROUND):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            step()
+            for _ in range(ROUND):
+                step()
             torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append((time.perf_counter() - start) / ROUND)
         rows.append({
             "model": label, "batch": batch, "tokens_per_s": round(batch / statistics.median(seconds), 1),
             "ms_per_step": round(1e3 * statistics.median(seconds), 3),

@@ -19,9 +19,14 @@ ROWS = (1, 4, 16, 32, 64, 96, 256, 2048)
 OPS = ("sparse24", "armor", "lowrank")
 
 
+def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal numbers from a generator of their own: that of the device is out of order after a capture that failed."""
+    return torch.randn(*shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
+
+
 def random24(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A random weight with the two largest of each group of four kept."""
-    weight = torch.randn(out_features, in_features // 4, 4, dtype=dtype, device=device) / in_features**0.5
+    weight = random(out_features, in_features // 4, 4, dtype=dtype, device=device) / in_features**0.5
     kept = weight.abs().topk(2, dim=-1).indices
     return torch.zeros_like(weight).scatter_(-1, kept, weight.gather(-1, kept)).view(out_features, in_features)
 
@@ -59,23 +64,21 @@ def measure_shape(
     count = copies(weight.nbytes // 2, device)
     dense = [weight.clone() for _ in range(count)]
     packed = {op: [module(op, weight) for _ in range(count)] for op in ops if op != "armor" or (n % 128 == 0 and k % 128 == 0)}
-    found = []
-    for m in rows:
-        x = torch.randn(m, k, dtype=dtype, device=device)
-        base = {"out": n, "in": k, "rows": m, "dtype": str(dtype).removeprefix("torch.")}
-        cublas = measure(_calls(dense, lambda w, x=x: linear(x, w)))
-        found.append(_row({**base, "op": "dense"}, cublas, cublas.median, weight.nbytes + x.nbytes + 2 * m * n, copied))
-        theirs, reason = _semi_structured(weight, x, count)
-        if theirs is not None:
-            size = weight.nbytes * 9 // 16
-            found.append(_row({**base, "op": "torch semi-structured"}, theirs, cublas.median, size + x.nbytes + 2 * m * n, copied))
-        else:
-            found.append({**base, "op": "torch semi-structured", "note": reason})
+    inputs = {m: random(m, k, dtype=dtype, device=device) for m in rows}
+    found, times = [], {}
+    for m, x in inputs.items():
+        base = _base(weight, x)
+        times[m] = measure(_calls(dense, lambda w, x=x: linear(x, w)))
+        found.append(_row({**base, "op": "dense"}, times[m], times[m].median, weight.nbytes + x.nbytes + 2 * m * n, copied))
         for op, modules in packed.items():
             time = measure(_calls(modules, lambda made, x=x: made(x)))
             size = nbytes(modules[0]) + x.nbytes + 2 * m * n
-            found.append(_row({**base, "op": op}, time, cublas.median, size, copied))
-    return found
+            found.append(_row({**base, "op": op}, time, times[m].median, size, copied))
+    return found + _semi_structured(weight, inputs, count, {m: time.median for m, time in times.items()}, copied)
+
+
+def _base(weight: Tensor, x: Tensor) -> dict[str, Any]:
+    return {"out": len(weight), "in": weight.shape[1], "rows": len(x), "dtype": str(x.dtype).removeprefix("torch.")}
 
 
 def _calls(weights: list[Any], call: Callable[[Any], Any]) -> list[Callable[[], Any]]:
@@ -95,12 +98,23 @@ def _row(base: dict[str, Any], time: Any, dense_us: float, size: int, copied: fl
     }
 
 
-def _semi_structured(weight: Tensor, x: Tensor, count: int) -> tuple[Any, str]:
-    """PyTorch's own 2:4 product, or None and why not."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            weights = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(count)]
-            return measure(_calls(weights, lambda w: linear(x, w))), ""
-    except Exception as error:  # a backend that is not there, a capture it does not allow: it is not ours
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def _semi_structured(
+    weight: Tensor, inputs: dict[int, Tensor], count: int, dense_us: dict[int, float], copied: float
+) -> list[dict[str, Any]]:
+    """PyTorch's own 2:4 product with its default algorithm; from where it fails on, why. Last, as a failed capture lingers."""
+    found, weights, reason = [], [], ""
+    for m, x in inputs.items():
+        row = {**_base(weight, x), "op": "torch semi-structured"}
+        try:
+            if not reason:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    weights = weights or [torch.sparse.to_sparse_semi_structured(weight) for _ in range(count)]
+                    time = measure(_calls(weights, lambda w, x=x: linear(x, w)))
+                size = weight.nbytes * 9 // 16 + x.nbytes + 2 * m * len(weight)
+                found.append(_row(row, time, dense_us[m], size, copied))
+        except Exception as error:  # a backend that is not there, a capture it does not allow: it is not ours
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if reason:
+            found.append({**row, "note": reason})
+    return found

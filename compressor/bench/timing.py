@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from compressor.errors import CompressError
 
 COPIES = 8  # at least so many weights take turns
+LAUNCHES = 64  # that share the start of a graph
+BUSY = 0.01  # seconds
 
 
 class Time(NamedTuple):
@@ -65,26 +68,31 @@ def copies(nbytes: int, device: torch.device) -> int:
 
 
 def measure(calls: Sequence[Callable[[], Any]], replays: int = 20) -> Time:
-    """The time of one of `calls`, which are captured one after the other and replayed together."""
+    """The time of one of `calls`, which are captured one after the other, LAUNCHES or more in all, and replayed together.
+
+    The clock is not started before the GPU has been busy for a while: an idle one runs slowly.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles and warms up outside the capture
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, rounds = torch.cuda.CUDAGraph(), -(-LAUNCHES // len(calls))
     with torch.cuda.graph(graph):
-        for call in calls:
+        for call in list(calls) * rounds:
             call()
-    for _ in range(3):
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < BUSY:
         graph.replay()
+        torch.cuda.synchronize()
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
     for start, end in marks:
         start.record()
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    each = torch.tensor([start.elapsed_time(end) * 1000 / len(calls) for start, end in marks], dtype=torch.float64)
+    each = torch.tensor([start.elapsed_time(end) * 1000 / (len(calls) * rounds) for start, end in marks], dtype=torch.float64)
     return Time(*(float(each.quantile(q)) for q in (0.5, 0.2, 0.8)))
 
 
