@@ -17,6 +17,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 
 from compressor.bench.ahead import compile_ahead  # noqa: E402
 from compressor_kernels import armor as armor_ops  # noqa: E402
+from compressor_kernels import choice  # noqa: E402
 from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
 from compressor_kernels.fragments import to_fragments  # noqa: E402
@@ -188,6 +189,16 @@ def test_the_weight_is_read_once_and_coalesced(device, rows):
     read = device.launches[-1].traffic
     for name, tensor in (("v_ptr", fragments.values), ("m_ptr", fragments.words)):
         assert read[name] == (tensor.nbytes // 32, tensor.nbytes // 32)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_shared_memory_without_bank_conflicts(device, rows):
+    """With the arrangement for a large weight, whose warps share out K."""
+    x, weight, bias = problem(rows, (128, 256), BF16)
+    config = {**choice.rule("fragments", 4096, 4096, rows, 132), "split": 2}
+    check(x, weight, bias, lambda semaphore: ops.run_fragments(x, to_fragments(*pack24(weight)), 128, bias, semaphore, config))
+    requests, cycles = device.launches[-1].shared
+    assert 0 < requests == cycles
 
 
 # What would go wrong if the code were a little different: each edit of the PTX must be noticed.

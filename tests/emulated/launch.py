@@ -41,7 +41,8 @@ class Device:
         target: ten times the compute capability.
         seed: of the order in which programs go on.
         edit: applied to the PTX, to break it on purpose.
-        launches: a record of each, `name` and `traffic`: argument -> (sectors requested, distinct sectors), of reads.
+        launches: a record of each: `name`; `traffic`, argument -> (sectors requested, distinct sectors), of reads; `shared`,
+            requests to shared memory and the cycles they take.
         before: (address, bytes) of what the last launch was given, as it was before.
     """
 
@@ -90,8 +91,8 @@ class Launcher:
         regions = gather({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
         memory = Memory(regions, device.before if getattr(self.metadata, "launch_pdl", False) else None)
         device.before = [(region.start, region.real.copy()) for region in regions]
-        execute(kernel, code, (x, y, z), params, memory, self.metadata.shared, device.seed)
-        device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions)))
+        shared = execute(kernel, code, (x, y, z), params, memory, self.metadata.shared, device.seed)
+        device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions), shared=shared))
 
 
 def bits(value):

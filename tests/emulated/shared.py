@@ -71,13 +71,24 @@ class Shared:
         self.unfenced = np.zeros(len(self.bytes), bool)  # written since the last fence.proxy.async
         self.epoch = 0
         self.open, self.groups = [], []
+        self.requests, self.cycles = 0, 0  # of 128 bytes; one cycle each, and more where lanes meet in a bank
 
     def _threads(self, addresses, width, mask):
         threads = np.arange(len(addresses)) if mask is None else np.flatnonzero(mask)
         offsets = addresses[threads].astype(np.int64)
         assert not (offsets % width).any(), f"an address in shared memory is not a multiple of {width}"
         assert ((offsets >= 0) & (offsets + width <= self.size)).all(), f"out of bounds: shared memory has {self.size} bytes"
+        self._count(threads, offsets, max(4, width))
         return threads, offsets
+
+    def _count(self, threads, offsets, width):
+        """A request is what so many lanes ask for at once; it takes as long as the bank with the most words does."""
+        words = (offsets[:, None] // 4 + np.arange(width // 4)) | (threads[:, None] // (128 // width)) << 32
+        distinct = np.unique(words)
+        _, met = np.unique(distinct >> 32 << 32 | distinct % 32, return_counts=True)
+        requests, first = np.unique(np.unique(distinct >> 32 << 32 | distinct % 32) >> 32, return_index=True)
+        self.requests += len(requests)
+        self.cycles += int(np.maximum.reduceat(met, first).sum()) if len(met) else 0
 
     def load(self, addresses, width, mask):
         """uint8 [threads, width]."""
