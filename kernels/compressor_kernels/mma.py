@@ -68,7 +68,7 @@ def _load(
             w0 = tl.load(v, mask=(here < end)[:, None], other=0, eviction_policy="evict_first")
             w1 = tl.load(v + 128, mask=(here < end)[:, None], other=0, eviction_policy="evict_first")
             word = tl.load(m_ptr + place * 32 + lane, mask=here < end, other=0x44444444, eviction_policy="evict_first")
-            found = found + (w0, w1, word)  # noqa: RUF005
+            found = found + (w0, w1, word)
     return found
 
 
@@ -88,7 +88,7 @@ def _add(
                 w0, w1, word = loaded[3 * (u * ROWS + r)], loaded[3 * (u * ROWS + r) + 1], loaded[3 * (u * ROWS + r) + 2]
                 words = tl.broadcast_to(word[:, None], (word.shape[0], 4))
                 acc = _mma(sums[j * ROWS + r], w0, x0, words, 0, BF16)
-                added = added + (_mma(acc, w1, x1, words, 1, BF16),)  # noqa: RUF005
+                added = added + (_mma(acc, w1, x1, words, 1, BF16),)
         sums = added
     return sums
 
@@ -129,7 +129,7 @@ def accumulate(
         tl.extra.cuda.gdc_wait()
     sums = ()
     for _ in tl.static_range(TILES * ROWS):
-        sums = sums + (tl.zeros((32 * WARPS, 4), tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros((32 * WARPS, 4), tl.float32),)
     # One batch is always under way while the tensor cores work on the other; two in turn, so that neither is ever copied.
     one = _load(v_ptr, m_ptr, kt, end, tile, lane, KT, NT, ROWS, UNROLL, along)
     for _ in range(start, end, 2 * step):
@@ -143,7 +143,7 @@ def accumulate(
     if along > 1:
         added = ()
         for i in tl.static_range(TILES * ROWS):
-            added = added + (_over_warps(sums[i], along, 32 * STACK),)  # noqa: RUF005
+            added = added + (_over_warps(sums[i], along, 32 * STACK),)
         sums = added
     return sums
 

@@ -42,7 +42,7 @@ def total(place, stride, mask, PARTS: tl.constexpr):
     """Sum of the parts at `place`, `stride` apart, in their order; no load of one waits for another."""
     parts = ()
     for part in tl.static_range(PARTS):
-        parts = parts + (tl.load(place + part * stride, mask=mask, other=0, cache_modifier=".cg"),)  # noqa: RUF005
+        parts = parts + (tl.load(place + part * stride, mask=mask, other=0, cache_modifier=".cg"),)
     acc = parts[0]
     for part in tl.static_range(1, PARTS):
         acc += parts[part]
