@@ -29,10 +29,9 @@ from typing import Any
 import torch
 
 from compressor.bench import check, decode, kernels, report, timing, tune
+from compressor.cli.bench import numbers, out_in
 from compressor.errors import CompressError
 from compressor_kernels import backend, choice
-from compressor_kernels.linear import Sparse24Linear
-from compressor_kernels.packing import pack24
 from compressor_kernels.siblings import join
 
 PARTS = ("check", "tune", "kernels", "decode")
@@ -98,7 +97,8 @@ def decode_random(device: torch.device, layers: int) -> list[dict[str, Any]]:
         for parent in (layer.self_attn, layer.mlp):
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
-                    setattr(parent, name, _random_packed(linear))
+                    n, k = linear.weight.shape
+                    setattr(parent, name, kernels.module("sparse24", kernels.random24(n, k, linear.weight.dtype, device)))
         join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
         join([layer.mlp.gate_proj, layer.mlp.up_proj])
     gc.collect()
@@ -106,31 +106,12 @@ def decode_random(device: torch.device, layers: int) -> list[dict[str, Any]]:
     return rows + decode.measure_model(model, "2:4")
 
 
-def _random_packed(linear: torch.nn.Linear) -> Sparse24Linear:
-    n, k = linear.weight.shape
-    made = Sparse24Linear(k, n, bias=False, dtype=linear.weight.dtype, device=linear.weight.device)
-    made.weight_values.data, made.weight_metadata = pack24(kernels.random24(n, k, linear.weight.dtype, linear.weight.device))
-    made.prepare_()
-    return made
-
-
-def listed(text: str) -> tuple[int, ...]:
-    """`1,4,16` as numbers."""
-    return tuple(int(count) for count in text.split(","))
-
-
-def shape(text: str) -> tuple[int, int]:
-    """`4096x14336` as out and in."""
-    n, _, k = text.partition("x")
-    return int(n), int(k)
-
-
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; repeatable")
     parser.add_argument("--quick", action="store_true", help="two shapes, few rows of x, four decoder blocks")
-    parser.add_argument("--shape", type=shape, action="append", help="OUTxIN, only this one; repeatable")
-    parser.add_argument("--rows", type=listed, help="of x, such as 1,4,16")
+    parser.add_argument("--shape", action="append", help="OUTxIN, only this one; repeatable")
+    parser.add_argument("--rows", help="of x, such as 1,4,16")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which `tune` begins nothing more")
     parser.add_argument("--write-table", action="store_true", help=f"put the best settings into {TABLE.name}")
     parser.add_argument("--output", type=Path, help="folder of the results; what is there already is kept")
@@ -141,6 +122,8 @@ def main() -> None:
     """Run the parts, and write what was found as soon as it is."""
     chosen = options()
     try:
+        only = tuple(out_in(text) for text in chosen.shape or ())
+        rows = tuple(numbers(chosen.rows, "--rows")) if chosen.rows else ()
         device = timing.need_gpu()
     except CompressError as error:
         sys.exit(f"error: {error}")
@@ -149,8 +132,8 @@ def main() -> None:
     facts = timing.environment(device)
     folder = chosen.output or Path(__file__).parent / "results" / f"{datetime.date.today()}-{facts['gpu'].replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = chosen.shape or (QUICK_SHAPES if chosen.quick else kernels.SHAPES)
-    few, many = (chosen.rows or usual for usual in (((1, 16),) * 2 if chosen.quick else (TUNED_ROWS, kernels.ROWS)))
+    shapes = only or (QUICK_SHAPES if chosen.quick else kernels.SHAPES)
+    few, many = (rows or usual for usual in (((1, 16),) * 2 if chosen.quick else (TUNED_ROWS, kernels.ROWS)))
     parts = chosen.part or PARTS
 
     if "check" in parts and not all_right(device, folder, facts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -87,3 +88,48 @@ def cli(monkeypatch, capfd):
         return SimpleNamespace(stdout=printed.out, stderr=printed.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A packed output, as `compress prune tester/base` would leave it, with scores beside it."""
+    from compressor.pipeline import prune
+    from compressor.recipe import Recipe
+
+    out = tmp_path_factory.mktemp("made") / "out"
+    prune(Recipe(str(DEMO), method="magnitude"), out)
+    (out / "recipe.toml").write_text((out / "recipe.toml").read_text().replace(str(DEMO), "tester/base"))
+    store(out, "books", "data/books.jsonl", {"token_perplexity,none": 121.9375, "token_perplexity_stderr,none": 0.5})
+    store(out, "arc_easy", "allenai/ai2_arc", {"acc,none": 0.25, "acc_norm,none": 0.5}, dataset_name="ARC-Easy")
+    return out
+
+
+def store(out, task, dataset, results, **config):
+    """Store scores as `compress eval` does, those of the baseline half as high."""
+    from compressor.checkpoint import Reader
+    from compressor.digest import checkpoint_digest
+    from compressor.scores import store_scores
+
+    def record(values):
+        return {
+            "results": {task: {"alias": task, **values}},
+            "configs": {task: {"task": task, "dataset_path": dataset, **config}},
+            "versions": {task: 1},
+            "n-shot": {task: 0},
+            "higher_is_better": {task: {"token_perplexity": False, "acc": True, "acc_norm": True}},
+            "n-samples": {task: {"original": 9, "effective": 7}},
+            "config": {"device": "cpu", "dtype": "float32"},
+        }
+
+    baseline = {**record({key: value / 2 for key, value in results.items()}), "digest": "b"}
+    store_scores(out, {**record(results), "digest": checkpoint_digest(Reader(out)), "baseline": baseline})
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    """A copy of `made`, to be changed."""
+    from compressor.scores import scores_path
+
+    shutil.copytree(made, tmp_path / "out")
+    shutil.copy(scores_path(made), scores_path(tmp_path / "out"))
+    return tmp_path / "out"

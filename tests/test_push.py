@@ -13,8 +13,6 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from compressor.checkpoint import INDEX, Reader
-from compressor.digest import checkpoint_digest
-from compressor.scores import scores_path
 from tests.conftest import DEMO
 from tests.hub_server import TOKEN, Fault, Repo, card_data, running
 
@@ -59,45 +57,6 @@ def push(child):
         return done
 
     return run
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A packed output, as `compress prune tester/base` would leave it, with scores beside it."""
-    from compressor.pipeline import prune
-    from compressor.recipe import Recipe
-
-    out = tmp_path_factory.mktemp("made") / "out"
-    prune(Recipe(str(DEMO), method="magnitude"), out)
-    (out / "recipe.toml").write_text((out / "recipe.toml").read_text().replace(str(DEMO), "tester/base"))
-    store(out, "books", "data/books.jsonl", {"token_perplexity,none": 121.9375, "token_perplexity_stderr,none": 0.5})
-    store(out, "arc_easy", "allenai/ai2_arc", {"acc,none": 0.25, "acc_norm,none": 0.5}, dataset_name="ARC-Easy")
-    return out
-
-
-def store(out, task, dataset, results, **config):
-    from compressor.scores import store_scores
-
-    def record(values):
-        return {
-            "results": {task: {"alias": task, **values}},
-            "configs": {task: {"task": task, "dataset_path": dataset, **config}},
-            "versions": {task: 1},
-            "n-shot": {task: 0},
-            "higher_is_better": {task: {"token_perplexity": False, "acc": True, "acc_norm": True}},
-            "n-samples": {task: {"original": 9, "effective": 7}},
-            "config": {"device": "cpu", "dtype": "float32"},
-        }
-
-    baseline = {**record({key: value / 2 for key, value in results.items()}), "digest": "b"}
-    store_scores(out, {**record(results), "digest": checkpoint_digest(Reader(out)), "baseline": baseline})
-
-
-@pytest.fixture
-def out(made, tmp_path):
-    shutil.copytree(made, tmp_path / "out")
-    shutil.copy(scores_path(made), scores_path(tmp_path / "out"))
-    return tmp_path / "out"
 
 
 def test_push_then_again_then_load_by_hub_id(hub, child, push, out):
@@ -330,119 +289,3 @@ def test_the_card_of_a_low_rank_model_calls_it_that(push, tmp_path):
     assert re.search(r"\| compressed \| \d+ linears, of low rank \(ranks \d+ to \d+, \d\d\.\d% of their parameters\) \|", card.text)
     assert re.search(r"\| parameters kept \| 5\d\.\d% of those of all linears in the decoder blocks \|", card.text)
     assert not {"pruned", "2:4"} & set(card.data.tags)
-
-
-PLAN = """version = 1
-[linears]
-"*.q_proj" = { keep = "50%" }
-"*.k_proj" = { dense = true }
-"*" = { pattern = "2:4" }
-"""
-
-
-@pytest.mark.parametrize(
-    ("settings", "plan", "said"),
-    [
-        (
-            dict(method="armor", options={"iterations": 1, "finish": 0, "overhead": 0.125}),
-            "",
-            ["packed 2:4 between block-diagonal factors (50.0% zeros in the 2:4 core)", "by compress-llm"],
-        ),
-        (dict(method="magnitude", pattern="60%"), "", ["28 linears, dense with zeros in place (60.0% zeros)", "not smaller than"]),
-        (
-            dict(method="svd"),
-            PLAN,
-            [
-                "24 linears: 4 of low rank (rank 32, 50.0% of their parameters); 20 packed 2:4 (50.0% zeros)",
-                "as its plan.toml says with svd and sparsegpt",
-                "| method | `svd`. Plain truncated SVD: the nearest weight of a rank, ‖W - U V‖_F, blind",
-                "; `sparsegpt`. SparseGPT: prune column by column",
-                "`plan.toml` beside it",
-                "| left dense | 5 weights, 4 inside the decoder blocks:",
-            ],
-        ),
-        (
-            dict(method="magnitude"),
-            'version = 1\n[linears]\n"*.q_proj" = { rank = 8 }\n"*" = { dense = true }\n',
-            ["4 linears, of low rank (rank 8,", "as its plan.toml says with svd_llm, by", "| method | `svd_llm`. SVD-LLM"],
-        ),
-    ],
-    ids=["armor", "dense", "mixed", "low rank of a plan"],
-)
-def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, plan, said):
-    from compressor.pipeline import prune
-    from compressor.publication import prepare
-    from compressor.recipe import Recipe
-
-    if plan:
-        (tmp_path / "plan.toml").write_text(plan)
-    recipe = Recipe(
-        str(DEMO), dataset=str(rows), num_samples=4, seq_len=32, plan=str(tmp_path / "plan.toml") if plan else "", **settings
-    )
-    prune(recipe, tmp_path / "out")
-    card = str(prepare(tmp_path / "out", "me/it", "", lambda name: (False, None)).card)
-    for text in said:
-        assert text in card
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda report: report.update(linears=[1]),
-        lambda report: report["linears"][0].pop("format"),
-        lambda report: report["linears"][0].update(format="lowrank"),
-        lambda report: report["totals"].update(ratio="a"),
-        lambda report: report["versions"].clear(),
-        lambda report: report.update(left_dense=[{"name": "a", "shape": [1]}]),
-        lambda report: report.update(input_bytes=-1),
-    ],
-    ids=range(7),
-)
-def test_a_damaged_report_is_no_card(out, change):
-    from compressor.errors import CheckpointError
-    from compressor.publication import prepare
-
-    report = json.loads((out / "report.json").read_text())
-    change(report)
-    (out / "report.json").write_text(json.dumps(report))
-    with pytest.raises(CheckpointError, match="is no report of this package"):
-        prepare(out, "me/it", "", lambda name: (False, None))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"results": 3},
-        {"results": {"t": 3}},
-        {"config": 3},
-        {"config": {}},
-        {"n-samples": {"t": 3}},
-        {"n-samples": {"t": {"effective": "x", "original": []}}},
-        {"versions_of": 3},
-        {"baseline": 3},
-        {"baseline": {"results": 3}},
-        {"baseline": {"results": {"t": 3}}},
-    ],
-    ids=str,
-)
-def test_damaged_scores_are_one_line_for_card_and_page(out, change):
-    from compressor.errors import CheckpointError
-    from compressor.page import read_record
-    from compressor.publication import prepare
-
-    path = scores_path(out)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match="is no record of `compress eval`"):
-        prepare(out, "me/it", "", lambda name: (False, None))
-    with pytest.raises(CheckpointError, match="is no record of `compress eval`"):
-        read_record(out)
-
-
-def test_a_baseline_without_a_number_is_a_dash(out):
-    from compressor.publication import prepare
-
-    path = scores_path(out)
-    found = json.loads(path.read_text())
-    found["baseline"]["results"]["books"]["token_perplexity,none"] = "x"
-    path.write_text(json.dumps(found))
-    assert "first 7 of 9 samples | – | 121.9 |" in str(prepare(out, "me/it", "", lambda name: (False, None)).card)

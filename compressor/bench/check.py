@@ -16,7 +16,7 @@ from compressor.bench.tune import describe, dot_configs
 from compressor_kernels import backend, choice
 from compressor_kernels import sparse24 as sparse
 from compressor_kernels.armor import run_armor
-from compressor_kernels.fragments import to_fragments
+from compressor_kernels.fragments import Fragments, to_fragments
 from compressor_kernels.lowrank import lowrank
 from compressor_kernels.packing import pack24, unpack24
 
@@ -37,16 +37,18 @@ def check(device: torch.device, shapes: Iterable[tuple[int, int]], rows: Sequenc
     for dtype, (n, k) in itertools.product((torch.bfloat16, torch.float16), shapes):
         weight, bias = random24(n, k, dtype, device), torch.randn(n, dtype=dtype, device=device)
         weight[: n // 2, :8] = 0  # groups without a value
-        cases = [case for m in rows for case in _cases(torch.randn(m, k, dtype=dtype, device=device), weight, bias)]
-        cases = _unpacked(weight) + cases
+        packed = pack24(weight)
+        assert torch.equal(unpack24(*packed), weight)
+        fragments, cases = to_fragments(*packed), _unpacked(packed, weight)
+        for m in rows:
+            x = torch.randn(m, k, dtype=dtype, device=device)
+            cases += _cases(x, packed, fragments, weight, bias) + _factored(x, fragments, weight, bias)
         compile_ahead(case.run for case in cases)
         shape = {"out": n, "in": k, "dtype": str(dtype).removeprefix("torch.")}
         yield from ({**shape, **_checked(case, {torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])} for case in cases)
 
 
-def _unpacked(weight: Tensor) -> list[Case]:
-    packed = pack24(weight)
-    assert torch.equal(unpack24(*packed), weight)
+def _unpacked(packed: tuple[Tensor, Tensor], weight: Tensor) -> list[Case]:
     runs = {
         "unpack_fragments": partial(sparse.unpack_fragments, to_fragments(*packed), *weight.shape),
         "unpack_stored": partial(sparse.unpack_stored, *packed),
@@ -54,10 +56,9 @@ def _unpacked(weight: Tensor) -> list[Case]:
     return [Case(name, 0, run, weight.double()) for name, run in runs.items()]
 
 
-def _cases(x: Tensor, weight: Tensor, bias: Tensor) -> list[Case]:
+def _cases(x: Tensor, packed: tuple[Tensor, Tensor], fragments: Fragments, weight: Tensor, bias: Tensor) -> list[Case]:
     (n, k), m, device = weight.shape, len(x), x.device
-    packed, semaphore = pack24(weight), sparse.new_semaphore(n, device)
-    fragments, expected = to_fragments(*packed), x.double() @ weight.double().T + bias.double()
+    semaphore, expected = sparse.new_semaphore(n, device), x.double() @ weight.double().T + bias.double()
     mma = {"kernel": "mma", "warps": 8, "stack": 1, "row_tiles": 1, "split": 1, "unroll": 1, "ordered": False}
     found = []
     for config in (
@@ -73,10 +74,10 @@ def _cases(x: Tensor, weight: Tensor, bias: Tensor) -> list[Case]:
     for config in (choice.rule("stored", n, k, m, backend.multiprocessors(device)), {**dot_configs(m)[0], "split": 2}):
         run = partial(sparse.run_stored, x, *packed, bias, semaphore, config)
         found.append(Case(describe(config), m, run, expected, semaphore))
-    return found + _factored(x, weight, bias)
+    return found
 
 
-def _factored(x: Tensor, weight: Tensor, bias: Tensor) -> list[Case]:
+def _factored(x: Tensor, fragments: Fragments, weight: Tensor, bias: Tensor) -> list[Case]:
     (n, k), m, dtype, device = weight.shape, len(x), x.dtype, x.device
     u, v = torch.randn(n, 48, dtype=dtype, device=device) / 7, torch.randn(48, k, dtype=dtype, device=device) / k**0.5
     semaphore = sparse.new_semaphore(max(n, 48), device)
@@ -84,7 +85,6 @@ def _factored(x: Tensor, weight: Tensor, bias: Tensor) -> list[Case]:
     found = [Case("lowrank", m, partial(lowrank, x, u, v, bias, semaphore), expected, semaphore)]
     if n % 128 == 0 and k % 128 == 0 and m <= 64:
         a, b = (torch.randn(size // 128, 128, 128, dtype=dtype, device=device) / 128**0.5 for size in (n, k))
-        fragments = to_fragments(*pack24(weight))
         inner = (x.double().view(m, -1, 1, 128) @ b.double().transpose(1, 2)).reshape(m, k)
         outer = ((inner @ weight.double().T).view(m, -1, 1, 128) @ a.double().transpose(1, 2)).reshape(m, n) + bias.double()
         usual = choice.rule("armor", n, k, m, backend.multiprocessors(device))

@@ -40,8 +40,8 @@ def bench(
 
     if output is not None and output.exists():
         raise OutputError(f"output {output} exists already; choose another with -o or remove it")
-    counts, sizes = _numbers(rows, "--rows"), _numbers(batches, "--batches")
-    shapes = [_shape(text) for text in shape or ()]
+    counts, sizes = numbers(rows, "--rows"), numbers(batches, "--batches")
+    shapes = [out_in(text) for text in shape or ()]
     from compressor.bench import report, timing
 
     device = timing.need_gpu()
@@ -106,19 +106,21 @@ def _shapes_of(reader: Any) -> list[tuple[int, int]]:
     return sorted({(shape[0], shape[1]) for shape in shapes if len(shape) == 2 and shape[1] % 4 == 0})
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> list[int]:
+    """`1,4,16` as numbers. Raises UsageError, which names the option."""
     from compressor.errors import UsageError
 
     try:
-        numbers = [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
+        found = []
+    if not found or min(found) < 1:
         raise UsageError(f"{option} is {text!r}; accepted: positive numbers separated by commas, such as 1,4,16")
-    return numbers
+    return found
 
 
-def _shape(text: str) -> tuple[int, int]:
+def out_in(text: str) -> tuple[int, int]:
+    """`4096x14336` as out and in. Raises UsageError."""
     from compressor.errors import UsageError
 
     parts = text.lower().split("x")

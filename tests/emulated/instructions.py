@@ -57,14 +57,10 @@ class _Decoder:
     def write(self, operand, kind):
         """A function (program, array of a type, mask or None) that puts it into a register."""
         dtype, held = np.dtype(TYPES[kind]), np.dtype(self.kernel.dtype(operand))
-        if held.itemsize == dtype.itemsize:
-            into = lambda value: value.astype(dtype, copy=False).view(held)  # noqa: E731
-        else:
-            signed = held if dtype.kind == "u" else np.dtype(f"i{held.itemsize}")
-            into = lambda value: value.astype(dtype, copy=False).astype(signed).view(held)  # noqa: E731
+        wide = dtype if held.itemsize == dtype.itemsize else held if dtype.kind == "u" else np.dtype(f"i{held.itemsize}")
 
         def put(p, value, mask):
-            value = into(value)
+            value = value.astype(dtype, copy=False).astype(wide, copy=False).view(held)
             if mask is not None:
                 value = np.where(mask, value, p.registers[operand])
             p.registers[operand] = value

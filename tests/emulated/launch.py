@@ -23,6 +23,7 @@ from tests.emulated import ptx
 from tests.emulated.instructions import decode
 from tests.emulated.machine import execute
 from tests.emulated.memory import Memory, Region, traffic
+from tests.poison import poison
 
 plain = cache(ptx.plain)
 
@@ -121,17 +122,11 @@ def gather(tensors):
 @contextmanager
 def emulated(device, folder):
     """Launches inside go to `device`; Triton compiles into `folder`. What a kernel does not write is NaN."""
-    plain, plain_new = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         patch.setattr(CUDABackend, "make_cubin", lambda self, source, metadata, options, capability: source.encode())
         patch.setattr(driver, "_active", device)
-        patch.setattr(torch, "empty", lambda *args, **options: poison(plain(*args, **options)))
-        patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(plain_new(*args, **options)))
+        poison(patch)
         patch.setattr(backend, "nvidia", lambda: True)
         patch.setattr(backend, "runs", lambda x: x.dtype in backend.DTYPES)
         patch.setattr(backend, "sparse_tensor_cores", lambda _: True)
