@@ -29,8 +29,8 @@ import torch
 
 from compressor import pipeline
 from compressor.errors import OutputError
-from compressor.journal import report_path, work_path
 from compressor.recipe import Recipe
+from compressor.work_state import report_path, work_path
 
 CASES = {
     "magnitude, packed": {"method": "magnitude"},

@@ -30,15 +30,17 @@ from torch import Tensor, nn
 
 from compressor import data
 from compressor.allocation import sharing
-from compressor.blocks import compress_blocks, silent
+from compressor.blocks import compress_blocks
 from compressor.calibration import States
 from compressor.evaluate import perplexity
-from compressor.job import Job, make_job
+from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import calibrate
+from compressor.progress import silent
 from compressor.ratios import allocator, dense
 from compressor.recipe import Recipe
 from compressor.refine import refinement
+from compressor.task import Job
 from compressor.trial import Trial
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))

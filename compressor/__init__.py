@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from compressor.blocks import Progress
+    from compressor.progress import Progress
     from compressor.report import Report
 
 __all__ = ["load", "prune"]
@@ -93,7 +93,7 @@ def prune(
         trust_remote_code: run Python code that the checkpoint brings; default False.
         device: "auto", "cpu", "cuda", "cuda:1", …
         max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk, Gram matrices are built in groups.
-        progress: called after each step, see `compressor.blocks.Progress`.
+        progress: called after each step, see `compressor.progress.Progress`.
 
     Returns:
         The report that is also in the folder, with the cost of this run under `run`.
@@ -117,8 +117,8 @@ def prune(
     for name in ("refine_only", "ignore"):
         settings[name] = None if settings[name] is None else list(settings[name])
     merged = merge(load(find(recipe)) if recipe else {}, settings, [])
-    from compressor.blocks import silent
     from compressor.pipeline import prune as run
+    from compressor.progress import silent
 
     return run(merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent)
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from compressor.blocks import Progress
 from compressor.calibration import States
-from compressor.job import Job
 from compressor.pattern import Pattern
+from compressor.progress import Progress
 from compressor.ratios import dense, uniform
-from compressor.trial import Trial
+from compressor.task import Job
+from compressor.trial import Trial, better
 
 
 def allocate(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
@@ -69,15 +68,3 @@ def _leave_dense(job: Job, states: States | None, device: torch.device, progress
     )
     facts = {"by": "dense-fraction", "dense": sorted(kept), **facts}
     return better(Trial(job, states, device), {"no linear dense": job, "dense-fraction": chosen}, facts, progress)
-
-
-def better(trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], progress: Progress) -> Job:
-    """The last of two jobs if its divergence on the calibration is lower than that of the first, else the first.
-
-    Both numbers are in the `allocation` of the job that is returned.
-    """
-    (plain, first), (name, second) = jobs.items()
-    divergences = {key: trial.divergence(job, progress) for key, job in jobs.items()}
-    taken = divergences[name] < divergences[plain]
-    found = {**facts, "divergence": divergences, "tokens": trial.tokens, "taken": name if taken else plain}
-    return replace(second if taken else first, allocation=found)

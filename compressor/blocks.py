@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.hidden import advance
-from compressor.job import Job, Task
 from compressor.memory import gram_bytes, in_groups
+from compressor.progress import Progress
 from compressor.refine.tune import tune
 from compressor.report import BlockRow
 from compressor.stats import InputStats, collecting, output_error
+from compressor.task import Job, Task
 
 FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
@@ -56,24 +57,6 @@ Made = tuple[Form, Seen | None]
 
 Store = Callable[[Task, Form, Seen | None], None]
 """Told of each finished linear: its task, the form it has now, what the calibration showed of it."""
-
-
-Losses = tuple[float, float]
-
-
-class Progress(Protocol):
-    """Told after each step: its name, how many are done of how many, and what is finished: a block's row, or a linear's name
-    and the losses that its method started from and arrived at."""
-
-    def __call__(
-        self, step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Losses | None = None
-    ) -> None:
-        """Called after each step."""
-        ...
-
-
-def silent(*_: Any, **__: Any) -> None:
-    """A Progress that says nothing."""
 
 
 def compress_blocks(

@@ -30,44 +30,28 @@ from typing import Any, Self
 from compressor.durable import sync, write_file
 from compressor.errors import CompressError, InterruptedRun, OutputError, ProcessError
 from compressor.fingerprint import difference
-
-_BEGIN, _COMPLETE, _REPORT = "begin", "complete", "report.json"
-
-
-def work_path(output: Path) -> Path:
-    """Where the work state of a run that makes `output` lies."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def report_path(output: Path) -> Path:
-    """Where the record of a run goes that differs from run to run: beside the folder, which does not."""
-    return output.with_name(f"{output.name}.report.json")
+from compressor.work_state import BEGIN, COMPLETE, REPORT, damaged, is_complete, report_path, state_file, work_path
 
 
 def read_settings(output: Path) -> dict[str, Any]:
     """What the unfinished run of `output` was asked for. Raises OutputError where there is none."""
     work = work_path(output)
-    if not _path(work, _BEGIN).is_file():
+    if not state_file(work, BEGIN).is_file():
         there = f"; {output} is there, and complete" if output.is_dir() else ""
         raise OutputError(f"there is no unfinished run of {output} to go on with: {work} holds none{there}")
-    return _read(work, _BEGIN)["settings"]
+    return _read(work, BEGIN)["settings"]
 
 
 def describe(output: Path) -> str | None:
     """How far the unfinished run of `output` came and how to go on with it; None where nothing is left of one."""
     work = work_path(output)
-    if not _path(work, _BEGIN).is_file():
+    if not state_file(work, BEGIN).is_file():
         return None
     done = len(list(work.glob("block-*.json")))
     return (
         f"{done} blocks of {output} are done: the same command, or `compress resume {output}`, goes on with the next; "
         f"to give it up remove {work}"
     )
-
-
-def is_complete(output: Path) -> bool:
-    """Whether all of `output` was made, and only its name, or the report beside it, may be missing."""
-    return _path(work_path(output), _BEGIN).is_file() and _path(work_path(output), _COMPLETE).is_file()
 
 
 class Journal:
@@ -105,7 +89,7 @@ class Journal:
         try:
             self._open(made)
         except BaseException as error:
-            if not _path(self.folder, _BEGIN).is_file():
+            if not state_file(self.folder, BEGIN).is_file():
                 self._remove()
             os.close(self._lock)
             if isinstance(error, OSError):
@@ -117,14 +101,14 @@ class Journal:
         self.complete = is_complete(self.output)
         if self.output.exists() and not self.complete:
             raise OutputError(f"output {self.output} exists already; choose another with -o or remove it")
-        if not _path(self.folder, _BEGIN).is_file():
+        if not state_file(self.folder, BEGIN).is_file():
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             self._begin["made"] = made
-            _write(self.folder, _BEGIN, self._begin)
+            _write(self.folder, BEGIN, self._begin)
             return
-        found = _read(self.folder, _BEGIN)
+        found = _read(self.folder, BEGIN)
         if different := difference(found["fingerprint"], self._begin["fingerprint"]):
             raise OutputError(
                 f"{self.folder} holds an unfinished run of {self.output} that is not this one: {different}; "
@@ -150,7 +134,7 @@ class Journal:
         return any(path.name != "begin.json" for path in self.folder.glob("*.json"))
 
     def _remove(self) -> None:
-        _path(self.folder, _BEGIN).unlink(missing_ok=True)  # first: what a kill leaves of the rest then counts for nothing
+        state_file(self.folder, BEGIN).unlink(missing_ok=True)  # first: what a kill leaves of the rest then counts for nothing
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.output.exists():
             for parent in self._begin["made"]:
@@ -159,7 +143,7 @@ class Journal:
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """`make()`, a JSON value; where this run got as far before it was cut off, what it gave then."""
-        if _path(self.folder, name).is_file():
+        if state_file(self.folder, name).is_file():
             return _read(self.folder, name)
         value = make()
         _write(self.folder, name, value)
@@ -174,17 +158,17 @@ class Journal:
         """Give the finished `folder` its name, and put the report of this run beside it. Returns the report."""
         folder, output = self.folder / "folder", self.output
         if not self.complete:
-            write_file(self.folder / _REPORT, report.encode())
-            _write(self.folder, _COMPLETE, json.loads(report))
+            write_file(self.folder / REPORT, report.encode())
+            _write(self.folder, COMPLETE, json.loads(report))
             self.complete = True
-        value = _read(self.folder, _COMPLETE)
+        value = _read(self.folder, COMPLETE)
         if folder.exists():
             if output.exists():
                 raise OutputError(f"output {output} has come into being meanwhile; move it away, then: {describe(output)}")
             os.replace(folder, output)
             sync(output.parent)
-        if (self.folder / _REPORT).exists():
-            os.replace(self.folder / _REPORT, report_path(output))
+        if (self.folder / REPORT).exists():
+            os.replace(self.folder / REPORT, report_path(output))
             sync(output.parent)
         return value
 
@@ -211,18 +195,14 @@ def _lock(folder: Path) -> int:
             ) from None
 
 
-def _path(work: Path, name: str) -> Path:
-    return work / f"{name}.json"
-
-
 def _write(work: Path, name: str, value: Any) -> None:
     text = json.dumps(value)
-    write_file(_path(work, name), json.dumps({"sha256": _sum(text), "value": value}).encode())
+    write_file(state_file(work, name), json.dumps({"sha256": _sum(text), "value": value}).encode())
 
 
 def _read(work: Path, name: str) -> Any:
     try:
-        found = json.loads(_path(work, name).read_bytes())
+        found = json.loads(state_file(work, name).read_bytes())
         if found["sha256"] == _sum(json.dumps(found["value"])):
             return found["value"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -232,8 +212,3 @@ def _read(work: Path, name: str) -> Any:
 
 def _sum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def damaged(work: Path, what: str) -> OutputError:
-    """The error for a work state that cannot be trusted."""
-    return OutputError(f"the work state {work} is damaged: {what}; remove {work} to start anew")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressor import calibration, data, plan
 from compressor.allocation import allocate
-from compressor.blocks import Progress, Seen, Store, compress_blocks, silent
+from compressor.blocks import Seen, Store, compress_blocks
 from compressor.calibration import States, batch_size
 from compressor.checkpoint import Reader
 from compressor.distributed import Group, local_device, processes
@@ -31,16 +31,19 @@ from compressor.fingerprint import fingerprint
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.hidden import Batches
-from compressor.job import Job, Task, make_job
-from compressor.journal import Journal, work_path
+from compressor.job import make_job
+from compressor.journal import Journal
 from compressor.layout import compressed_config, module_entry
 from compressor.memory import choose_home, gram_room, parse_size
 from compressor.model import WEIGHT_DTYPES
 from compressor.pattern import Pattern
+from compressor.progress import Progress, silent
 from compressor.ranks import Spectrum
 from compressor.ranks import allocate as ranks
 from compressor.recipe import Recipe
 from compressor.report import BlockRow, LinearRow, Report, peak_memory
+from compressor.task import Job, Task
+from compressor.work_state import work_path
 from compressor.writer import Writer, side_files
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from compressor import calibration
-from compressor.blocks import Progress, compress_blocks, silent
+from compressor.blocks import compress_blocks
 from compressor.calibration import States
 from compressor.head import divergence, head
-from compressor.job import Job
+from compressor.progress import Progress, silent
+from compressor.task import Job
 
 TOKENS = 16_384  # of the calibration that a trial compresses and measures with, if there are so many
 
@@ -40,3 +45,15 @@ class Trial:
             progress("trial", row.index + 1, len(job.tasks))
         with head(job.skeleton, states, self.device) as logits:
             return divergence(logits, self.exact, states.hidden)
+
+
+def better(trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], progress: Progress) -> Job:
+    """The last of two jobs if its divergence on the calibration is lower than that of the first, else the first.
+
+    Both numbers are in the `allocation` of the job that is returned.
+    """
+    (plain, first), (name, second) = jobs.items()
+    divergences = {key: trial.divergence(job, progress) for key, job in jobs.items()}
+    taken = divergences[name] < divergences[plain]
+    found = {**facts, "divergence": divergences, "tokens": trial.tokens, "taken": name if taken else plain}
+    return replace(second if taken else first, allocation=found)

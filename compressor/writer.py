@@ -24,7 +24,7 @@ from compressor import manifest
 from compressor.checkpoint import INDEX, ITEM_BITS, SINGLE, Reader
 from compressor.durable import sha256, sync, tensor_bytes
 from compressor.errors import OutputError
-from compressor.journal import damaged, is_complete, report_path, work_path
+from compressor.work_state import damaged, is_complete, report_path, work_path
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,19 +12,19 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 from compressor import calibration
-from compressor.allocation import allocate, better
-from compressor.blocks import silent
+from compressor.allocation import allocate
 from compressor.errors import NumericalError
 from compressor.gradients import next_token_loss
 from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import prune
+from compressor.progress import silent
 from compressor.ratios import curve, dense, ecoflap, owl
 from compressor.ratios.direct import divergence_curves
 from compressor.ratios.fisher import error_curves, sampled_label_loss
 from compressor.ratios.uniform import uniform
 from compressor.recipe import Recipe
-from compressor.trial import Trial
+from compressor.trial import Trial, better
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))  # those of the fixture `rows`

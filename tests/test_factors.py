@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.curvature import Factored, marginals
+from compressor.curvature import marginals
 from compressor.errors import NumericalError, UsageError
+from compressor.factor_store import Factored
 from compressor.formats.lowrank import LowRank
 from compressor.gradients import Taps
 from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, options_of, svd, svd_llm

@@ -12,8 +12,9 @@ import torch
 from compressor import pipeline
 from compressor.errors import OutputError
 from compressor.hidden import Batches
-from compressor.journal import Journal, is_complete, report_path, work_path
+from compressor.journal import Journal
 from compressor.recipe import Recipe
+from compressor.work_state import is_complete, report_path, work_path
 
 CASES = {
     "magnitude": {"method": "magnitude"},

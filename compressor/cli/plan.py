@@ -16,8 +16,8 @@ from compressor.cli.prune import most, show_allocation
 from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
-    from compressor.job import Job
     from compressor.recipe import Recipe
+    from compressor.task import Job
 
 _EXAMPLES = """[bold]Examples[/bold]
 

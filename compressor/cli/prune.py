@@ -14,9 +14,9 @@ from compressor.cli import options
 from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
 
 if TYPE_CHECKING:
-    from compressor.job import Job, Task
     from compressor.recipe import Recipe
     from compressor.report import Report
+    from compressor.task import Job, Task
 
 _EXAMPLES = """[bold]Examples[/bold]
 

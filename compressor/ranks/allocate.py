@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from compressor.allocation import better
-from compressor.blocks import Progress, dense_blocks
+from compressor.blocks import dense_blocks
 from compressor.calibration import States
-from compressor.curvature import Factored, factor_all
-from compressor.job import Job, Task
+from compressor.curvature import factor_all
+from compressor.factor_store import Factored
+from compressor.progress import Progress
 from compressor.ranks import Ranks, Spectrum, check_some, largest_rank, rounded_down, uniform
 from compressor.ranks.measured import measured
 from compressor.stats import InputStats
-from compressor.trial import TOKENS, Trial
+from compressor.task import Job, Task
+from compressor.trial import TOKENS, Trial, better
 
 Spectra = dict[str, Spectrum]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from compressor.blocks import Progress
 from compressor.calibration import States
-from compressor.job import Job
+from compressor.progress import Progress
 from compressor.ratios import knapsack
 from compressor.ratios.fisher import error_curves
+from compressor.task import Job
 
 
 def choose(

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from compressor import calibration
-from compressor.blocks import Progress
 from compressor.calibration import States
 from compressor.head import divergence, head
-from compressor.job import Job
 from compressor.model import Skeleton
+from compressor.progress import Progress
 from compressor.ratios.fisher import Levels
 from compressor.ratios.precise import in_float32
 from compressor.stats import InputStats, collecting
+from compressor.task import Job
 
 
 @torch.no_grad()

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from compressor import calibration
-from compressor.blocks import Progress
 from compressor.calibration import States
 from compressor.gradients import Taps, backward_blocks, next_token_loss
 from compressor.head import head
-from compressor.job import Job
 from compressor.model import Linear, Skeleton
+from compressor.progress import Progress
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.precise import check_seen, in_float32
 from compressor.ratios.waterfill import waterfill
+from compressor.task import Job
 
 NEEDS_INPUTS = True
 _STEADY = 0.5  # rank correlation of two halves of the evaluations below which zeroth-order scores are called noise

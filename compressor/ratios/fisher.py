@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from compressor.blocks import Progress
 from compressor.calibration import States
 from compressor.gradients import Loss, Taps, backward_blocks, next_token_loss
-from compressor.job import Job, Task
 from compressor.pattern import Pattern
+from compressor.progress import Progress
 from compressor.ratios.precise import check_seen, in_float32
 from compressor.stats import InputStats
+from compressor.task import Job, Task
 
 Levels = Callable[[Task], Sequence[Pattern | int]]
 """The goals to try for a linear."""

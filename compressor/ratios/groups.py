@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from compressor.errors import UsageError
-from compressor.job import Job
 from compressor.model import Linear
 from compressor.ratios.apportion import evenly
+from compressor.task import Job
 
 Groups = Mapping[str, Sequence[Linear]]
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.blocks import Progress, dense_blocks
+from compressor.blocks import dense_blocks
 from compressor.calibration import States
 from compressor.errors import UsageError
-from compressor.job import Job
+from compressor.progress import Progress
 from compressor.ratios.apportion import apportion
 from compressor.ratios.groups import ceiling, groups, inside
+from compressor.task import Job
 
 NEEDS_INPUTS = True
 

@@ -8,8 +8,8 @@ from compressor import calibration
 from compressor.calibration import States
 from compressor.errors import NumericalError
 from compressor.gradients import Taps
-from compressor.job import Job
 from compressor.model import Skeleton
+from compressor.task import Job
 
 
 def check_seen(name: str, tap: Taps) -> None:

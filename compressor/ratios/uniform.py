@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from compressor.blocks import Progress
 from compressor.calibration import States
-from compressor.job import Job
+from compressor.progress import Progress
 from compressor.ratios.apportion import evenly
+from compressor.task import Job
 
 NEEDS_INPUTS = False
 
