@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compressor.progress import Progress
-    from compressor.report import Report
+    from compressor.records.report import Report
 
 __all__ = ["load", "prune"]
 

@@ -28,8 +28,8 @@ from compressor.formats.sparse24 import Sparse24
 from compressor.hidden import advance
 from compressor.memory import gram_bytes, in_groups
 from compressor.progress import Progress
+from compressor.records.report import BlockRow
 from compressor.refine.tune import tune
-from compressor.report import BlockRow
 from compressor.stats import InputStats, collecting, output_error
 from compressor.task import Job, Task
 

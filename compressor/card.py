@@ -15,7 +15,7 @@ from typing import Any
 
 from compressor.licence import Licence
 from compressor.methods import command, counterpart
-from compressor.scores import arrow, label, metrics
+from compressor.records.scores import arrow, label, metrics
 
 EVAL_RESULTS = ".eval_results/compress.yaml"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint import Reader
 from compressor.durable import sha256
-from compressor.report import versions
+from compressor.records.report import versions
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ from compressor.ranks import check_align, uniform
 from compressor.ratios import allocator
 from compressor.ratios.options import check as check_ratio_options
 from compressor.recipe import Recipe, check_options
+from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
-from compressor.report import LeftDense
 from compressor.task import Job, Task
 from compressor.writer import check_output
 

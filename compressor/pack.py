@@ -12,7 +12,7 @@ from compressor.experts import only_stacks
 from compressor.formats.sparse24 import Sparse24
 from compressor.layout import compressed_config, module_entry
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
-from compressor.report import LeftDense
+from compressor.records.report import LeftDense
 from compressor.writer import Writer, check_output
 
 

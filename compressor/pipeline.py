@@ -41,7 +41,7 @@ from compressor.progress import Progress, silent
 from compressor.ranks import Spectrum
 from compressor.ranks import allocate as ranks
 from compressor.recipe import Recipe
-from compressor.report import BlockRow, LinearRow, Report, peak_memory
+from compressor.records.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.task import Job, Task
 from compressor.work_state import work_path
 from compressor.writer import Writer, side_files

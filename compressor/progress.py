@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from compressor.report import BlockRow
+    from compressor.records.report import BlockRow
 
 Losses = tuple[float, float]
 

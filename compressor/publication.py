@@ -19,8 +19,8 @@ from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
 from compressor.layout import packed_modules
 from compressor.licence import Licence, from_file, from_folder
-from compressor.page.record import is_number, read_record
-from compressor.scores import read_scores, scores_path
+from compressor.records.read_report import is_number, read_record
+from compressor.records.scores import read_scores, scores_path
 from compressor.writer import is_side_file
 
 CARD, RECIPE, REPORT, PLAN = "README.md", "recipe.toml", "report.json", "plan.toml"

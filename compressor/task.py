@@ -16,7 +16,7 @@ from compressor.factor_store import Factored
 from compressor.methods import counterpart, factors, method_module
 from compressor.model import Linear, Skeleton
 from compressor.pattern import Pattern
-from compressor.report import LeftDense
+from compressor.records.report import LeftDense
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def store(out, task, dataset, results, **config):
     """Store scores as `compress eval` does, those of the baseline half as high."""
     from compressor.checkpoint import Reader
     from compressor.digest import checkpoint_digest
-    from compressor.scores import store_scores
+    from compressor.records.scores import store_scores
 
     def record(values):
         return {
@@ -128,7 +128,7 @@ def store(out, task, dataset, results, **config):
 @pytest.fixture
 def out(made, tmp_path):
     """A copy of `made`, to be changed."""
-    from compressor.scores import scores_path
+    from compressor.records.scores import scores_path
 
     shutil.copytree(made, tmp_path / "out")
     shutil.copy(scores_path(made), scores_path(tmp_path / "out"))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from compressor.scores import scores_path
+from compressor.records.scores import scores_path
 from tests.conftest import DEMO
 
 PLAN = """version = 1

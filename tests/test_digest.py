@@ -6,7 +6,7 @@ import shutil
 
 from compressor.checkpoint import Reader
 from compressor.digest import checkpoint_digest
-from compressor.scores import read_scores, scores_path, store_scores
+from compressor.records.scores import read_scores, scores_path, store_scores
 
 
 def digest(folder):

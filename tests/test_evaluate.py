@@ -13,7 +13,7 @@ from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError, UsageError
 from compressor.evaluate import DIVERGENCE, METRIC, candidate, evaluate, evaluate_all, lmeval, run, table, windows
 from compressor.evaluate.speed import measure_speed
-from compressor.scores import read_scores, scores_path
+from compressor.records.scores import read_scores, scores_path
 
 
 @pytest.fixture(autouse=True)

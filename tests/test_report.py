@@ -15,7 +15,7 @@ from compressor.errors import CheckpointError
 from compressor.page import draw, read_record, render
 from compressor.page.charts import _ticks, columns, heat_map
 from compressor.page.spectra import DEPTHS, spectra
-from compressor.scores import BY_TASK
+from compressor.records.scores import BY_TASK
 from tests.conftest import ROOT
 
 PARTS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]

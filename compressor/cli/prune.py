@@ -15,7 +15,7 @@ from compressor.cli.show import begin, err, out, pruning_progress, size, speaks,
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
-    from compressor.report import Report
+    from compressor.records.report import Report
     from compressor.task import Job, Task
 
 _EXAMPLES = """[bold]Examples[/bold]

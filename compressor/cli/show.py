@@ -17,7 +17,7 @@ from rich.table import Table
 from compressor.text import size as size  # the commands take it from here
 
 if TYPE_CHECKING:
-    from compressor.report import BlockRow
+    from compressor.records.report import BlockRow
 
 out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, markup=False)  # names come from files: no markup in them is ours

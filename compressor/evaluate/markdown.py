@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.scores import arrow, label, metrics
+from compressor.records.scores import arrow, label, metrics
 
 
 def table(scored: Mapping[str, Mapping[str, Any]]) -> str:

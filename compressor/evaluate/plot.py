@@ -8,7 +8,7 @@ from typing import Any
 
 from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
-from compressor.scores import arrow, label, metrics
+from compressor.records.scores import arrow, label, metrics
 
 _SUFFIXES = (".png", ".svg")
 _MOST = 9  # panels

@@ -22,8 +22,8 @@ from compressor.evaluate import lmeval
 from compressor.evaluate.candidate import Candidate, Text, own_text
 from compressor.evaluate.speed import measure_speed
 from compressor.evaluate.windows import DIVERGENCE, METRIC, Sums, score_windows
-from compressor.report import versions
-from compressor.scores import BY_TASK, label, metrics, store_scores
+from compressor.records.report import versions
+from compressor.records.scores import BY_TASK, label, metrics, store_scores
 
 _SCHEME = 1  # of what is cached; counts up when the meaning of a number changes
 
@@ -113,7 +113,7 @@ def evaluate(model: str, *, baseline: str | None = None, **settings: Any) -> dic
 def evaluate_all(models: Sequence[str], *, baseline: str | None = None, **settings: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Score the baseline and then `models`, each yielded with its name as soon as it is done, as `evaluate` returns it.
 
-    The scores of a model that is a local folder are stored beside it (`compressor.scores`), the baseline's among them.
+    The scores of a model that is a local folder are stored beside it (`compressor.records.scores`), the baseline's among them.
     """
     asked = Settings(**settings)
     lmeval.check_tasks(asked.tasks, asked.include_path)

@@ -18,8 +18,8 @@ from compressor import text
 from compressor.methods import command
 from compressor.page import charts
 from compressor.page.charts import Chart
-from compressor.page.record import Record, Row, read_record
 from compressor.page.spectra import spectra
+from compressor.records.read_report import Record, Row, read_record
 
 __all__ = ["draw", "read_record", "render"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from compressor.page.charts import WIDTH, Chart, canvas, curve, line, rect, short, write
-from compressor.page.record import Spectrum
+from compressor.records.read_report import Spectrum
 
 DEPTHS = 6  # colours of the lines
 _DECADES, _MOST_DECADES = 4, 9  # shown, counted from the largest value

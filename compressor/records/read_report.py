@@ -12,7 +12,7 @@ from compressor import text
 from compressor.checkpoint import Reader, read_json
 from compressor.digest import checkpoint_digest
 from compressor.errors import CheckpointError
-from compressor.scores import arrow, metrics, read_scores, scores_path
+from compressor.records.scores import arrow, metrics, read_scores, scores_path
 
 _LONGEST_RECIPE = 1 << 16
 
