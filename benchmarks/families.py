@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from compressor import calibration
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CompressError
 from compressor.model import Skeleton
 from compressor.pipeline import prune

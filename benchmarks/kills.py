@@ -28,9 +28,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from compressor import pipeline
+from compressor.checkpoint.work_state import report_path, work_path
 from compressor.errors import OutputError
 from compressor.recipe import Recipe
-from compressor.work_state import report_path, work_path
 
 CASES = {
     "magnitude, packed": {"method": "magnitude"},

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import compressor
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.data import evaluation_rows
 from compressor.evaluate import perplexity
 

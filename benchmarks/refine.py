@@ -29,7 +29,7 @@ from target import matched
 from torch import Tensor, nn
 
 from compressor import calibration, data
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.evaluate import perplexity
 from compressor.formats.dense import Dense
 from compressor.methods import method_module

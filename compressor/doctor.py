@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from compressor.cache import cache_folder
+from compressor.checkpoint.cache import cache_folder
 
 NEEDED = ["torch", "transformers", "accelerate", "safetensors", "huggingface-hub"]
 OPTIONAL = {

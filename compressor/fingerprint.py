@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint import Reader
-from compressor.durable import sha256
+from compressor.checkpoint.atomic import sha256
+from compressor.checkpoint.reader import Reader
 from compressor.records.report import versions
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from compressor.durable import tensor_bytes
+from compressor.checkpoint.atomic import tensor_bytes
 from compressor.errors import OutputError
 
 Step = Callable[[int, Tensor], Tensor]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.digest import file_sha256
+from compressor.checkpoint.digest import file_sha256
 from compressor.errors import HubError, UsageError
 from compressor.licence import Licence, from_card
 from compressor.publication import File, Publication

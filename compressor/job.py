@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor import data, plan
-from compressor.checkpoint import Reader, resolve
+from compressor.checkpoint.reader import Reader, resolve
+from compressor.checkpoint.writer import check_output
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
@@ -24,7 +25,6 @@ from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
 from compressor.task import Job, Task
-from compressor.writer import check_output
 
 if TYPE_CHECKING:
     pass

@@ -27,10 +27,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from compressor.durable import sync, write_file
+from compressor.checkpoint.atomic import sync, write_file
+from compressor.checkpoint.work_state import BEGIN, COMPLETE, REPORT, damaged, is_complete, report_path, state_file, work_path
 from compressor.errors import CompressError, InterruptedRun, OutputError, ProcessError
 from compressor.fingerprint import difference
-from compressor.work_state import BEGIN, COMPLETE, REPORT, damaged, is_complete, report_path, state_file, work_path
 
 
 def read_settings(output: Path) -> dict[str, Any]:

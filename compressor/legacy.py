@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Reader
+from compressor.checkpoint.packed_config import compressed_config
+from compressor.checkpoint.reader import Reader
+from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
 from compressor.formats.sparse24 import Sparse24
-from compressor.layout import compressed_config
-from compressor.writer import Writer, check_output
 
 PARTS = ("compressed", "bitmask", "shape")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import conversion
-from compressor.checkpoint import Reader, check_sizes
+from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, NumericalError
 from compressor.experts import attach, entering, expert_modules, matrices, use_linears
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Reader
+from compressor.checkpoint.packed_config import compressed_config, module_entry
+from compressor.checkpoint.reader import Reader
+from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
 from compressor.experts import only_stacks
 from compressor.formats.sparse24 import Sparse24
-from compressor.layout import compressed_config, module_entry
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.records.report import LeftDense
-from compressor.writer import Writer, check_output
 
 
 @dataclass(frozen=True)

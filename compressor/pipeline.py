@@ -24,7 +24,10 @@ from compressor import calibration, data, plan
 from compressor.allocation import allocate
 from compressor.blocks import Seen, Store, compress_blocks
 from compressor.calibration import States, batch_size
-from compressor.checkpoint import Reader
+from compressor.checkpoint.packed_config import compressed_config, module_entry
+from compressor.checkpoint.reader import Reader
+from compressor.checkpoint.work_state import work_path
+from compressor.checkpoint.writer import Writer, side_files
 from compressor.distributed import Group, local_device, processes
 from compressor.errors import DataError, UsageError
 from compressor.fingerprint import fingerprint
@@ -33,7 +36,6 @@ from compressor.formats.dense import Dense
 from compressor.hidden import Batches
 from compressor.job import make_job
 from compressor.journal import Journal
-from compressor.layout import compressed_config, module_entry
 from compressor.memory import choose_home, gram_room, parse_size
 from compressor.model import WEIGHT_DTYPES
 from compressor.pattern import Pattern
@@ -43,8 +45,6 @@ from compressor.ranks import allocate as ranks
 from compressor.recipe import Recipe
 from compressor.records.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.task import Job, Task
-from compressor.work_state import work_path
-from compressor.writer import Writer, side_files
 
 
 def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str = "", progress: Progress = silent) -> Report:

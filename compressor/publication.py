@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from compressor.card import EVAL_RESULTS, Facts, eval_results_file, make_card
-from compressor.checkpoint import INDEX, Reader, read_json
-from compressor.digest import checkpoint_digest
+from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.packed_config import packed_modules
+from compressor.checkpoint.reader import INDEX, Reader, read_json
+from compressor.checkpoint.writer import is_side_file
 from compressor.errors import CheckpointError
-from compressor.layout import packed_modules
 from compressor.licence import Licence, from_file, from_folder
 from compressor.records.read_report import is_number, read_record
 from compressor.records.scores import read_scores, scores_path
-from compressor.writer import is_side_file
 
 CARD, RECIPE, REPORT, PLAN = "README.md", "recipe.toml", "report.json", "plan.toml"
 _PICTURES = (".png", ".svg", ".html")

@@ -23,10 +23,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor import arrange
-from compressor.checkpoint import Reader, check_sizes
+from compressor.checkpoint.packed_config import GUARD, QUANT_METHOD, VERSION, packed_modules
+from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.conversion import whole_names
 from compressor.errors import CheckpointError, CompressError
-from compressor.layout import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.modules import packed_module
 from compressor.packed_experts import PackedExperts, swap_experts
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.errors import UsageError
 from compressor.experts import only_stacks
 from compressor.factor_store import Factored

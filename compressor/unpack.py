@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Reader
+from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, packed_modules, plain_config
+from compressor.checkpoint.reader import Reader
+from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
 from compressor.formats import form_class
-from compressor.layout import TRANSPOSED, module_entry, packed_modules, plain_config
-from compressor.writer import Writer, check_output
 
 
 def stored_suffixes(reader: Reader, name: str) -> list[str]:

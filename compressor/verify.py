@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import manifest
-from compressor.checkpoint import Reader, read_json
+from compressor.checkpoint import manifest
+from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, packed_modules
+from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CompressError, NumericalError
 from compressor.formats import Form, form_class
 from compressor.formats.dense import Dense
-from compressor.layout import TRANSPOSED, module_entry, packed_modules
 from compressor.pattern import Pattern
 from compressor_kernels.packing import pack24, unpack24
 

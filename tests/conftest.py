@@ -106,8 +106,8 @@ def made(tmp_path_factory):
 
 def store(out, task, dataset, results, **config):
     """Store scores as `compress eval` does, those of the baseline half as high."""
-    from compressor.checkpoint import Reader
-    from compressor.digest import checkpoint_digest
+    from compressor.checkpoint.digest import checkpoint_digest
+    from compressor.checkpoint.reader import Reader
     from compressor.records.scores import store_scores
 
     def record(values):

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import INDEX, Reader, read_header, resolve
+from compressor.checkpoint.reader import INDEX, Reader, read_header, resolve
+from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError, OutputError
-from compressor.writer import Writer, check_output
 
 
 @pytest.fixture
@@ -182,10 +182,10 @@ def test_output_is_checked_first(folder, tmp_path, monkeypatch):
     ]:
         with pytest.raises(OutputError, match=match):
             check_output(output, reader)
-    monkeypatch.setattr("compressor.writer.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr("compressor.checkpoint.writer.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(OutputError, match=r"may need .* 5 free"):
         check_output(tmp_path / "out", reader)
-    monkeypatch.setattr("compressor.writer.os.access", lambda path, mode: False)
+    monkeypatch.setattr("compressor.checkpoint.writer.os.access", lambda path, mode: False)
     with pytest.raises(OutputError, match="may write to"):
         check_output(tmp_path / "out", reader)
 

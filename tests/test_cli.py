@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import INDEX
+from compressor.checkpoint.reader import INDEX
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 
-from compressor.checkpoint import Reader
-from compressor.digest import checkpoint_digest
+from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.reader import Reader
 from compressor.records.scores import read_scores, scores_path, store_scores
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor import data
-from compressor.checkpoint import Reader
-from compressor.digest import checkpoint_digest
+from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
 from compressor.evaluate import DIVERGENCE, METRIC, candidate, evaluate, evaluate_all, lmeval, run, table, windows
 from compressor.evaluate.speed import measure_speed

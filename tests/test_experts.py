@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import compressor
 from compressor import calibration
 from compressor.blocks import FEW_TOKENS
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
 from compressor.job import make_job

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import compressor.runtime
 from compressor import calibration
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, CompressError
 from compressor.model import Skeleton
 from compressor.pipeline import prune

@@ -6,7 +6,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from compressor import calibration
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.gradients import backward_blocks, next_token_loss
 from compressor.head import divergence, head
 from compressor.model import Skeleton

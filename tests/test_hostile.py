@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from compressor.checkpoint import INDEX, Reader, check_sizes, read_header
+from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules
+from compressor.checkpoint.reader import INDEX, Reader, check_sizes, read_header
 from compressor.errors import CheckpointError, CompressError, UsageError
-from compressor.layout import QUANT_METHOD, packed_modules
 from compressor.legacy import decode
 from compressor.recipe import Recipe, load, merge
 from compressor_kernels.packing import check24, unpack24

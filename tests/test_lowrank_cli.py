@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import compressor
-from compressor.checkpoint import Reader
-from compressor.manifest import problems
+from compressor.checkpoint.manifest import problems
+from compressor.checkpoint.reader import Reader
 from compressor.model import Skeleton
 from compressor.ranks import largest_rank
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor.checkpoint import INDEX, Reader
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.errors import CheckpointError
 from compressor.legacy import decode, import_bitmask
 from compressor.pipeline import prune

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor import plan
-from compressor.checkpoint import Reader
+from compressor.checkpoint.reader import Reader
 from compressor.errors import UsageError
 from compressor.job import make_job
 from compressor.model import Skeleton

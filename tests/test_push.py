@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from compressor.checkpoint import INDEX, Reader
+from compressor.checkpoint.reader import INDEX, Reader
 from tests.conftest import DEMO
 from tests.hub_server import TOKEN, Fault, Repo, card_data, running
 

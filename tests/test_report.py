@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compressor.checkpoint import Reader
-from compressor.digest import checkpoint_digest
+from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError
 from compressor.page import draw, read_record, render
 from compressor.page.charts import _ticks, columns, heat_map

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 import compressor.runtime
+from compressor.checkpoint.packed_config import GUARD
 from compressor.errors import CheckpointError, UsageError
-from compressor.layout import GUARD
 from compressor.pipeline import prune
 from compressor.recipe import Recipe
 from compressor.unpack import unpack

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor import pipeline
-from compressor.manifest import NAME, manifest
+from compressor.checkpoint.manifest import NAME, manifest
 from compressor.recipe import Recipe
 from compressor.verify import verify
 
@@ -39,7 +39,7 @@ def copy(made, tmp_path):
 
 def change(folder, name, edit, *, seal=True):
     """Edit one tensor; with `seal` the manifest is made anew, so that only the deeper checks can tell."""
-    from compressor.durable import sha256
+    from compressor.checkpoint.atomic import sha256
 
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)

@@ -64,7 +64,7 @@ def _run(
     import torch
 
     from compressor.bench import kernels, timing
-    from compressor.checkpoint import Reader
+    from compressor.checkpoint.reader import Reader
 
     reader = Reader(folder) if folder is not None else None
     say("measuring the bandwidth of a copy …")

@@ -19,9 +19,9 @@ def export(
 
     compress export out --trainable lrc
     """
-    from compressor.checkpoint import Reader, resolve
+    from compressor.checkpoint.packed_config import packed_modules
+    from compressor.checkpoint.reader import Reader, resolve
     from compressor.errors import CheckpointError, UsageError
-    from compressor.layout import packed_modules
 
     if trainable != "lrc":
         raise UsageError(f"trainable is {trainable!r}; accepted: lrc")

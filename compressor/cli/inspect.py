@@ -21,7 +21,7 @@ def inspect(
 
     compress inspect out
     """
-    from compressor.checkpoint import Reader, resolve
+    from compressor.checkpoint.reader import Reader, resolve
 
     found = describe(Reader(resolve(model)))
     if as_json:
@@ -32,9 +32,9 @@ def inspect(
 
 def describe(reader: Any) -> dict[str, Any]:
     """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a report is; factors have none."""
-    from compressor.checkpoint import ITEM_BITS, read_json
+    from compressor.checkpoint.packed_config import packed_modules
+    from compressor.checkpoint.reader import ITEM_BITS, read_json
     from compressor.errors import CheckpointError
-    from compressor.layout import packed_modules
 
     modules = packed_modules(reader.config)
     report = reader.folder / "report.json"

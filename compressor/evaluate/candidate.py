@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from compressor import data
-from compressor.checkpoint import Reader, resolve
-from compressor.digest import checkpoint_digest
+from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.reader import Reader, resolve
 from compressor.errors import CheckpointError, DataError, UsageError
 
 _BLOCK = re.compile(r"\.\d+\.")  # in the name of a tensor that belongs to a decoder block

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from compressor import cache, data
+from compressor import data
+from compressor.checkpoint import cache
 from compressor.errors import UsageError
 from compressor.evaluate import lmeval
 from compressor.evaluate.candidate import Candidate, Text, own_text

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor import text
-from compressor.checkpoint import Reader, read_json
-from compressor.digest import checkpoint_digest
+from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError
 from compressor.records.scores import arrow, metrics, read_scores, scores_path
 

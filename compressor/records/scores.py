@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import read_json
+from compressor.checkpoint.reader import read_json
 from compressor.errors import CheckpointError
 
 BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")

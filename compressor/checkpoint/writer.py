@@ -20,11 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-from compressor import manifest
-from compressor.checkpoint import INDEX, ITEM_BITS, SINGLE, Reader
-from compressor.durable import sha256, sync, tensor_bytes
+from compressor.checkpoint import manifest
+from compressor.checkpoint.atomic import sha256, sync, tensor_bytes
+from compressor.checkpoint.reader import INDEX, ITEM_BITS, SINGLE, Reader
+from compressor.checkpoint.work_state import damaged, is_complete, report_path, work_path
 from compressor.errors import OutputError
-from compressor.work_state import damaged, is_complete, report_path, work_path
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from compressor.durable import sha256
+from compressor.checkpoint.atomic import sha256
 
 NAME = "SHA256SUMS"
 _LOADED = {".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".jinja", ".model"}  # what a loader would read

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressor import cache
-from compressor.checkpoint import Reader
-from compressor.durable import sha256
+from compressor.checkpoint import cache
+from compressor.checkpoint.atomic import sha256
+from compressor.checkpoint.reader import Reader
 
 _RECORDS = {"report.json"}  # say how the weights came about; what is computed does not depend on them
 _DECISIVE = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".py"}
