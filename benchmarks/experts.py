@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compressor import data
+from compressor.config.recipe import Recipe
 from compressor.evaluate import perplexity
 from compressor.pipeline import prune
-from compressor.recipe import Recipe
 from compressor.runtime import load
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))

@@ -19,10 +19,10 @@ import transformers
 
 from compressor import calibration
 from compressor.checkpoint.reader import Reader
+from compressor.config.recipe import Recipe
 from compressor.errors import CompressError
 from compressor.model import Skeleton
 from compressor.pipeline import prune
-from compressor.recipe import Recipe
 from compressor.runtime import load
 from tests.families import EVERY, build
 

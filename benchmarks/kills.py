@@ -29,8 +29,8 @@ import torch
 
 from compressor import pipeline
 from compressor.checkpoint.work_state import report_path, work_path
+from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
-from compressor.recipe import Recipe
 
 CASES = {
     "magnitude, packed": {"method": "magnitude"},

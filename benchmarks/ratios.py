@@ -32,13 +32,13 @@ from compressor import data
 from compressor.allocation import sharing
 from compressor.blocks import compress_blocks
 from compressor.calibration import States
+from compressor.config.recipe import Recipe
 from compressor.evaluate import perplexity
 from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import calibrate
 from compressor.progress import silent
 from compressor.ratios import allocator, dense
-from compressor.recipe import Recipe
 from compressor.refine import refinement
 from compressor.task import Job
 from compressor.trial import Trial

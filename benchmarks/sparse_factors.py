@@ -21,11 +21,11 @@ from lowrank import SHARED, TESTS
 from torch import Tensor
 
 from compressor.blocks import dense_blocks
+from compressor.config.recipe import Recipe
 from compressor.job import make_job
 from compressor.methods import sparsegpt, svd_llm
 from compressor.pattern import Pattern
 from compressor.pipeline import calibrate
-from compressor.recipe import Recipe
 from compressor.stats import InputStats
 
 CPU, HALF = torch.device("cpu"), Pattern.parse("2:4")

@@ -101,8 +101,8 @@ def prune(
     Raises:
         compressor.errors.CompressError: one clear line; nothing is left behind but what a run can go on from.
     """
-    from compressor.bundled import find
-    from compressor.recipe import load, merge
+    from compressor.config.bundled_recipes import find
+    from compressor.config.recipe import load, merge
 
     settings: dict[str, Any] = {
         "model": str(model), "revision": revision, "method": method, "options": options, "refine": refine,

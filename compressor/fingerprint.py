@@ -21,7 +21,7 @@ from compressor.records.report import versions
 if TYPE_CHECKING:
     import torch
 
-    from compressor.recipe import Recipe
+    from compressor.config.recipe import Recipe
 
 
 def fingerprint(

@@ -12,6 +12,7 @@ import torch
 from compressor import data, plan
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
+from compressor.config.recipe import Recipe, check_options
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
 from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
@@ -20,7 +21,6 @@ from compressor.ranks import allocator as rank_allocator
 from compressor.ranks import check_align, uniform
 from compressor.ratios import allocator
 from compressor.ratios.options import check as check_ratio_options
-from compressor.recipe import Recipe, check_options
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks

@@ -28,6 +28,7 @@ from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.work_state import work_path
 from compressor.checkpoint.writer import Writer, side_files
+from compressor.config.recipe import Recipe
 from compressor.distributed import Group, local_device, processes
 from compressor.errors import DataError, UsageError
 from compressor.fingerprint import fingerprint
@@ -42,7 +43,6 @@ from compressor.pattern import Pattern
 from compressor.progress import Progress, silent
 from compressor.ranks import Spectrum
 from compressor.ranks import allocate as ranks
-from compressor.recipe import Recipe
 from compressor.records.report import BlockRow, LinearRow, Report, peak_memory
 from compressor.task import Job, Task
 

@@ -93,8 +93,8 @@ def cli(monkeypatch, capfd):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A packed output, as `compress prune tester/base` would leave it, with scores beside it."""
+    from compressor.config.recipe import Recipe
     from compressor.pipeline import prune
-    from compressor.recipe import Recipe
 
     out = tmp_path_factory.mktemp("made") / "out"
     prune(Recipe(str(DEMO), method="magnitude"), out)

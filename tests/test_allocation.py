@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor import calibration
 from compressor.allocation import allocate
+from compressor.config.recipe import Recipe
 from compressor.errors import NumericalError
 from compressor.gradients import next_token_loss
 from compressor.job import make_job
@@ -23,7 +24,6 @@ from compressor.ratios import curve, dense, ecoflap, owl
 from compressor.ratios.direct import divergence_curves
 from compressor.ratios.fisher import error_curves, sampled_label_loss
 from compressor.ratios.uniform import uniform
-from compressor.recipe import Recipe
 from compressor.trial import Trial, better
 
 CPU = torch.device("cpu")

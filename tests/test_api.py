@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 
 import compressor
+from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
-from compressor.recipe import Recipe
 
 
 def test_prune_has_a_keyword_for_every_setting():

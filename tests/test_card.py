@@ -45,9 +45,9 @@ PLAN = """version = 1
     ids=["armor", "dense", "mixed", "low rank of a plan"],
 )
 def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, plan, said):
+    from compressor.config.recipe import Recipe
     from compressor.pipeline import prune
     from compressor.publication import prepare
-    from compressor.recipe import Recipe
 
     if plan:
         (tmp_path / "plan.toml").write_text(plan)

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from compressor import blocks, memory, pipeline, plan
 from compressor.checkpoint.work_state import work_path
+from compressor.config.recipe import Recipe
 from compressor.distributed import Group
 from compressor.errors import CompressError, NumericalError
 from compressor.journal import Journal
-from compressor.recipe import Recipe
 from tests.test_experts import never_route
 from tests.test_resume import contents, kill_me
 

@@ -6,8 +6,8 @@ import shlex
 import pytest
 from typer.main import get_command
 
-from compressor.bundled import bundled
 from compressor.cli import app
+from compressor.config.bundled_recipes import bundled
 from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/**/*.md")])

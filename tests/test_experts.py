@@ -13,13 +13,13 @@ import compressor
 from compressor import calibration
 from compressor.blocks import FEW_TOKENS
 from compressor.checkpoint.reader import Reader
+from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
 from compressor.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
 from compressor.job import make_job
 from compressor.model import Skeleton
 from compressor.pack import pack
 from compressor.pipeline import prune
-from compressor.recipe import Recipe
 from compressor.stats import collecting
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 import compressor.runtime
 from compressor import calibration
 from compressor.checkpoint.reader import Reader
+from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError
 from compressor.model import Skeleton
 from compressor.pipeline import prune
-from compressor.recipe import Recipe
 from compressor.unpack import unpack
 from tests.families import CORE, EVERY, MORE, REFUSED, build
 

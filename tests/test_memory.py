@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor import blocks, memory, pipeline
+from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
 from compressor.hidden import Batches
 from compressor.memory import gram_bytes, in_groups
-from compressor.recipe import Recipe
 from compressor.stats import collecting
 from tests.test_experts import never_route
 from tests.test_resume import contents

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor.checkpoint.reader import INDEX, Reader
+from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError
 from compressor.legacy import decode, import_bitmask
 from compressor.pipeline import prune
-from compressor.recipe import Recipe
 
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 

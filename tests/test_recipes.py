@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from compressor.bundled import bundled, description, find
+from compressor.config.bundled_recipes import bundled, description, find
+from compressor.config.recipe import load
 from compressor.errors import UsageError
 from compressor.methods import command
-from compressor.recipe import load
 
 QUICK = {"armor": ["--set", "iterations=2", "--set", "finish=1"]}
 

@@ -11,10 +11,10 @@ import torch
 
 from compressor import pipeline
 from compressor.checkpoint.work_state import is_complete, report_path, work_path
+from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
 from compressor.hidden import Batches
 from compressor.journal import Journal
-from compressor.recipe import Recipe
 
 CASES = {
     "magnitude": {"method": "magnitude"},

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import compressor
 import compressor.runtime
 from compressor.checkpoint.packed_config import GUARD
+from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
 from compressor.pipeline import prune
-from compressor.recipe import Recipe
 from compressor.unpack import unpack
 
 IDS = torch.arange(4, 40)[None]

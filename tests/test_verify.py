@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor import pipeline
 from compressor.checkpoint.manifest import NAME, manifest
-from compressor.recipe import Recipe
+from compressor.config.recipe import Recipe
 from compressor.verify import verify
 
 

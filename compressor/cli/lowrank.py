@@ -54,9 +54,9 @@ def lowrank(
     verbose: options.Verbose = False,
 ) -> None:
     """Replace linears by products of two thin factors, one decoder block in memory at a time."""
-    from compressor.bundled import find
+    from compressor.config.bundled_recipes import find
+    from compressor.config.recipe import load, merge
     from compressor.errors import UsageError
-    from compressor.recipe import load, merge
 
     settings = {"method": "kfac", **(load(find(recipe)) if recipe else {})}
     given = {

@@ -16,7 +16,7 @@ from compressor.cli.prune import most, show_allocation
 from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
-    from compressor.recipe import Recipe
+    from compressor.config.recipe import Recipe
     from compressor.task import Job
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -65,9 +65,9 @@ def plan(
     verbose: options.Verbose = False,
 ) -> None:
     """Choose what every linear becomes and write it to a file; the checkpoint is only read."""
-    from compressor.bundled import find
+    from compressor.config.bundled_recipes import find
+    from compressor.config.recipe import load, merge
     from compressor.errors import OutputError, UsageError
-    from compressor.recipe import load, merge
 
     settings = load(find(recipe)) if recipe else {}
     if keep and not method and "method" not in settings:

@@ -14,7 +14,7 @@ from compressor.cli import options
 from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
 
 if TYPE_CHECKING:
-    from compressor.recipe import Recipe
+    from compressor.config.recipe import Recipe
     from compressor.records.report import Report
     from compressor.task import Job, Task
 
@@ -81,9 +81,9 @@ def prune(
     verbose: options.Verbose = False,
 ) -> None:
     """Prune a checkpoint, one decoder block in memory at a time."""
-    from compressor.bundled import find
+    from compressor.config.bundled_recipes import find
+    from compressor.config.recipe import load, merge
     from compressor.errors import UsageError
-    from compressor.recipe import load, merge
 
     given = {
         "model": model, "revision": revision, "method": method, "refine": refine,

@@ -25,7 +25,7 @@ def recipes(
 
     compress prune org/model -o out --recipe mine.toml
     """
-    from compressor.bundled import bundled, description, find
+    from compressor.config.bundled_recipes import bundled, description, find
 
     if name is not None:
         path = find(name)
@@ -44,7 +44,7 @@ def recipes(
 
 def _shown(path: Path) -> str:
     """The file, and as comments the plan it names."""
-    from compressor.bundled import bundled
+    from compressor.config.bundled_recipes import bundled
     from compressor.errors import UsageError
 
     plan = _settings(path).get("plan")
@@ -63,9 +63,9 @@ def _shown(path: Path) -> str:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    from compressor.bundled import description
+    from compressor.config.bundled_recipes import description
+    from compressor.config.recipe import Recipe
     from compressor.methods import command
-    from compressor.recipe import Recipe
 
     settings = _settings(path)
     runs = command(settings.get("method", Recipe.method))
@@ -74,7 +74,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """What the file says, each value of its kind."""
-    from compressor.recipe import Recipe, load
+    from compressor.config.recipe import Recipe, load
 
     settings = load(path)
     Recipe(**{"model": "any", **settings})

@@ -26,8 +26,8 @@ def resume(
 
     compress resume out
     """
+    from compressor.config.recipe import Recipe
     from compressor.journal import read_settings
-    from compressor.recipe import Recipe
 
     settings = read_settings(output)
     output = output.resolve()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from compressor.bundled import find_plan
+from compressor.config.bundled_recipes import find_plan
 from compressor.errors import UsageError, did_you_mean
 
 
