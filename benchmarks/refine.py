@@ -33,7 +33,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.evaluate import perplexity
 from compressor.formats.dense import Dense
 from compressor.methods import method_module
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 from compressor.pattern import Pattern
 from compressor.refine import refinement
 from compressor.refine.tune import Arguments, tune

@@ -21,12 +21,12 @@ from compressor import calibration
 from compressor.calibration import States
 from compressor.distributed import ALONE, Group
 from compressor.errors import about
-from compressor.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.hidden import advance
 from compressor.memory import gram_bytes, in_groups
+from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
 from compressor.refine.tune import tune

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CheckpointError
 from compressor.hidden import Batches
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 
 _BATCH_TOKENS = 2048  # tokens in one forward pass of a block: bounds activations, whatever the number of samples
 

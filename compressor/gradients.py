@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from compressor import calibration
 from compressor.calibration import States
 from compressor.head import head
-from compressor.model import Linear, Skeleton
+from compressor.model.skeleton import Linear, Skeleton
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`[batch, seq, vocab]` logits and `[batch, seq]` tokens -> a scalar, summed over tokens."""

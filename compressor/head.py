@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from compressor.calibration import States, forwards
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 
 Head = Callable[[int, Tensor], Tensor]
 

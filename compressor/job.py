@@ -15,7 +15,7 @@ from compressor.checkpoint.writer import check_output
 from compressor.config.recipe import Recipe, check_options
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
-from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
+from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import allocator as rank_allocator
 from compressor.ranks import check_align, uniform

@@ -10,9 +10,9 @@ from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
-from compressor.experts import only_stacks
 from compressor.formats.sparse24 import Sparse24
-from compressor.model import WEIGHT_DTYPES, Linear, Skeleton
+from compressor.model.experts import only_stacks
+from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.records.report import LeftDense
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import conversion
 from compressor.errors import CheckpointError
-from compressor.experts import Expert, Matrix, entering, expert_modules, matrices, only_stacks, run_experts
+from compressor.model import hf_conversion
+from compressor.model.experts import Expert, Matrix, entering, expert_modules, matrices, only_stacks, run_experts
 
 Make = Callable[[str, nn.Module], nn.Module]
 """Name of a linear and a plain one of its shape -> an empty packed one."""
@@ -68,7 +68,7 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
     Raises:
         CheckpointError: a name that is none of an expert, or some experts of a block that are packed and others that are not.
     """
-    sources, order, paths = conversion.sources(model, [f"{name}.weight" for name in names]), conversion.order(model), {}
+    sources, order, paths = hf_conversion.sources(model, [f"{name}.weight" for name in names]), hf_conversion.order(model), {}
     for inside, module in expert_modules(model):
         stacks = (entering(module), "down_proj")
         if not any(f"{inside}.{stack}" in sources for stack in stacks):

@@ -38,7 +38,7 @@ from compressor.hidden import Batches
 from compressor.job import make_job
 from compressor.journal import Journal
 from compressor.memory import choose_home, gram_room, parse_size
-from compressor.model import WEIGHT_DTYPES
+from compressor.model.skeleton import WEIGHT_DTYPES
 from compressor.pattern import Pattern
 from compressor.progress import Progress, silent
 from compressor.ranks import Spectrum

@@ -27,7 +27,7 @@ from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import largest_rank, rank_keeping
 
 if TYPE_CHECKING:
-    from compressor.model import Linear
+    from compressor.model.skeleton import Linear
     from compressor.task import Job
 
 FILE = "plan.toml"

@@ -25,8 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compressor import arrange
 from compressor.checkpoint.packed_config import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.checkpoint.reader import Reader, check_sizes
-from compressor.conversion import whole_names
 from compressor.errors import CheckpointError, CompressError
+from compressor.model.hf_conversion import whole_names
 from compressor.modules import packed_module
 from compressor.packed_experts import PackedExperts, swap_experts
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from compressor.checkpoint.reader import Reader
 from compressor.errors import UsageError
-from compressor.experts import only_stacks
 from compressor.factor_store import Factored
 from compressor.methods import counterpart, factors, method_module
-from compressor.model import Linear, Skeleton
+from compressor.model.experts import only_stacks
+from compressor.model.skeleton import Linear, Skeleton
 from compressor.pattern import Pattern
 from compressor.records.report import LeftDense
 

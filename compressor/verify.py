@@ -66,7 +66,7 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _infinite(reader: Reader, name: str) -> Iterator[str]:
-    from compressor.model import require_finite
+    from compressor.model.skeleton import require_finite
 
     tensor = reader.read(name)
     if tensor.is_floating_point() and tensor.numel():

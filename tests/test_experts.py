@@ -15,9 +15,9 @@ from compressor.blocks import FEW_TOKENS
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
-from compressor.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
 from compressor.job import make_job
-from compressor.model import Skeleton
+from compressor.model.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
+from compressor.model.skeleton import Skeleton
 from compressor.pack import pack
 from compressor.pipeline import prune
 from compressor.stats import collecting

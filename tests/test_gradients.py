@@ -9,7 +9,7 @@ from compressor import calibration
 from compressor.checkpoint.reader import Reader
 from compressor.gradients import backward_blocks, next_token_loss
 from compressor.head import divergence, head
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 import compressor
 from compressor.checkpoint.manifest import problems
 from compressor.checkpoint.reader import Reader
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 from compressor.ranks import largest_rank
 
 SMALL = ("--num-samples", 8, "--seq-len", 32, "-q")

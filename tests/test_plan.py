@@ -13,7 +13,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
 from compressor.job import make_job
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 
 Q = "model.layers.0.self_attn.q_proj"
 COMMON = ("--num-samples", 8, "--seq-len", 32, "-q")

@@ -275,7 +275,7 @@ def test_a_damaged_state_is_refused_and_left_as_it_is(job, unfinished, what, dam
 
 def test_an_error_in_the_input_leaves_nothing(job, tmp_path, monkeypatch):
     from compressor.errors import NumericalError
-    from compressor.model import Skeleton
+    from compressor.model.skeleton import Skeleton
 
     real = Skeleton.load_block
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from compressor import calibration
 from compressor.calibration import States
 from compressor.head import divergence, head
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
 from compressor.ratios.fisher import Levels
 from compressor.ratios.precise import in_float32

@@ -23,7 +23,7 @@ from compressor import calibration
 from compressor.calibration import States
 from compressor.gradients import Taps, backward_blocks, next_token_loss
 from compressor.head import head
-from compressor.model import Linear, Skeleton
+from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.precise import check_seen, in_float32

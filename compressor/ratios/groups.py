@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from compressor.errors import UsageError
-from compressor.model import Linear
+from compressor.model.skeleton import Linear
 from compressor.ratios.apportion import evenly
 from compressor.task import Job
 

@@ -8,7 +8,7 @@ from compressor import calibration
 from compressor.calibration import States
 from compressor.errors import NumericalError
 from compressor.gradients import Taps
-from compressor.model import Skeleton
+from compressor.model.skeleton import Skeleton
 from compressor.task import Job
 
 

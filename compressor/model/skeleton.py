@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import conversion
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, NumericalError
-from compressor.experts import attach, entering, expert_modules, matrices, use_linears
+from compressor.model import hf_conversion
+from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
 
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -106,10 +106,10 @@ class Skeleton:
         check_sizes(reader, self.config)
         self.model = _on_meta(self.config, self.dtype, trust_remote_code)
         self.path, self.blocks = _decoder_blocks(self.model, self.config)
-        self.sources = conversion.sources(self.model, reader.tensors)
+        self.sources = hf_conversion.sources(self.model, reader.tensors)
         self.on_disk = {parameter: [name for name, _ in found] for parameter, found in self.sources.items()}
         self._check_tensors()
-        self._order = conversion.order(self.model)
+        self._order = hf_conversion.order(self.model)
         self._experts = [self._find_experts(index) for index in range(len(self.blocks))]
         if any(self._experts):
             use_linears(self.model)
@@ -153,7 +153,7 @@ class Skeleton:
         names = [name for parameter in parameters for name in self.on_disk[parameter]]
         with self.reader.opened() as lazy:
             try:
-                conversion.load(self.model, {name: lazy(name) for name in names}, self.dtype)
+                hf_conversion.load(self.model, {name: lazy(name) for name in names}, self.dtype)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.reader.folder}: {error}") from None
 
