@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from compressor import data
+from compressor.calibration import tokens
 from compressor.config.recipe import Recipe
 from compressor.evaluate import perplexity
 from compressor.pipeline import prune
@@ -87,7 +87,7 @@ def main() -> None:
     began, source = time.time(), SHARED / "models" / "books-1m"
     model = mixture(source)
     train(model, passages(SHARED / "data" / "books-calib.jsonl", source), options.steps)
-    test = data.evaluation_rows(str(SHARED / "data" / "books-test.jsonl"), source, model.config.vocab_size, seq_len=SEQ)[:256]
+    test = tokens.evaluation_rows(str(SHARED / "data" / "books-test.jsonl"), source, model.config.vocab_size, seq_len=SEQ)[:256]
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         model.eval().save_pretrained(place / "model")
@@ -99,10 +99,10 @@ def main() -> None:
         for method in ("wanda", "sparsegpt"):
             for samples in options.samples:
                 scores, fewest = [], 0
-                for tokens in ("all", "routed"):
-                    out = place / f"{method}-{samples}-{tokens}"
+                for expert_tokens in ("all", "routed"):
+                    out = place / f"{method}-{samples}-{expert_tokens}"
                     settings = {"dataset": str(SHARED / "data" / "books-calib.jsonl"), "num_samples": samples, "seq_len": SEQ}
-                    report = prune(Recipe(str(place / "model"), method=method, expert_tokens=tokens, **settings), out)
+                    report = prune(Recipe(str(place / "model"), method=method, expert_tokens=expert_tokens, **settings), out)
                     fewest = min(row.tokens or 0 for row in report.linears)
                     scores.append(perplexity(load(out), test))
                 print(f"| {method} | {samples * SEQ} | {scores[0]:.2f} | {scores[1]:.2f} | {fewest} |", flush=True)

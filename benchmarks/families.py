@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from compressor import calibration
+from compressor.calibration import capture
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CompressError
@@ -34,11 +34,11 @@ ARMOR = {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}
 def streamed(folder: Path) -> tuple[str, str, int]:
     """Whether block by block gives the bits of from_pretrained, where the blocks are, and how many experts each has."""
     skeleton, cpu = Skeleton(Reader(folder)), torch.device("cpu")
-    states = calibration.capture(skeleton, IDS, cpu)
+    states = capture.capture(skeleton, IDS, cpu)
     experts = 0
     for index, arguments in enumerate(states.arguments):
         block = skeleton.load_block(index, cpu)
-        states.hidden = [calibration.run(block, hidden, arguments) for hidden in states.hidden]
+        states.hidden = [capture.run(block, hidden, arguments) for hidden in states.hidden]
         experts = max(experts, len({linear.module.expert for linear in skeleton.linears(index) if linear.experts}))
         skeleton.free_block(index)
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 import compressor
+from compressor.calibration.tokens import evaluation_rows
 from compressor.checkpoint.reader import Reader
-from compressor.data import evaluation_rows
 from compressor.evaluate import perplexity
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))

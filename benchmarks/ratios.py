@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import data
 from compressor.allocation import sharing
 from compressor.blocks import compress_blocks
-from compressor.calibration import States
+from compressor.calibration import tokens
+from compressor.calibration.capture import States
 from compressor.config.recipe import Recipe
 from compressor.evaluate import perplexity
 from compressor.job import make_job
@@ -79,7 +79,7 @@ def load(name: str, method: str, models: Path, rows: Path) -> Case:
     recipe = Recipe(str(folder), method=method, pattern="50%", dtype="float32", dataset=str(rows / f"{name}-calib.jsonl"))
     job = make_job(recipe, None)
     states = calibrate(job, recipe, CPU)
-    test = data.evaluation_rows(
+    test = tokens.evaluation_rows(
         str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, job.skeleton.config.vocab_size, seq_len=job.seq_len
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

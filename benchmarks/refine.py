@@ -28,7 +28,7 @@ import torch
 from target import matched
 from torch import Tensor, nn
 
-from compressor import calibration, data
+from compressor.calibration import capture, tokens
 from compressor.checkpoint.reader import Reader
 from compressor.evaluate import perplexity
 from compressor.formats.dense import Dense
@@ -57,7 +57,7 @@ class Canary:
     name: str
     model: nn.Module
     path: str  # of the decoder blocks
-    states: calibration.States
+    states: capture.States
     test: list[Tensor]
 
 
@@ -66,12 +66,12 @@ def load(name: str, models: Path, rows: Path) -> Canary:
 
     folder = models / name
     skeleton = Skeleton(Reader(folder), dtype=torch.float32)
-    vocabulary, length = skeleton.config.vocab_size, data.context_length(skeleton.config)
+    vocabulary, length = skeleton.config.vocab_size, tokens.context_length(skeleton.config)
     assert length
-    ids = data.calibration_rows(str(rows / f"{name}-calib.jsonl"), folder, vocabulary, num_samples=128, seq_len=length, seed=0)
-    test = data.evaluation_rows(str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length)
+    ids = tokens.calibration_rows(str(rows / f"{name}-calib.jsonl"), folder, vocabulary, num_samples=128, seq_len=length, seed=0)
+    test = tokens.evaluation_rows(str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Canary(name, model, skeleton.path, calibration.capture(skeleton, ids, torch.device("cpu")), test)
+    return Canary(name, model, skeleton.path, capture.capture(skeleton, ids, torch.device("cpu")), test)
 
 
 # --- one case
@@ -91,12 +91,12 @@ def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
             else:
                 shares += prune_plain(block, hidden, arguments, steps, pattern)
             if to_dense or tuned:
-                exact = [calibration.run(dense, batch, arguments) for batch in exact]
+                exact = [capture.run(dense, batch, arguments) for batch in exact]
             if tuned:
                 forms = {f"{name}.weight": Dense(linear.weight.detach()) for name, linear in linears_of(block).items()}
                 for name, form in tune(block, forms, hidden, exact, arguments, **TUNE)[0].items():
                     block.get_parameter(name).data = form.dense()
-            hidden = [calibration.run(block, batch, arguments) for batch in hidden]
+            hidden = [capture.run(block, batch, arguments) for batch in hidden]
     seconds = time.process_time() - started
     score = perplexity(model, canary.test)
     mean = sum(shares) / len(shares) if shares else 0.0
@@ -119,7 +119,7 @@ def prune_plain(block: nn.Module, hidden: list[Tensor], arguments: Arguments, st
     linears = linears_of(block)
     with collecting(linears, gram=True) as stats:
         for batch in hidden:
-            calibration.run(block, batch, arguments)
+            capture.run(block, batch, arguments)
     return [prune(name, linear, linear.weight.data, stats[name], steps, pattern) for name, linear in linears.items()]
 
 
@@ -135,7 +135,7 @@ def prune_matched(
     """The linears of a block, those that share an input together, each group on inputs that know of the groups before it."""
     linears, shares = linears_of(block), []
     with collecting(linears) as found:
-        calibration.run(block, hidden[0], arguments)
+        capture.run(block, hidden[0], arguments)
     groups: dict[int, list[str]] = {}
     for name in found:  # in the order of the forward pass
         groups.setdefault(id(found[name]), []).append(name)
@@ -155,8 +155,8 @@ def pair_statistics(
     cross = torch.zeros_like(stats.mean, dtype=torch.float32).diag()
     for here, there in zip(hidden, exact, strict=True):
         with input_of(linears_of(block)[name]) as seen, input_of(linears_of(dense)[name]) as wanted:
-            calibration.run(block, here, arguments)
-            calibration.run(dense, there, arguments)
+            capture.run(block, here, arguments)
+            capture.run(dense, there, arguments)
         x = seen[0].flatten(0, -2)
         stats.update(x)
         cross.addmm_(x.T, wanted[0].flatten(0, -2) - x)

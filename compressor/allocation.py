@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from compressor.calibration import States
+from compressor.calibration.capture import States
 from compressor.pattern import Pattern
 from compressor.progress import Progress
 from compressor.ratios import dense, uniform

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import calibration
-from compressor.calibration import States
+from compressor.calibration import capture
+from compressor.calibration.capture import States
+from compressor.calibration.hidden_states import advance
 from compressor.distributed import ALONE, Group
 from compressor.errors import about
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
-from compressor.hidden import advance
 from compressor.memory import gram_bytes, in_groups
 from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.progress import Progress
@@ -102,7 +102,7 @@ def dense_blocks(
     for index, tasks in enumerate(job.tasks):
         block = job.skeleton.load_block(index, device)
         with collecting({task.linear.name: task.linear.module for task in tasks}, gram=gram) as stats:
-            hidden = [calibration.run(block, batch, states.arguments[index]) for batch in hidden]
+            hidden = [capture.run(block, batch, states.arguments[index]) for batch in hidden]
         for task in tasks:
             (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
         yield tasks, stats
@@ -116,7 +116,7 @@ def _compress_block(
     block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
     arguments = states.arguments[index] if states else ((), {})
     if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
-        advance(states.dense, lambda _, hidden: calibration.run(block, hidden, arguments))
+        advance(states.dense, lambda _, hidden: capture.run(block, hidden, arguments))
     exact: list[Tensor] = []
     inputs: dict[str, InputStats] = {}
     forms: dict[str, Form] = {}  # those of a block that is still to be tuned
@@ -157,7 +157,7 @@ def _groups(job: Job, own: list[Task], block: nn.Module, states: States, argumen
     if not job.needs_gram or room is None or sum(map(gram_bytes, own)) <= room:
         return [own]
     with _routing(job, block), collecting({task.linear.name: task.linear.module for task in own}) as stats:
-        calibration.run(block, states.hidden[0], arguments)  # which of them read the same tensor
+        capture.run(block, states.hidden[0], arguments)  # which of them read the same tensor
     return in_groups(own, room, {name: id(inputs) for name, inputs in stats.items()})
 
 
@@ -219,7 +219,7 @@ def _observe(
     modules, parts = {task.linear.name: task.linear.module for task in tasks}, group.size > 1
     with _routing(job, block), collecting(modules, gram=job.needs_gram, parts=parts) as stats:
         for number, hidden in enumerate(states.hidden):
-            output = calibration.run(block, hidden, arguments)
+            output = capture.run(block, hidden, arguments)
             if number == len(exact) and number + states.offset < _ERROR_BATCHES:
                 exact.append(output)
     stats = group.merged(stats, device)
@@ -228,7 +228,7 @@ def _observe(
     if idle and not job.all_tokens:  # experts that hardly a token was routed to: what they would make of all of them
         with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram, parts=parts) as more:
             for hidden in states.hidden:
-                calibration.run(block, hidden, arguments)
+                capture.run(block, hidden, arguments)
         more = group.merged(more, device)
         for inputs in more.values():
             inputs.note = f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
@@ -281,7 +281,7 @@ def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tenso
     errors: list[tuple[float, float]] = []
 
     def step(number: int, hidden: Tensor) -> Tensor:
-        output = calibration.run(block, hidden, arguments)
+        output = capture.run(block, hidden, arguments)
         if number < len(exact):
             difference = (output - exact[number]).double().square().sum().item()
             errors.append((difference, exact[number].double().square().sum().item()))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressor import data, plan
+from compressor import plan
+from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
 from compressor.config.recipe import Recipe, check_options
@@ -52,7 +53,7 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         check_output(output, reader)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     skeleton = Skeleton(reader, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    seq_len = _sequence_length(recipe.seq_len, data.context_length(skeleton.config))
+    seq_len = _sequence_length(recipe.seq_len, tokens.context_length(skeleton.config))
     blocks, left_dense = _choose(skeleton, recipe.ignore)
     for linear in (linear for block in blocks for linear in block):
         if not entries and not factors(method):
@@ -67,7 +68,7 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         left_dense=left_dense, **allocation,
     )  # fmt: skip
     if job.needs_inputs:
-        data.check_dataset(recipe.dataset)
+        tokens.check_dataset(recipe.dataset)
     if job.keep:  # every choice of ranks begins with these
         uniform.of_shapes({task.linear.name: task.linear.shape for task in job.every}, job.keep, job.rank_options.get("align", 0))
     if not entries:

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import calibration, data, plan
+from compressor import plan
 from compressor.allocation import allocate
 from compressor.blocks import Seen, Store, compress_blocks
-from compressor.calibration import States, batch_size
+from compressor.calibration import capture, tokens
+from compressor.calibration.capture import States, batch_size
+from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.work_state import work_path
@@ -34,7 +36,6 @@ from compressor.errors import DataError, UsageError
 from compressor.fingerprint import fingerprint
 from compressor.formats import Form
 from compressor.formats.dense import Dense
-from compressor.hidden import Batches
 from compressor.job import make_job
 from compressor.journal import Journal
 from compressor.memory import choose_home, gram_room, parse_size
@@ -203,7 +204,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
 def calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progress = silent) -> States:
     """The calibration on entering block 0, all of it on `device`."""
     progress("calibration", 0, 1)
-    states = calibration.capture(job.skeleton, _samples(job, recipe, device), device)
+    states = capture.capture(job.skeleton, _samples(job, recipe, device), device)
     progress("calibration", 1, 1)
     return states
 
@@ -286,7 +287,7 @@ def _calibrate(
     size = batch_size(*ids.shape)
     part = group.part(len(ids) // size) if job.splits_batches else slice(0, len(ids) // size)
     home = choose_home(job, (part.stop - part.start) * size * job.seq_len, device, max_memory, work)
-    states = calibration.capture(job.skeleton, ids, device, Batches(device, home, f"hidden.{group.rank}"), part)
+    states = capture.capture(job.skeleton, ids, device, Batches(device, home, f"hidden.{group.rank}"), part)
     if job.tune:
         states.dense = Batches(device, home, f"dense.{group.rank}")
         for hidden in states.hidden:
@@ -299,10 +300,10 @@ def _samples(job: Job, recipe: Recipe, device: torch.device) -> Tensor:
     """Token ids of the calibration, `[num_samples, seq_len]`."""
     folder, asked = job.reader.folder, {"num_samples": recipe.num_samples, "seq_len": job.seq_len, "seed": recipe.seed}
     if recipe.dataset == "self":
-        ids = data.sample_from_model(folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code)
+        ids = tokens.sample_from_model(folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code)
     else:
         vocabulary = job.skeleton.config.get_text_config().vocab_size
-        ids = data.calibration_rows(recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code)
+        ids = tokens.calibration_rows(recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code)
     if ids.shape != (recipe.num_samples, job.seq_len):
         raise DataError(f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, job.seq_len]} was asked for")
     return ids

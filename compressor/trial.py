@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from compressor import calibration
 from compressor.blocks import compress_blocks
-from compressor.calibration import States
-from compressor.head import divergence, head
+from compressor.calibration import capture
+from compressor.calibration.capture import States
+from compressor.calibration.head import divergence, head
 from compressor.progress import Progress, silent
 from compressor.task import Job
 
@@ -35,7 +35,7 @@ class Trial:
         self.tokens = sum(ids.numel() for ids in self.states.ids)
         for index, arguments in enumerate(self.states.arguments):
             block = job.skeleton.load_block(index, device)
-            self.exact = [calibration.run(block, hidden, arguments) for hidden in self.exact]
+            self.exact = [capture.run(block, hidden, arguments) for hidden in self.exact]
             job.skeleton.free_block(index)
 
     def divergence(self, job: Job, progress: Progress = silent) -> float:

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from compressor import calibration
 from compressor.allocation import allocate
+from compressor.calibration import capture
+from compressor.calibration.gradients import next_token_loss
 from compressor.config.recipe import Recipe
 from compressor.errors import NumericalError
-from compressor.gradients import next_token_loss
 from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import prune
@@ -32,13 +32,13 @@ IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 64)
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
 
 
 def begin(folder, rows, **settings):
     """A job and its calibration states."""
     job = make_job(Recipe(**{"model": str(folder), "pattern": "50%", "dataset": str(rows), "seq_len": 32, **settings}), None)
-    return job, calibration.capture(job.skeleton, IDS, CPU)
+    return job, capture.capture(job.skeleton, IDS, CPU)
 
 
 def whole(folder):

@@ -3,7 +3,14 @@ import json
 import pytest
 import torch
 
-from compressor.data import calibration_rows, check_dataset, context_length, load_tokenizer, records, sample_from_model
+from compressor.calibration.tokens import (
+    calibration_rows,
+    check_dataset,
+    context_length,
+    load_tokenizer,
+    records,
+    sample_from_model,
+)
 from compressor.errors import DataError
 
 TEXT = "The ship came slowly round the point, and every soul on the quay knew her by the patched brown sail. " * 40

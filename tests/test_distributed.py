@@ -42,7 +42,7 @@ PORTS = "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 @pytest.fixture(autouse=True)
 def several_batches(monkeypatch):
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 64)
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_one_dies_the_others_say_so_and_the_same_command_goes_on(monkeypatch, re
     codes, said = in_processes(2, again)
     assert codes == [0, 0], said
     monkeypatch.undo()
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 64)
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
     pipeline.prune(job, tmp_path / "one")
     assert contents(output) == contents(tmp_path / "one")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor import data
+from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
@@ -73,7 +73,7 @@ def test_text_is_joined_and_cut_into_windows(demo_model, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in (text[:500], text[500:])))
     found = evaluate(str(demo_model), datasets=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], seq_len=64)
-    from compressor.data import load_tokenizer
+    from compressor.calibration.tokens import load_tokenizer
 
     for name, whole in (("a", text), ("b", text[:500] + "\n\n" + text[500:])):
         tokens = len(load_tokenizer(demo_model)(whole)["input_ids"])
@@ -85,7 +85,7 @@ def test_self_is_reproducible_and_written_by_the_baseline(demo_model, copy):
     options = dict(datasets=["self"], num_samples=2, seq_len=64, dtype="float32")
     first = evaluate(str(demo_model), **options)
     candidate.own_text.cache_clear()
-    data.sample_from_model.cache_clear()
+    tokens.sample_from_model.cache_clear()
     again = evaluate(str(demo_model), **options, cached=False)
     assert first["results"] == again["results"]
     (_, before), (_, after) = evaluate_all([str(copy)], baseline=str(demo_model), **options)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
-from compressor import calibration
 from compressor.blocks import FEW_TOKENS
+from compressor.calibration import capture
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
@@ -33,7 +33,7 @@ def recipe(folder, rows, **settings):
 def entering_block(folder, index=0):
     """A skeleton, its block with the weights loaded, and the states and arguments that enter it."""
     skeleton = Skeleton(Reader(folder), dtype=torch.float32)
-    states = calibration.capture(skeleton, IDS, CPU)
+    states = capture.capture(skeleton, IDS, CPU)
     return skeleton, skeleton.load_block(index, CPU), states
 
 
@@ -65,7 +65,7 @@ def test_statistics_are_those_of_each_expert(family, names, tiny):
     caught = []
     handle = module.register_forward_pre_hook(lambda _, args: caught.append(args))
     with collecting({name: linear.module for name, linear in linears.items()}, gram=True) as stats:
-        calibration.run(block, states.hidden[0], states.arguments[0])
+        capture.run(block, states.hidden[0], states.arguments[0])
     handle.remove()
     hidden, index, _ = caught[0]
     for name, rows in literal(weights, module, hidden, index).items():
@@ -81,16 +81,16 @@ def test_statistics_are_those_of_each_expert(family, names, tiny):
 def test_all_tokens_reach_every_expert_and_the_output_stays(tiny):
     skeleton, block, states = entering_block(tiny("qwen3_moe"))
     linears = {linear.name: linear.module for linear in skeleton.linears(0) if linear.experts}
-    exact = calibration.run(block, states.hidden[0], states.arguments[0])
+    exact = capture.run(block, states.hidden[0], states.arguments[0])
     with seeing_all_tokens(block), collecting(linears) as stats:
-        output = calibration.run(block, states.hidden[0], states.arguments[0])
+        output = capture.run(block, states.hidden[0], states.arguments[0])
     torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5)
     assert {inputs.tokens for inputs in stats.values()} == {IDS.numel()}
     assert stats.keys() == linears.keys()
     assert (
         len({id(stats[name]) for name in stats if not name.endswith("down_proj")}) == 1
     )  # one statistic for all that read the block's input
-    assert torch.equal(calibration.run(block, states.hidden[0], states.arguments[0]), exact)
+    assert torch.equal(capture.run(block, states.hidden[0], states.arguments[0]), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

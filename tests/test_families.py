@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compressor.runtime
-from compressor import calibration
+from compressor.calibration import capture
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError
@@ -42,16 +42,16 @@ def tensors_of(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_to_the_same_bits(family, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 48)  # two batches of two
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 48)  # two batches of two
     # from_pretrained computes a table of gptj's in float32, whatever the dtype: there only float32 can agree
     folder = build(family, tmp_path, torch.float32) if family == "gptj" else tiny(family)
     skeleton = Skeleton(Reader(folder))
     cpu = torch.device("cpu")
-    states = calibration.capture(skeleton, IDS, cpu)
+    states = capture.capture(skeleton, IDS, cpu)
     for index, arguments in enumerate(states.arguments):
         assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
         block = skeleton.load_block(index, cpu)
-        states.hidden = [calibration.run(block, hidden, arguments) for hidden in states.hidden]
+        states.hidden = [capture.run(block, hidden, arguments) for hidden in states.hidden]
         skeleton.free_block(index)
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert torch.equal(torch.cat(states.hidden), blocks_output(whole, skeleton.path))

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
-from compressor import calibration
+from compressor.calibration import capture
+from compressor.calibration.gradients import backward_blocks, next_token_loss
+from compressor.calibration.head import divergence, head
 from compressor.checkpoint.reader import Reader
-from compressor.gradients import backward_blocks, next_token_loss
-from compressor.head import divergence, head
 from compressor.model.skeleton import Skeleton
 
 CPU = torch.device("cpu")
@@ -17,19 +17,19 @@ IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def _two_batches(monkeypatch):
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 48)
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 48)
 
 
 def streamed(folder):
     skeleton = Skeleton(Reader(folder), dtype=torch.float32)
-    return skeleton, calibration.capture(skeleton, IDS, CPU)
+    return skeleton, capture.capture(skeleton, IDS, CPU)
 
 
 def through(skeleton, states):
     hidden = states.hidden
     for index, arguments in enumerate(states.arguments):
         block = skeleton.load_block(index, CPU)
-        hidden = [calibration.run(block, batch, arguments) for batch in hidden]
+        hidden = [capture.run(block, batch, arguments) for batch in hidden]
         skeleton.free_block(index)
     return hidden
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor import blocks, memory, pipeline
+from compressor.calibration.hidden_states import Batches
 from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
-from compressor.hidden import Batches
 from compressor.memory import gram_bytes, in_groups
 from compressor.stats import collecting
 from tests.test_experts import never_route
@@ -48,7 +48,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_too_little_memory_gives_the_same_bytes(monkeypatch, tiny, rows, tmp_path, case):
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 64)
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
     settings = {"num_samples": 8, "seq_len": 32, **CASES[case]}
     shutil.copytree(tiny("qwen3_moe" if case == "experts" else "llama"), tmp_path / "model")
     if case == "experts":

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from compressor import pipeline
+from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.work_state import is_complete, report_path, work_path
 from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
-from compressor.hidden import Batches
 from compressor.journal import Journal
 
 CASES = {
@@ -35,7 +35,7 @@ def job(tiny, rows):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr("compressor.calibration._BATCH_TOKENS", 64)  # several batches
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)  # several batches
 
 
 def contents(folder):

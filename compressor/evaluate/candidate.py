@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import data
+from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.errors import CheckpointError, DataError, UsageError
@@ -101,7 +101,7 @@ class Candidate:
     @cached_property
     def limit(self) -> int | None:
         """The longest sequence it was made for."""
-        return data.context_length(self.config)
+        return tokens.context_length(self.config)
 
     def window(self, seq_len: int) -> int:
         """The length of a perplexity window where `seq_len` is asked for, 0 for the default. Raises UsageError."""
@@ -112,7 +112,7 @@ class Candidate:
     def text(self, dataset: str, seq_len: int, limit: int | None) -> Text:
         """The token rows of a file or Hub dataset for this model. Raises DataError."""
         window, code = self.window(seq_len), self.trust_remote_code
-        rows = data.evaluation_rows(dataset, self.folder, self.vocab_size, seq_len=window, trust_remote_code=code)
+        rows = tokens.evaluation_rows(dataset, self.folder, self.vocab_size, seq_len=window, trust_remote_code=code)
         total, rows = len(rows), rows[:limit]
         if self.limit and max(map(len, rows)) > self.limit:
             raise DataError(f"{dataset} has rows of {max(map(len, rows))} tokens, this model was made for {self.limit}")
@@ -145,7 +145,7 @@ class Candidate:
 def own_text(writer: str, window: int, num_samples: int, seed: int, device: str, trust_remote_code: bool) -> list[Tensor]:
     """Rows that the model `writer` writes itself. Raises DataError."""
     return list(
-        data.sample_from_model(
+        tokens.sample_from_model(
             resolve(writer), num_samples=num_samples, seq_len=window, seed=seed, device=device, trust_remote_code=trust_remote_code
         )
     )

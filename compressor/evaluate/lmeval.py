@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from compressor import data
+from compressor.calibration import tokens
 from compressor.errors import DataError, UsageError
 
 
@@ -87,8 +87,8 @@ def run_task(
 
     adapt: Any = huggingface.HFLM  # its decorators hide the parameters from type checkers, here and below
     run: Any = lm_eval.simple_evaluate
-    length = data.context_length(model.config)
-    tokenizer = data.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    length = tokens.context_length(model.config)
+    tokenizer = tokens.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     adapter = adapt(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
     _count(adapter, progress)
     with _readable(task):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from compressor import data
+from compressor.calibration import tokens
 from compressor.checkpoint import cache
 from compressor.errors import UsageError
 from compressor.evaluate import lmeval
@@ -42,7 +42,7 @@ class Settings:
     """What is measured and how, the same for all models.
 
     Attributes:
-        datasets: see `compressor.data`; `self` is text that the baseline (or the model) writes with `seed`.
+        datasets: see `compressor.calibration.tokens`; `self` is text that the baseline (or the model) writes with `seed`.
         tasks: names of lm-eval tasks; `include_path` holds further task files and then no others are scanned for.
         divergence: whether the KL divergence from the baseline is taken where there is one.
         seq_len: window of the perplexity; 0 stands for min(2048, the model's limit).
@@ -81,7 +81,7 @@ class Settings:
             if value < least or value >= 1 << 63:
                 raise UsageError(f"{name} is {value}; accepted: {least} or more")
         for dataset in self.datasets:
-            data.check_dataset(dataset)
+            tokens.check_dataset(dataset)
 
     def name_of(self, dataset: str) -> str:
         """What a data set is called in the results: its file's name, or all of it where two have the same."""

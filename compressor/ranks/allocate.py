@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from compressor.blocks import dense_blocks
-from compressor.calibration import States
+from compressor.calibration.capture import States
 from compressor.curvature import factor_all
 from compressor.factor_store import Factored
 from compressor.progress import Progress

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compressor.calibration import States
+from compressor.calibration.capture import States
 from compressor.pattern import Pattern
 from compressor.progress import Progress
 from compressor.ratios.direct import divergence_curves

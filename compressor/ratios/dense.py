@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from compressor.calibration import States
+from compressor.calibration.capture import States
 from compressor.progress import Progress
 from compressor.ratios import knapsack
 from compressor.ratios.fisher import error_curves

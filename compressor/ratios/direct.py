@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressor import calibration
-from compressor.calibration import States
-from compressor.head import divergence, head
+from compressor.calibration import capture
+from compressor.calibration.capture import States
+from compressor.calibration.float32 import in_float32
+from compressor.calibration.head import divergence, head
 from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
 from compressor.ratios.fisher import Levels
-from compressor.ratios.precise import in_float32
 from compressor.stats import InputStats, collecting
 from compressor.task import Job
 
@@ -35,14 +35,14 @@ def divergence_curves(
         linears = {linear.name: linear for linear in skeleton.linears(index)}
         modules = {task.linear.name: linears[task.linear.name].module for task in tasks}
         with collecting(modules, gram=any(task.method.NEEDS_GRAM for task in tasks)) as stats:
-            leaving = [calibration.run(block, batch, arguments) for batch in hidden]
+            leaving = [capture.run(block, batch, arguments) for batch in hidden]
         for task in tasks:
             stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
             linear, weight = linears[task.linear.name], task.linear.read(job.reader).to(device)
             variants = []
             for goal in levels(task):
                 linear.set(task.method.compress(weight, stats[linear.name], goal, **task.options).dense())
-                variants.append([calibration.run(block, batch, arguments) for batch in hidden])
+                variants.append([capture.run(block, batch, arguments) for batch in hidden])
             linear.set(weight)
             variants = _through(skeleton, part, variants, index + 1, device)
             with head(skeleton, part, device) as logits:
@@ -60,6 +60,6 @@ def _through(
     found = [list(variant) for variant in variants]
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        found = [[calibration.run(block, batch, states.arguments[index]) for batch in variant] for variant in found]
+        found = [[capture.run(block, batch, states.arguments[index]) for batch in variant] for variant in found]
         skeleton.free_block(index)
     return found

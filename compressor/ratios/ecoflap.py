@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import calibration
-from compressor.calibration import States
-from compressor.gradients import Taps, backward_blocks, next_token_loss
-from compressor.head import head
+from compressor.calibration import capture
+from compressor.calibration.capture import States
+from compressor.calibration.float32 import check_seen, in_float32
+from compressor.calibration.gradients import Taps, backward_blocks, next_token_loss
+from compressor.calibration.head import head
 from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
 from compressor.ratios.groups import ceiling, groups, inside
-from compressor.ratios.precise import check_seen, in_float32
 from compressor.ratios.waterfill import waterfill
 from compressor.task import Job
 
@@ -120,12 +120,12 @@ def zeroth_order(
         names = {task.linear.name for task in tasks}
         linears = [linear for linear in skeleton.linears(index) if linear.name in names]
         moved = [
-            calibration.run(block, hidden[evaluation % len(hidden)], arguments)
+            capture.run(block, hidden[evaluation % len(hidden)], arguments)
             for linear in linears
             for evaluation in range(evaluations)
             for _ in there_and_back(linear, epsilon, generator)
         ]
-        hidden = [calibration.run(block, batch, arguments) for batch in hidden]
+        hidden = [capture.run(block, batch, arguments) for batch in hidden]
         skeleton.free_block(index)
         losses = _losses(skeleton, states, moved, index + 1, [n % len(hidden) for n in range(evaluations)], device)
         slopes = (losses[0::2] - losses[1::2]).abs().reshape(len(linears), evaluations) / (2 * epsilon)
@@ -153,7 +153,7 @@ def _losses(
     """Mean loss, float64 `[len(moved)]`, of hidden states that enter block `start`; they come in pairs, a pair a batch."""
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        moved = [calibration.run(block, hidden, states.arguments[index]) for hidden in moved]
+        moved = [capture.run(block, hidden, states.arguments[index]) for hidden in moved]
         skeleton.free_block(index)
     losses = []
     with head(skeleton, states, device) as logits:

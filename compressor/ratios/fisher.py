@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from compressor.calibration import States
-from compressor.gradients import Loss, Taps, backward_blocks, next_token_loss
+from compressor.calibration.capture import States
+from compressor.calibration.float32 import check_seen, in_float32
+from compressor.calibration.gradients import Loss, Taps, backward_blocks, next_token_loss
 from compressor.pattern import Pattern
 from compressor.progress import Progress
-from compressor.ratios.precise import check_seen, in_float32
 from compressor.stats import InputStats
 from compressor.task import Job, Task
 

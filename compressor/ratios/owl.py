@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.blocks import dense_blocks
-from compressor.calibration import States
+from compressor.calibration.capture import States
 from compressor.errors import UsageError
 from compressor.progress import Progress
 from compressor.ratios.apportion import apportion

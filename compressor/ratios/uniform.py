@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compressor.calibration import States
+from compressor.calibration.capture import States
 from compressor.progress import Progress
 from compressor.ratios.apportion import evenly
 from compressor.task import Job

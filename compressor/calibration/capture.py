@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration.hidden_states import Batches
 from compressor.errors import CheckpointError
-from compressor.hidden import Batches
 from compressor.model.skeleton import Skeleton
 
 _BATCH_TOKENS = 2048  # tokens in one forward pass of a block: bounds activations, whatever the number of samples

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from compressor import calibration
-from compressor.calibration import States
-from compressor.head import head
+from compressor.calibration import capture
+from compressor.calibration.capture import States
+from compressor.calibration.head import head
 from compressor.model.skeleton import Linear, Skeleton
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +57,7 @@ def backward_blocks(
     inputs = [list(states.hidden)]
     for index in range(len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        inputs.append([calibration.run(block, hidden, states.arguments[index]) for hidden in inputs[-1]])
+        inputs.append([capture.run(block, hidden, states.arguments[index]) for hidden in inputs[-1]])
         skeleton.free_block(index)
     gradients: list[Tensor] = []
     with head(skeleton, states, device) as logits:
@@ -72,7 +72,7 @@ def backward_blocks(
             for number, hidden in enumerate(entering):
                 leaf = hidden.detach().requires_grad_()
                 with torch.enable_grad():
-                    output = calibration.call(block, leaf, states.arguments[index])
+                    output = capture.call(block, leaf, states.arguments[index])
                 gradients[number] = torch.autograd.grad(output, leaf, gradients[number])[0]
         yield index, taps
         skeleton.free_block(index)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from compressor import calibration
-from compressor.calibration import States
+from compressor.calibration import capture
+from compressor.calibration.capture import States
+from compressor.calibration.gradients import Taps
 from compressor.errors import NumericalError
-from compressor.gradients import Taps
 from compressor.model.skeleton import Skeleton
 from compressor.task import Job
 
@@ -25,5 +25,5 @@ def in_float32(job: Job, states: States, tokens: int, device: torch.device) -> t
     """A skeleton that computes in float32, and the first batches of the calibration with at least so many tokens in it."""
     skeleton, part = job.skeleton.in_dtype(torch.float32), states.at_least(tokens)
     if skeleton is not job.skeleton:
-        part = calibration.capture(skeleton, torch.cat(part.ids), device)
+        part = capture.capture(skeleton, torch.cat(part.ids), device)
     return skeleton, part

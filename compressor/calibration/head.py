@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from compressor.calibration import States, forwards
+from compressor.calibration.capture import States, forwards
 from compressor.model.skeleton import Skeleton
 
 Head = Callable[[int, Tensor], Tensor]
