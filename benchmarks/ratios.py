@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.allocation import sharing
-from compressor.blocks import compress_blocks
 from compressor.calibration import tokens
 from compressor.calibration.capture import States
 from compressor.config.recipe import Recipe
+from compressor.engine.blocks import compress_blocks
+from compressor.engine.task import Job
 from compressor.evaluate import perplexity
 from compressor.job import make_job
 from compressor.pattern import Pattern
@@ -40,7 +41,6 @@ from compressor.pipeline import calibrate
 from compressor.progress import silent
 from compressor.ratios import allocator, dense
 from compressor.refine import refinement
-from compressor.task import Job
 from compressor.trial import Trial
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))

@@ -6,7 +6,7 @@
 
 Protocol: 128 calibration rows of full context, everything in float32, only the linears inside the decoder blocks, their
 statistics from the compressed blocks before them. A case is METHOD[+REFINEMENT]…; `matched:` in front of it aims at the outputs
-of the dense model (target.py), `+tune` at its end trains the block (compressor/refine/tune.py). Each case
+of the dense model (target.py), `+tune` at its end trains the block (compressor/engine/block_tuning.py). Each case
 writes one JSON line to standard output, the table comes last.
 The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED names their parent.
 """
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from compressor.calibration import capture, tokens
 from compressor.checkpoint.reader import Reader
+from compressor.engine.block_tuning import Arguments, tune
 from compressor.evaluate import perplexity
 from compressor.formats.dense import Dense
 from compressor.methods import method_module
 from compressor.model.skeleton import Skeleton
 from compressor.pattern import Pattern
 from compressor.refine import refinement
-from compressor.refine.tune import Arguments, tune
 from compressor.stats import InputStats, collecting, output_error
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))

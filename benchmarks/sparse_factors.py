@@ -20,8 +20,8 @@ import torch
 from lowrank import SHARED, TESTS
 from torch import Tensor
 
-from compressor.blocks import dense_blocks
 from compressor.config.recipe import Recipe
+from compressor.engine.blocks import dense_blocks
 from compressor.job import make_job
 from compressor.methods import sparsegpt, svd_llm
 from compressor.pattern import Pattern

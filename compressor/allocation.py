@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 
 from compressor.calibration.capture import States
+from compressor.engine.task import Job
 from compressor.pattern import Pattern
 from compressor.progress import Progress
 from compressor.ratios import dense, uniform
-from compressor.task import Job
 from compressor.trial import Trial, better
 
 

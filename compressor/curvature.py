@@ -22,12 +22,12 @@ from torch import Tensor
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks
+from compressor.engine.factor_store import Factored
+from compressor.engine.task import Job, Task
 from compressor.errors import about
-from compressor.factor_store import Factored
 from compressor.formats.lowrank import LowRank
 from compressor.progress import Progress
 from compressor.ranks import Spectrum, largest_rank
-from compressor.task import Job, Task
 
 TOKENS = 32_768  # of the calibration, if there are so many
 

@@ -13,7 +13,7 @@ from compressor.errors import OutputError, UsageError
 from compressor.text import part
 
 if TYPE_CHECKING:
-    from compressor.task import Job, Task
+    from compressor.engine.task import Job, Task
 
 T = TypeVar("T")
 

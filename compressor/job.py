@@ -14,6 +14,7 @@ from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
 from compressor.config.recipe import Recipe, check_options
+from compressor.engine.task import Job, Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
 from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
@@ -25,7 +26,6 @@ from compressor.ratios.options import check as check_ratio_options
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
-from compressor.task import Job, Task
 
 if TYPE_CHECKING:
     pass

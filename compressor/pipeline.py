@@ -22,7 +22,6 @@ from torch import Tensor
 
 from compressor import plan
 from compressor.allocation import allocate
-from compressor.blocks import Seen, Store, compress_blocks
 from compressor.calibration import capture, tokens
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
@@ -31,21 +30,22 @@ from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.work_state import work_path
 from compressor.checkpoint.writer import Writer, side_files
 from compressor.config.recipe import Recipe
-from compressor.distributed import Group, local_device, processes
+from compressor.engine.blocks import Seen, Store, compress_blocks
+from compressor.engine.distributed import Group, local_device, processes
+from compressor.engine.memory import choose_home, gram_room, parse_size
+from compressor.engine.task import Job, Task
 from compressor.errors import DataError, UsageError
 from compressor.fingerprint import fingerprint
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.job import make_job
 from compressor.journal import Journal
-from compressor.memory import choose_home, gram_room, parse_size
 from compressor.model.skeleton import WEIGHT_DTYPES
 from compressor.pattern import Pattern
 from compressor.progress import Progress, silent
 from compressor.ranks import Spectrum
 from compressor.ranks import allocate as ranks
 from compressor.records.report import BlockRow, LinearRow, Report, peak_memory
-from compressor.task import Job, Task
 
 
 def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str = "", progress: Progress = silent) -> Report:

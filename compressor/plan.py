@@ -27,8 +27,8 @@ from compressor.pattern import Pattern, parse_fraction
 from compressor.ranks import largest_rank, rank_keeping
 
 if TYPE_CHECKING:
+    from compressor.engine.task import Job
     from compressor.model.skeleton import Linear
-    from compressor.task import Job
 
 FILE = "plan.toml"
 _LARGEST = 1 << 24  # bytes of a plan that is read: a hundred thousand linears

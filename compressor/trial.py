@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from compressor.blocks import compress_blocks
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.head import divergence, head
+from compressor.engine.blocks import compress_blocks
+from compressor.engine.task import Job
 from compressor.progress import Progress, silent
-from compressor.task import Job
 
 TOKENS = 16_384  # of the calibration that a trial compresses and measures with, if there are so many
 

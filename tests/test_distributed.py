@@ -17,10 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor import blocks, memory, pipeline, plan
+from compressor import pipeline, plan
 from compressor.checkpoint.work_state import work_path
 from compressor.config.recipe import Recipe
-from compressor.distributed import Group
+from compressor.engine import blocks, memory
+from compressor.engine.distributed import Group
 from compressor.errors import CompressError, NumericalError
 from compressor.journal import Journal
 from tests.test_experts import never_route

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import compressor
-from compressor.blocks import FEW_TOKENS
 from compressor.calibration import capture
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
+from compressor.engine.blocks import FEW_TOKENS
 from compressor.errors import CheckpointError, UsageError
 from compressor.job import make_job
 from compressor.model.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens

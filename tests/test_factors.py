@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from compressor.calibration.gradients import Taps
 from compressor.curvature import marginals
+from compressor.engine.factor_store import Factored
 from compressor.errors import NumericalError, UsageError
-from compressor.factor_store import Factored
 from compressor.formats.lowrank import LowRank
 from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, options_of, svd, svd_llm
 from compressor.methods.factor import root

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from compressor.engine.block_tuning import tune
 from compressor.formats.armor import Armor
 from compressor.formats.sparse24 import Sparse24
 from compressor.methods import armor
 from compressor.pattern import Pattern
-from compressor.refine.tune import tune
 from compressor.stats import InputStats
 
 

@@ -7,9 +7,9 @@ import torch
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.gradients import Taps
+from compressor.engine.task import Job
 from compressor.errors import NumericalError
 from compressor.model.skeleton import Skeleton
-from compressor.task import Job
 
 
 def check_seen(name: str, tap: Taps) -> None:

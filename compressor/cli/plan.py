@@ -17,7 +17,7 @@ from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
-    from compressor.task import Job
+    from compressor.engine.task import Job
 
 _EXAMPLES = """[bold]Examples[/bold]
 

@@ -15,8 +15,8 @@ from compressor.cli.show import begin, err, out, pruning_progress, size, speaks,
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
+    from compressor.engine.task import Job, Task
     from compressor.records.report import Report
-    from compressor.task import Job, Task
 
 _EXAMPLES = """[bold]Examples[/bold]
 

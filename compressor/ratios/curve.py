@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from compressor.calibration.capture import States
+from compressor.engine.task import Job, Task
 from compressor.pattern import Pattern
 from compressor.progress import Progress
 from compressor.ratios.direct import divergence_curves
 from compressor.ratios.fisher import error_curves
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.knapsack import share_out
-from compressor.task import Job, Task
 
 NEEDS_INPUTS = True
 _STEP = Fraction(1, 20)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from compressor.calibration.capture import States
+from compressor.engine.task import Job
 from compressor.progress import Progress
 from compressor.ratios import knapsack
 from compressor.ratios.fisher import error_curves
-from compressor.task import Job
 
 
 def choose(

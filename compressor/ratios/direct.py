@@ -15,11 +15,11 @@ from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import in_float32
 from compressor.calibration.head import divergence, head
+from compressor.engine.task import Job
 from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
 from compressor.ratios.fisher import Levels
 from compressor.stats import InputStats, collecting
-from compressor.task import Job
 
 
 @torch.no_grad()

@@ -24,11 +24,11 @@ from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks, next_token_loss
 from compressor.calibration.head import head
+from compressor.engine.task import Job
 from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
 from compressor.ratios.groups import ceiling, groups, inside
 from compressor.ratios.waterfill import waterfill
-from compressor.task import Job
 
 NEEDS_INPUTS = True
 _STEADY = 0.5  # rank correlation of two halves of the evaluations below which zeroth-order scores are called noise

@@ -23,10 +23,10 @@ from torch.nn.functional import cross_entropy
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Loss, Taps, backward_blocks, next_token_loss
+from compressor.engine.task import Job, Task
 from compressor.pattern import Pattern
 from compressor.progress import Progress
 from compressor.stats import InputStats
-from compressor.task import Job, Task
 
 Levels = Callable[[Task], Sequence[Pattern | int]]
 """The goals to try for a linear."""

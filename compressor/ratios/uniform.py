@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from compressor.calibration.capture import States
+from compressor.engine.task import Job
 from compressor.progress import Progress
 from compressor.ratios.apportion import evenly
-from compressor.task import Job
 
 NEEDS_INPUTS = False
 

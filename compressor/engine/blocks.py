@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.hidden_states import advance
-from compressor.distributed import ALONE, Group
+from compressor.engine.block_tuning import tune
+from compressor.engine.distributed import ALONE, Group
+from compressor.engine.memory import gram_bytes, in_groups
+from compressor.engine.task import Job, Task
 from compressor.errors import about
 from compressor.formats import Form
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
-from compressor.memory import gram_bytes, in_groups
 from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
-from compressor.refine.tune import tune
 from compressor.stats import InputStats, collecting, output_error
-from compressor.task import Job, Task
 
 FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block

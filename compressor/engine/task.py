@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any
 
 from compressor.checkpoint.reader import Reader
+from compressor.engine.factor_store import Factored
 from compressor.errors import UsageError
-from compressor.factor_store import Factored
 from compressor.methods import counterpart, factors, method_module
 from compressor.model.experts import only_stacks
 from compressor.model.skeleton import Linear, Skeleton

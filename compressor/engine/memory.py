@@ -14,7 +14,7 @@ from compressor.stats import SAMPLE_TOKENS
 if TYPE_CHECKING:
     import torch
 
-    from compressor.task import Job, Task
+    from compressor.engine.task import Job, Task
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 

@@ -1,0 +1,1 @@
+"""The loop over the blocks, and what it works on."""
