@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.allocation import sharing
+from compressor.allocation.guard import Trial
+from compressor.allocation.sparsity import allocator, leave_dense
+from compressor.allocation.sparsity.choose import sharing
 from compressor.calibration import tokens
 from compressor.calibration.capture import States
 from compressor.config.recipe import Recipe
@@ -39,9 +41,7 @@ from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import calibrate
 from compressor.progress import silent
-from compressor.ratios import allocator, dense
 from compressor.refine import refinement
-from compressor.trial import Trial
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
 TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}
@@ -121,7 +121,7 @@ def shares(case: Case, job: Job, goal: Pattern, ratios: str) -> dict[str, int]:
 def left_dense(case: Case, job: Job, fraction: str) -> Job:
     if not fraction:
         return job
-    kept, _ = dense.choose(job, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent)
+    kept, _ = leave_dense.choose(job, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent)
     return job.assign({task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "")
 
 

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor import plan
+from compressor.allocation.rank import allocator as rank_allocator
+from compressor.allocation.rank import check_align, uniform
+from compressor.allocation.sparsity import allocator
+from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
@@ -19,10 +23,6 @@ from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
 from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
-from compressor.ranks import allocator as rank_allocator
-from compressor.ranks import check_align, uniform
-from compressor.ratios import allocator
-from compressor.ratios.options import check as check_ratio_options
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
@@ -133,9 +133,9 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
     if recipe.dense_fraction:
         if not pattern.m:
             raise UsageError(f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios")
-        from compressor.ratios import dense
+        from compressor.allocation.sparsity import leave_dense
 
-        options = check_options("--dense-fraction", dense.choose, recipe.ratio_options)
+        options = check_options("--dense-fraction", leave_dense.choose, recipe.ratio_options)
         check_ratio_options(options, pattern.sparsity)
         return {"dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction), "ratio_options": options}
     if recipe.ratio_options:

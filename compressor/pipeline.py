@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from compressor import plan
-from compressor.allocation import allocate
+from compressor.allocation.rank import Spectrum
+from compressor.allocation.rank import choose as ranks
+from compressor.allocation.sparsity.choose import allocate
 from compressor.calibration import capture, tokens
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
@@ -43,8 +45,6 @@ from compressor.journal import Journal
 from compressor.model.skeleton import WEIGHT_DTYPES
 from compressor.pattern import Pattern
 from compressor.progress import Progress, silent
-from compressor.ranks import Spectrum
-from compressor.ranks import allocate as ranks
 from compressor.records.report import BlockRow, LinearRow, Report, peak_memory
 
 

@@ -22,9 +22,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.allocation.rank import largest_rank, rank_keeping
 from compressor.errors import UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
-from compressor.ranks import largest_rank, rank_keeping
 
 if TYPE_CHECKING:
     from compressor.engine.task import Job

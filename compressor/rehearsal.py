@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from compressor.allocation.rank import Spectrum
 from compressor.pattern import Pattern
-from compressor.ranks import Spectrum
 from compressor.stats import InputStats
 
 

@@ -11,7 +11,12 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from compressor.allocation import allocate
+from compressor.allocation.guard import Trial, better
+from compressor.allocation.sparsity import curve, ecoflap, leave_dense, owl
+from compressor.allocation.sparsity.choose import allocate
+from compressor.allocation.sparsity.direct import divergence_curves
+from compressor.allocation.sparsity.fisher import error_curves, sampled_label_loss
+from compressor.allocation.sparsity.uniform import uniform
 from compressor.calibration import capture
 from compressor.calibration.gradients import next_token_loss
 from compressor.config.recipe import Recipe
@@ -20,11 +25,6 @@ from compressor.job import make_job
 from compressor.pattern import Pattern
 from compressor.pipeline import prune
 from compressor.progress import silent
-from compressor.ratios import curve, dense, ecoflap, owl
-from compressor.ratios.direct import divergence_curves
-from compressor.ratios.fisher import error_curves, sampled_label_loss
-from compressor.ratios.uniform import uniform
-from compressor.trial import Trial, better
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))  # those of the fixture `rows`
@@ -209,7 +209,7 @@ def test_no_group_is_sparser_than_allowed(tiny, rows, module):
 
 def test_dense_fraction_stays_within_its_budget(tiny, rows):
     job, states = begin(tiny("llama"), rows, pattern="2:4", dense_fraction="20%")
-    kept, facts = dense.choose(job, Fraction(1, 5), states, CPU, silent)
+    kept, facts = leave_dense.choose(job, Fraction(1, 5), states, CPU, silent)
     sizes = {task.linear.name: task.linear.size for task in job.every}
     assert kept
     assert sum(sizes[name] for name in kept) <= sum(sizes.values()) / 5

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.allocation.rank import Spectrum, allocator, largest_rank, parameters, step, threshold, uniform, welore
+from compressor.allocation.rank.fisher_factors import marginals
 from compressor.calibration.gradients import Taps
-from compressor.curvature import marginals
 from compressor.engine.factor_store import Factored
 from compressor.errors import NumericalError, UsageError
 from compressor.formats.lowrank import LowRank
 from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, options_of, svd, svd_llm
 from compressor.methods.factor import root
-from compressor.ranks import Spectrum, allocator, largest_rank, parameters, step, threshold, uniform, welore
 from compressor.stats import InputStats
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import compressor
+from compressor.allocation.rank import largest_rank
 from compressor.checkpoint.manifest import problems
 from compressor.checkpoint.reader import Reader
 from compressor.model.skeleton import Skeleton
-from compressor.ranks import largest_rank
 
 SMALL = ("--num-samples", 8, "--seq-len", 32, "-q")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from compressor.allocation.sparsity.apportion import apportion, evenly
+from compressor.allocation.sparsity.knapsack import choose, lower_hull, share_out
+from compressor.allocation.sparsity.owl import shifted
+from compressor.allocation.sparsity.waterfill import waterfill
 from compressor.errors import NumericalError, UsageError
-from compressor.ratios.apportion import apportion, evenly
-from compressor.ratios.knapsack import choose, lower_hull, share_out
-from compressor.ratios.owl import shifted
-from compressor.ratios.waterfill import waterfill
 
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=8)
 SCORE = st.floats(1e-6, 1e6)

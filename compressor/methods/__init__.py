@@ -6,14 +6,14 @@
 
 A method that makes thin factors takes a rank in place of the pattern and has, beside these,
 
-    RANKS            name of the allocator (compressor/ranks/) that is its default
+    RANKS            name of the allocator (compressor/allocation/rank/) that is its default
     NEEDS_GRADIENTS  False
     spectrum         singular values in its own metric, of the same arguments without the rank
 
 or, where it sees gradients, NEEDS_GRADIENTS = True and, in place of `compress` and `spectrum`,
 
     decompose(weight, rank, inputs, outputs, *, option=default, …) -> factors and singular values, of the two marginals of
-                     compressor/curvature.py
+                     compressor/allocation/rank/fisher_factors.py
 
 The keyword-only parameters with defaults are the method's options. Adding a method: one file here, one name below.
 """

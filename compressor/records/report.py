@@ -58,7 +58,7 @@ class LeftDense:
 @dataclass
 class Report:
     """Everything about one run of `prune`. `allocation` is what chose the goals of the linears measured, if anything did,
-    `spectra` what ranks were chosen from (compressor/ranks/measured.py)."""
+    `spectra` what ranks were chosen from (compressor/allocation/rank/measured.py)."""
 
     recipe: dict[str, Any]
     architecture: str

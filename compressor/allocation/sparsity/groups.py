@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from compressor.allocation.sparsity.apportion import evenly
 from compressor.engine.task import Job
 from compressor.errors import UsageError
 from compressor.model.skeleton import Linear
-from compressor.ratios.apportion import evenly
 
 Groups = Mapping[str, Sequence[Linear]]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.allocation.rank import Ranks, Spectrum, check_align, largest_rank, parameters, step
 from compressor.errors import UsageError
-from compressor.ranks import Ranks, Spectrum, check_align, largest_rank, parameters, step
 
 _HALVINGS = 100
 

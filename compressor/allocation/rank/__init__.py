@@ -53,7 +53,7 @@ def allocator(name: str) -> ModuleType:
     """The module of the allocator called `name`. Raises UsageError for an unknown name."""
     if name not in ALLOCATORS:
         raise UsageError(f"unknown ranks {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}")
-    return import_module(f"compressor.ranks.{name}")
+    return import_module(f"compressor.allocation.rank.{name}")
 
 
 def largest_rank(shape: tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compressor import text
-from compressor.ranks import Spectrum, largest_rank
+from compressor.allocation.rank import Spectrum, largest_rank
 
 POINTS = 48  # of each spectrum at most
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from compressor.allocation.sparsity.apportion import evenly
 from compressor.calibration.capture import States
 from compressor.engine.task import Job
 from compressor.progress import Progress
-from compressor.ratios.apportion import evenly
 
 NEEDS_INPUTS = False
 

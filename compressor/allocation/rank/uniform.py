@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import torch
 
+from compressor.allocation.rank import Ranks, Spectrum, check_align, check_some, largest_rank, parameters, step
 from compressor.errors import UsageError
-from compressor.ranks import Ranks, Spectrum, check_align, check_some, largest_rank, parameters, step
 
 
 def of_shapes(shapes: Mapping[str, tuple[int, int]], keep: Fraction, align: int = 0) -> Ranks:

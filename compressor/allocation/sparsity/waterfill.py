@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from compressor.allocation.sparsity.apportion import apportion
 from compressor.errors import NumericalError, UsageError
-from compressor.ratios.apportion import apportion
 
 
 def waterfill(sizes: Sequence[int], scores: Sequence[float], keep: int, most: Fraction) -> list[int]:

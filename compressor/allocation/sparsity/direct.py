@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compressor.allocation.sparsity.fisher import Levels
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import in_float32
@@ -18,7 +19,6 @@ from compressor.calibration.head import divergence, head
 from compressor.engine.task import Job
 from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
-from compressor.ratios.fisher import Levels
 from compressor.stats import InputStats, collecting
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.allocation.sparsity.groups import ceiling, groups, inside
+from compressor.allocation.sparsity.waterfill import waterfill
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
@@ -27,8 +29,6 @@ from compressor.calibration.head import head
 from compressor.engine.task import Job
 from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
-from compressor.ratios.groups import ceiling, groups, inside
-from compressor.ratios.waterfill import waterfill
 
 NEEDS_INPUTS = True
 _STEADY = 0.5  # rank correlation of two halves of the evaluations below which zeroth-order scores are called noise

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compressor.allocation.rank import Spectrum, largest_rank
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks
@@ -27,7 +28,6 @@ from compressor.engine.task import Job, Task
 from compressor.errors import about
 from compressor.formats.lowrank import LowRank
 from compressor.progress import Progress
-from compressor.ranks import Spectrum, largest_rank
 
 TOKENS = 32_768  # of the calibration, if there are so many
 

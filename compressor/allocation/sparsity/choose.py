@@ -1,6 +1,6 @@
 """Which linear becomes what, chosen after the calibration and before the first block.
 
-Everything is compressed alike unless the recipe asks for more. With ratios, an allocator (compressor/ratios/) shares the zeros of
+Everything is compressed alike unless the recipe asks for more. With ratios, an allocator (compressor/allocation/sparsity/) shares the zeros of
 a sparsity out among the linears; with a dense fraction, the linears that lose most under n:m stay dense. A plan made
 in one of these ways is only taken if it is better than the plain one when both are tried on a part of the calibration.
 """
@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import torch
 
+from compressor.allocation.guard import Trial, better
+from compressor.allocation.sparsity import leave_dense, uniform
 from compressor.calibration.capture import States
 from compressor.engine.task import Job
 from compressor.pattern import Pattern
 from compressor.progress import Progress
-from compressor.ratios import dense, uniform
-from compressor.trial import Trial, better
 
 
 def allocate(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
@@ -62,7 +62,7 @@ def sharing(job: Job, shares: Mapping[str, int]) -> Job:
 
 def _leave_dense(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
     assert states
-    kept, facts = dense.choose(job, job.dense_fraction, states, device, progress, **job.ratio_options)
+    kept, facts = leave_dense.choose(job, job.dense_fraction, states, device, progress, **job.ratio_options)
     chosen = job.assign(
         {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "--dense-fraction"
     )

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from compressor.allocation.rank import Ranks, Spectrum, check_align, largest_fitting, largest_rank, step
 from compressor.errors import UsageError
-from compressor.ranks import Ranks, Spectrum, check_align, largest_fitting, largest_rank, step
 
 _CONSTANT = 1e-6  # relative spread of singular values that is rounding
 

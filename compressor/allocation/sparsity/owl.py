@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.allocation.sparsity.apportion import apportion
+from compressor.allocation.sparsity.groups import ceiling, groups, inside
 from compressor.calibration.capture import States
 from compressor.engine.blocks import dense_blocks
 from compressor.engine.task import Job
 from compressor.errors import UsageError
 from compressor.progress import Progress
-from compressor.ratios.apportion import apportion
-from compressor.ratios.groups import ceiling, groups, inside
 
 NEEDS_INPUTS = True
 

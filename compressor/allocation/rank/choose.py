@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
+from compressor.allocation.guard import TOKENS, Trial, better
+from compressor.allocation.rank import Ranks, Spectrum, check_some, largest_rank, rounded_down, uniform
+from compressor.allocation.rank.fisher_factors import factor_all
+from compressor.allocation.rank.measured import measured
 from compressor.calibration.capture import States
-from compressor.curvature import factor_all
 from compressor.engine.blocks import dense_blocks
 from compressor.engine.factor_store import Factored
 from compressor.engine.task import Job, Task
 from compressor.progress import Progress
-from compressor.ranks import Ranks, Spectrum, check_some, largest_rank, rounded_down, uniform
-from compressor.ranks.measured import measured
 from compressor.stats import InputStats
-from compressor.trial import TOKENS, Trial, better
 
 Spectra = dict[str, Spectrum]
 

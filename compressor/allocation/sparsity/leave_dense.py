@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from compressor.allocation.sparsity import knapsack
+from compressor.allocation.sparsity.fisher import error_curves
 from compressor.calibration.capture import States
 from compressor.engine.task import Job
 from compressor.progress import Progress
-from compressor.ratios import knapsack
-from compressor.ratios.fisher import error_curves
 
 
 def choose(

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from compressor.allocation.sparsity.direct import divergence_curves
+from compressor.allocation.sparsity.fisher import error_curves
+from compressor.allocation.sparsity.groups import ceiling, groups, inside
+from compressor.allocation.sparsity.knapsack import share_out
 from compressor.calibration.capture import States
 from compressor.engine.task import Job, Task
 from compressor.pattern import Pattern
 from compressor.progress import Progress
-from compressor.ratios.direct import divergence_curves
-from compressor.ratios.fisher import error_curves
-from compressor.ratios.groups import ceiling, groups, inside
-from compressor.ratios.knapsack import share_out
 
 NEEDS_INPUTS = True
 _STEP = Fraction(1, 20)
