@@ -50,7 +50,7 @@ def whole(folder):
 
 def test_first_order_scores_are_those_of_automatic_differentiation(tiny, rows):
     job, states = begin(tiny("llama"), rows)
-    skeleton, part = ecoflap.in_float32(job, states, 10_000, CPU)
+    skeleton, part = ecoflap.in_float32(job.skeleton, states, 10_000, CPU)
     found = ecoflap.first_order(job, skeleton, part, CPU, silent)
     weighted = ecoflap.first_order(job, skeleton, part, CPU, silent, weighted=True)
     model, norms, products = whole(tiny("llama")), {}, {}
@@ -67,7 +67,7 @@ def test_first_order_scores_are_those_of_automatic_differentiation(tiny, rows):
 
 def test_zeroth_order_scores_estimate_the_norm_of_the_gradient(tiny, rows):
     job, states = begin(tiny("llama"), rows)
-    skeleton, part = ecoflap.in_float32(job, states, 1, CPU)  # one batch: one gradient
+    skeleton, part = ecoflap.in_float32(job.skeleton, states, 1, CPU)  # one batch: one gradient
     evaluations = 64
     halves = ecoflap.zeroth_order(job, skeleton, part, CPU, silent, evaluations, 1e-3)
     exact = ecoflap.first_order(job, skeleton, part, CPU, silent)

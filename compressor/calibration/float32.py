@@ -7,7 +7,6 @@ import torch
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.gradients import Taps
-from compressor.engine.task import Job
 from compressor.errors import NumericalError
 from compressor.model.skeleton import Skeleton
 
@@ -21,9 +20,11 @@ def check_seen(name: str, tap: Taps) -> None:
         )
 
 
-def in_float32(job: Job, states: States, tokens: int, device: torch.device) -> tuple[Skeleton, States]:
+def in_float32(
+    skeleton: Skeleton, states: States, tokens: int, device: torch.device
+) -> tuple[Skeleton, States]:
     """A skeleton that computes in float32, and the first batches of the calibration with at least so many tokens in it."""
-    skeleton, part = job.skeleton.in_dtype(torch.float32), states.at_least(tokens)
-    if skeleton is not job.skeleton:
-        part = capture.capture(skeleton, torch.cat(part.ids), device)
-    return skeleton, part
+    precise, part = skeleton.in_dtype(torch.float32), states.at_least(tokens)
+    if precise is not skeleton:
+        part = capture.capture(precise, torch.cat(part.ids), device)
+    return precise, part

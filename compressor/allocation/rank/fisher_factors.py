@@ -44,7 +44,7 @@ def factor_all(
         folder: for the files; it exists.
         progress: told of every block.
     """
-    skeleton, part = in_float32(job, states, TOKENS, device)
+    skeleton, part = in_float32(job.skeleton, states, TOKENS, device)
     found, spectra = Factored(folder), {}
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
         forms = {}

@@ -27,7 +27,7 @@ def divergence_curves(
     job: Job, levels: Levels, states: States, device: torch.device, progress: Progress, *, tokens: int
 ) -> dict[str, list[float]]:
     """Divergence, nats a token, for every linear and each of its levels; arguments as for `fisher.error_curves`."""
-    skeleton, part = in_float32(job, states, tokens, device)
+    skeleton, part = in_float32(job.skeleton, states, tokens, device)
     exact = _through(skeleton, part, [list(part.hidden)], 0, device)[0]
     hidden, curves = list(part.hidden), {}
     for index, tasks in enumerate(job.tasks):

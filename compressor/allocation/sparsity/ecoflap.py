@@ -65,7 +65,7 @@ def allocate(
     grouped = groups(job, granularity)
     sizes = [sum(linear.size for linear in linears) for linears in grouped.values()]
     most = ceiling(max_sparsity, zeros, sum(sizes), zeros / sum(sizes) + 0.1)
-    skeleton, part = in_float32(job, states, tokens, device)
+    skeleton, part = in_float32(job.skeleton, states, tokens, device)
     facts: dict[str, Any] = {"score": score}
     if score == "zeroth":
         halves = zeroth_order(job, skeleton, part, device, progress, evaluations, epsilon)

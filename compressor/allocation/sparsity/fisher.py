@@ -53,7 +53,7 @@ def error_curves(
         tokens: calibration tokens to use at least, if there are so many.
         sampled: draw the labels from the model, else take the tokens that follow in the text.
     """
-    skeleton, part = in_float32(job, states, tokens, device)
+    skeleton, part = in_float32(job.skeleton, states, tokens, device)
     curves: dict[str, list[float]] = {}
     loss = sampled_label_loss(job.seed) if sampled else next_token_loss
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device, loss=loss)):
