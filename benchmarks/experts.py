@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from compressor.calibration import tokens
 from compressor.config.recipe import Recipe
 from compressor.evaluate import perplexity
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 from compressor.runtime import load
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))

@@ -22,7 +22,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CompressError
 from compressor.model.skeleton import Skeleton
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 from compressor.runtime import load
 from tests.families import EVERY, build
 

@@ -27,10 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from compressor import pipeline
 from compressor.checkpoint.work_state import report_path, work_path
 from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
+from compressor.run import pipeline
 
 CASES = {
     "magnitude, packed": {"method": "magnitude"},
@@ -152,9 +152,9 @@ def fill_until(root: Path, case: dict, mount: Path, runs: int, dice: random.Rand
     assert ended(start(root, case, output)) == 0
     expected, needed = contents(output), sum(map(len, contents(output).values()))
     clear(output)
-    import compressor.job
+    import compressor.run.check
 
-    compressor.job.check_output = lambda output, reader: None  # it would say at once that there is too little room
+    compressor.run.check.check_output = lambda output, reader: None  # it would say at once that there is too little room
     for _ in range(runs):
         size = dice.randrange(8 << 10, 2 * needed)
         while True:

@@ -37,11 +37,11 @@ from compressor.config.recipe import Recipe
 from compressor.engine.blocks import compress_blocks
 from compressor.engine.task import Job
 from compressor.evaluate import perplexity
-from compressor.job import make_job
 from compressor.pattern import Pattern
-from compressor.pipeline import calibrate
 from compressor.progress import silent
 from compressor.refine import refinement
+from compressor.run.check import make_job
+from compressor.run.pipeline import calibrate
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
 TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}

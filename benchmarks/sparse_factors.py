@@ -22,10 +22,10 @@ from torch import Tensor
 
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import dense_blocks
-from compressor.job import make_job
 from compressor.methods import sparsegpt, svd_llm
 from compressor.pattern import Pattern
-from compressor.pipeline import calibrate
+from compressor.run.check import make_job
+from compressor.run.pipeline import calibrate
 from compressor.stats import InputStats
 
 CPU, HALF = torch.device("cpu"), Pattern.parse("2:4")

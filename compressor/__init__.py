@@ -117,8 +117,8 @@ def prune(
     for name in ("refine_only", "ignore"):
         settings[name] = None if settings[name] is None else list(settings[name])
     merged = merge(load(find(recipe)) if recipe else {}, settings, [])
-    from compressor.pipeline import prune as run
     from compressor.progress import silent
+    from compressor.run.pipeline import prune as run
 
     return run(merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent)
 

@@ -94,7 +94,7 @@ def cli(monkeypatch, capfd):
 def made(tmp_path_factory):
     """A packed output, as `compress prune tester/base` would leave it, with scores beside it."""
     from compressor.config.recipe import Recipe
-    from compressor.pipeline import prune
+    from compressor.run.pipeline import prune
 
     out = tmp_path_factory.mktemp("made") / "out"
     prune(Recipe(str(DEMO), method="magnitude"), out)

@@ -60,7 +60,7 @@ def make_bases(folder: Path) -> dict[str, list[Path]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from compressor.config.recipe import Recipe
-    from compressor.pipeline import prune
+    from compressor.run.pipeline import prune
     from tests.test_pack import legacy
 
     (folder / "rows.jsonl").write_text("".join(json.dumps({"input_ids": [row] * 8}) + "\n" for row in range(3, 7)))

@@ -21,10 +21,10 @@ from compressor.calibration import capture
 from compressor.calibration.gradients import next_token_loss
 from compressor.config.recipe import Recipe
 from compressor.errors import NumericalError
-from compressor.job import make_job
 from compressor.pattern import Pattern
-from compressor.pipeline import prune
 from compressor.progress import silent
+from compressor.run.check import make_job
+from compressor.run.pipeline import prune
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))  # those of the fixture `rows`

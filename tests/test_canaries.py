@@ -11,7 +11,7 @@ from compressor.config.recipe import Recipe
 from compressor.evaluate import METRIC, evaluate
 from compressor.methods import armor, nowag
 from compressor.pattern import Pattern
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 
 # babyllama105, 128 calibration rows, float32: perplexity on self-sampled text and on TinyStories
 DENSE = (1.994, 2.591)

@@ -46,8 +46,8 @@ PLAN = """version = 1
 )
 def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, plan, said):
     from compressor.config.recipe import Recipe
-    from compressor.pipeline import prune
     from compressor.publication import prepare
+    from compressor.run.pipeline import prune
 
     if plan:
         (tmp_path / "plan.toml").write_text(plan)

@@ -17,13 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor import pipeline, plan
 from compressor.checkpoint.work_state import work_path
 from compressor.config.recipe import Recipe
 from compressor.engine import blocks, memory
 from compressor.engine.distributed import Group
 from compressor.errors import CompressError, NumericalError
-from compressor.journal import Journal
+from compressor.run import pipeline, plan_file
+from compressor.run.journal import Journal
 from tests.test_experts import never_route
 from tests.test_resume import contents, kill_me
 
@@ -109,7 +109,7 @@ def test_two_processes_with_too_little_memory_write_the_bytes_of_one(monkeypatch
 def test_factors_of_a_plan_are_made_by_several_processes(recipe, tmp_path):
     job = replace(recipe("kfac"), keep="", plan=str(tmp_path / "plan.toml"))
     planned = pipeline.make_plan(recipe("kfac"))
-    Path(job.plan).write_text(plan.dumps(planned))
+    Path(job.plan).write_text(plan_file.dumps(planned))
     codes, said = in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "two"))
     assert codes == [0, 0], said
     pipeline.prune(job, tmp_path / "one")

@@ -138,7 +138,7 @@ def test_bad_settings(demo_model, rows, settings, match):
 def test_bytes_of_the_linears_are_those_of_the_headers(demo_model, rows, tmp_path):
     from compressor.cli.inspect import describe
     from compressor.config.recipe import Recipe
-    from compressor.pipeline import prune
+    from compressor.run.pipeline import prune
 
     prune(Recipe(str(demo_model), method="magnitude"), tmp_path / "out")
     for folder in (demo_model, tmp_path / "out"):

@@ -15,11 +15,11 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import FEW_TOKENS
 from compressor.errors import CheckpointError, UsageError
-from compressor.job import make_job
 from compressor.model.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
 from compressor.model.skeleton import Skeleton
 from compressor.pack import pack
-from compressor.pipeline import prune
+from compressor.run.check import make_job
+from compressor.run.pipeline import prune
 from compressor.stats import collecting
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError
 from compressor.model.skeleton import Skeleton
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 from compressor.unpack import unpack
 from tests.families import CORE, EVERY, MORE, REFUSED, build
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor import pipeline
 from compressor.calibration.hidden_states import Batches
 from compressor.config.recipe import Recipe
 from compressor.engine import blocks, memory
 from compressor.engine.memory import gram_bytes, in_groups
 from compressor.errors import UsageError
+from compressor.run import pipeline
 from compressor.stats import collecting
 from tests.test_experts import never_route
 from tests.test_resume import contents

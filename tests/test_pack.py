@@ -13,7 +13,7 @@ from compressor.checkpoint.reader import INDEX, Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError
 from compressor.legacy import decode, import_bitmask
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 

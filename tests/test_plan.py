@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor import plan
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
-from compressor.job import make_job
 from compressor.model.skeleton import Skeleton
+from compressor.run import plan_file
+from compressor.run.check import make_job
 
 Q = "model.layers.0.self_attn.q_proj"
 COMMON = ("--num-samples", 8, "--seq-len", 32, "-q")
@@ -45,17 +45,17 @@ def test_what_is_written_is_read_back(tmp_path_factory, job, data):
         zeros = data.draw(st.integers(1, task.linear.size))
         goals[task.linear.name] = (
             None if kind == "dense"
-            else plan.Pattern.exact(zeros, task.linear.size) if kind == "exact" else plan.Pattern.parse(kind)
+            else plan_file.Pattern.exact(zeros, task.linear.size) if kind == "exact" else plan_file.Pattern.parse(kind)
         )  # fmt: skip
     assigned = job.assign(goals, 'because of "this" # and\nthat')
     path = tmp_path_factory.mktemp("plan") / "plan.toml"
-    path.write_text(plan.dumps(assigned))
-    assert plan.fit(plan.read(path), [task.linear for task in job.every], {}) == goals
+    path.write_text(plan_file.dumps(assigned))
+    assert plan_file.fit(plan_file.read(path), [task.linear for task in job.every], {}) == goals
 
 
 def test_globs_stand_for_the_linears_without_an_entry_of_their_own(tmp_path, linears):
     entries = {Q: "{ dense = true }", "*.[qk]_proj": '{ keep = "50%" }', "*.0.mlp.*": "{ zeros = 7 }", "*": '{ pattern = "2:4" }'}
-    goals = plan.fit(plan.read(write(tmp_path / "plan.toml", entries)), linears, {"lm_head": "outside"})
+    goals = plan_file.fit(plan_file.read(write(tmp_path / "plan.toml", entries)), linears, {"lm_head": "outside"})
     assert goals[Q] is None
     for linear in linears:
         if linear.name.endswith(("q_proj", "k_proj")) and linear.name != Q:
@@ -93,7 +93,7 @@ HOSTILE = [
 def test_hostile_files_get_one_line(tmp_path, text, match):
     (tmp_path / "plan.toml").write_text(text)
     with pytest.raises(UsageError) as caught:
-        plan.read(tmp_path / "plan.toml")
+        plan_file.read(tmp_path / "plan.toml")
     assert match in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -110,7 +110,7 @@ def test_a_folder_bytes_and_a_huge_file_are_no_plans(tmp_path):
         "none": "does not exist",
     }.items():
         with pytest.raises(UsageError, match=match):
-            plan.read(tmp_path / name)
+            plan_file.read(tmp_path / name)
 
 
 @pytest.mark.parametrize(("change", "match"), [
@@ -126,16 +126,16 @@ def test_a_plan_that_does_not_fit_the_model(tmp_path, linears, change, match):
     entries = dict.fromkeys((linear.name for linear in linears), "{ zeros = 7 }") | change
     path = write(tmp_path / "plan.toml", {name: entry for name, entry in entries.items() if entry})
     with pytest.raises(UsageError) as caught:
-        plan.fit(plan.read(path), linears, {})
+        plan_file.fit(plan_file.read(path), linears, {})
     assert match in str(caught.value)
 
 
 def test_ignored_linears_are_dense_in_a_plan(tmp_path, linears):
-    entries = plan.read(write(tmp_path / "plan.toml", dict.fromkeys((linear.name for linear in linears), "{ zeros = 7 }")))
+    entries = plan_file.read(write(tmp_path / "plan.toml", dict.fromkeys((linear.name for linear in linears), "{ zeros = 7 }")))
     with pytest.raises(UsageError, match="stays dense \\(--ignore x\\); make one of the two agree"):
-        plan.fit(entries, linears[1:], {Q: "--ignore x"})
+        plan_file.fit(entries, linears[1:], {Q: "--ignore x"})
     entries[Q] = {"dense": True}
-    assert Q not in plan.fit(entries, linears[1:], {Q: "--ignore x"})
+    assert Q not in plan_file.fit(entries, linears[1:], {Q: "--ignore x"})
 
 
 # --- the command line
@@ -166,7 +166,7 @@ def test_a_plan_is_made_edited_used_and_the_output_makes_itself_again(cli, tiny,
     found = {row["name"]: row for row in report["linears"]}
     assert found[Q]["format"] == "sparse24"
     assert {"model.layers.1.mlp.up_proj", "model.layers.2.self_attn.v_proj"} <= {left["name"] for left in report["left_dense"]}
-    goals = plan.fit(plan.read(file), [t.linear for t in make_job(Recipe(str(tiny("llama"))), None).every], {})
+    goals = plan_file.fit(plan_file.read(file), [t.linear for t in make_job(Recipe(str(tiny("llama"))), None).every], {})
     for name, row in found.items():
         assert Fraction(row["sparsity"]).limit_denominator(10**6) == goals[name].sparsity.limit_denominator(10**6)
 
@@ -193,7 +193,7 @@ def test_experts_of_a_block_are_one_column(cli, tiny, rows, tmp_path, monkeypatc
     assert "of experts the lowest and the highest" in lines[0]
     heads = [name for line in lines[1:] for name in line.split() if name in ("experts", "shared_expert")]
     assert sorted(heads) == ["experts"] * 3 + ["shared_expert"] * 3
-    entries = plan.read(file)
+    entries = plan_file.read(file)
     assert sum(".mlp.experts." in name for name in entries) == 3 * 3 * 4
     linears = {linear.name: linear for index in range(3) for linear in Skeleton(Reader(tiny("qwen2_moe"))).linears(index)}
     zeros = [

@@ -276,7 +276,7 @@ def test_bad_arguments(push, out, tmp_path):
 
 def test_the_card_of_a_low_rank_model_calls_it_that(push, tmp_path):
     from compressor.config.recipe import Recipe
-    from compressor.pipeline import prune
+    from compressor.run.pipeline import prune
 
     prune(Recipe(str(DEMO), method="welore", keep="60%"), tmp_path / "out")
     found = json.loads(push(tmp_path / "out", "tester/thin", "--dry-run", "--json").stdout)

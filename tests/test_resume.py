@@ -9,12 +9,12 @@ import signal
 import pytest
 import torch
 
-from compressor import pipeline
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.work_state import is_complete, report_path, work_path
 from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
-from compressor.journal import Journal
+from compressor.run import pipeline
+from compressor.run.journal import Journal
 
 CASES = {
     "magnitude": {"method": "magnitude"},
@@ -245,7 +245,7 @@ def test_another_model_text_or_version_is_refused(job, unfinished, rows, tmp_pat
         patch.setattr("torch.get_num_threads", lambda: 64)
         refused("machine threads was 1 and is 64 now")
         patch.setattr("torch.get_num_threads", lambda: 1)
-        patch.setattr("compressor.fingerprint.versions", lambda: {"torch": "9"})
+        patch.setattr("compressor.run.fingerprint.versions", lambda: {"torch": "9"})
         refused("version ")
     (model / "generation_config.json").write_text("{}")
     refused("model file generation_config.json has changed since")

@@ -16,7 +16,7 @@ import compressor.runtime
 from compressor.checkpoint.packed_config import GUARD
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 from compressor.unpack import unpack
 
 IDS = torch.arange(4, 40)[None]

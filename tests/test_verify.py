@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor import pipeline
 from compressor.checkpoint.manifest import NAME, manifest
 from compressor.config.recipe import Recipe
+from compressor.run import pipeline
 from compressor.verify import verify
 
 

@@ -1,4 +1,4 @@
-"""Where the work state of a run lies, and what of it others need to know; compressor/journal.py writes and reads it."""
+"""Where the work state of a run lies, and what of it others need to know; compressor/run/journal.py writes and reads it."""
 
 from __future__ import annotations
 

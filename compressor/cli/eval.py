@@ -72,7 +72,7 @@ def evaluate(
         os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     begin(quiet, verbose)
     from compressor.evaluate import evaluate_all, table
-    from compressor.pipeline import choose_device
+    from compressor.run.pipeline import choose_device
 
     where = str(choose_device(device))
     settings: dict[str, Any] = {

@@ -71,7 +71,7 @@ def lowrank(
         raise UsageError("give the folder to make with -o/--output, or --dry-run to check everything")
     begin(quiet, verbose)
     if output is None or dry_run:
-        from compressor.job import make_job
+        from compressor.run.check import make_job
 
         job = make_job(merged, output)
         if as_json:

@@ -86,8 +86,8 @@ def plan(
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")
     begin(quiet, verbose)
     from compressor import heatmap
-    from compressor.pipeline import make_plan
-    from compressor.plan import dumps
+    from compressor.run.pipeline import make_plan
+    from compressor.run.plan_file import dumps
 
     if plot:
         heatmap.check_drawing(plot)

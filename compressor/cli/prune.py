@@ -102,7 +102,7 @@ def prune(
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     begin(quiet, verbose)
     if output is None or dry_run:
-        from compressor.job import make_job
+        from compressor.run.check import make_job
 
         job = make_job(merged, output)
         if as_json:
@@ -117,7 +117,7 @@ def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, 
     """Prune and print the result; of several processes the first one speaks."""
     import compressor
     from compressor.errors import InterruptedRun, ProcessError
-    from compressor.journal import describe
+    from compressor.run.journal import describe
 
     try:
         with pruning_progress(quiet or not speaks()) as progress:

@@ -27,7 +27,7 @@ def resume(
     compress resume out
     """
     from compressor.config.recipe import Recipe
-    from compressor.journal import read_settings
+    from compressor.run.journal import read_settings
 
     settings = read_settings(output)
     output = output.resolve()

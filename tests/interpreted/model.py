@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import arrange
 from compressor.config.recipe import Recipe
-from compressor.pipeline import prune
+from compressor.run.pipeline import prune
 from compressor.runtime import runtimes
 from tests.conftest import DEMO
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressor import plan
 from compressor.allocation.rank import allocator as rank_allocator
 from compressor.allocation.rank import check_align, uniform
 from compressor.allocation.sparsity import allocator
@@ -25,7 +24,8 @@ from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
 from compressor.pattern import Pattern, parse_fraction
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
-from compressor.rehearsal import rehearse, rehearse_rank, rehearse_ranks
+from compressor.run import plan_file
+from compressor.run.preflight import rehearse, rehearse_rank, rehearse_ranks
 
 if TYPE_CHECKING:
     pass
@@ -40,11 +40,11 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
     if refine and not method.REFINABLE:
         raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
-    entries = plan.read(Path(recipe.plan)) if recipe.plan else {}
+    entries = plan_file.read(Path(recipe.plan)) if recipe.plan else {}
     if factors(method):
         rehearse_rank(method, options)
     else:
-        for each in plan.patterns(entries) if entries else [pattern]:
+        for each in plan_file.patterns(entries) if entries else [pattern]:
             rehearse(method, options, refine, refine_options, each)
     goal = 1 if factors(method) else pattern
     allocation = _ranks(recipe, method) if factors(method) else _allocation(recipe, pattern)
@@ -73,7 +73,7 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         uniform.of_shapes({task.linear.name: task.linear.shape for task in job.every}, job.keep, job.rank_options.get("align", 0))
     if not entries:
         return job.check_experts()
-    goals = plan.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
+    goals = plan_file.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
     if not any(goals.values()):
         raise UsageError(f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense")
     return job.assign(goals, "the plan")

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import plan
 from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank import choose as ranks
 from compressor.allocation.sparsity.choose import allocate
@@ -37,15 +36,16 @@ from compressor.engine.distributed import Group, local_device, processes
 from compressor.engine.memory import choose_home, gram_room, parse_size
 from compressor.engine.task import Job, Task
 from compressor.errors import DataError, UsageError
-from compressor.fingerprint import fingerprint
 from compressor.formats import Form
 from compressor.formats.dense import Dense
-from compressor.job import make_job
-from compressor.journal import Journal
 from compressor.model.skeleton import WEIGHT_DTYPES
 from compressor.pattern import Pattern
 from compressor.progress import Progress, silent
 from compressor.records.report import BlockRow, LinearRow, Report, peak_memory
+from compressor.run import plan_file
+from compressor.run.check import make_job
+from compressor.run.fingerprint import fingerprint
+from compressor.run.journal import Journal
 
 
 def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str = "", progress: Progress = silent) -> Report:
@@ -86,7 +86,7 @@ def _prune(
 ) -> Report:
     """What is not done yet; the first process has the journal, writes and reports."""
     started, work, reader = time.perf_counter(), work_path(output), job.reader
-    recipe = replace(recipe, plan=plan.FILE if recipe.plan else "")
+    recipe = replace(recipe, plan=plan_file.FILE if recipe.plan else "")
     report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
     states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
     job = replace(job, gram_room=gram_room(job, device, max_memory) if job.needs_gram else None)
@@ -155,7 +155,7 @@ def _publish(journal: Journal | None, writer: Writer | None, report: Report, job
     report.run["block_seconds"] = [record["seconds"] for record in journal.blocks]
     files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
     if recipe.plan or job.allocation:
-        files[plan.FILE] = plan.dumps(job)
+        files[plan_file.FILE] = plan_file.dumps(job)
     writer.complete(compressed_config(writer.reader.config, stored), files, code=recipe.trust_remote_code)
     return journal.publish(_json(report.everything()))
 
@@ -177,11 +177,11 @@ def _allocate(
         found, known = _chosen(job, states, spectra, device, progress), {left.name for left in job.left_dense}
         reasons = [left.reason for left in found.left_dense if left.name not in known]
         facts = {"allocation": found.allocation, "spectra": found.spectra}
-        return {"plan": plan.dumps(found), "reason": reasons[0] if reasons else "", **facts}
+        return {"plan": plan_file.dumps(found), "reason": reasons[0] if reasons else "", **facts}
 
     chosen = group.agreed(lambda: journal and journal.once("goals", choose))
     entries, dense = tomllib.loads(chosen["plan"])["linears"], {left.name: left.reason for left in job.left_dense}
-    goals = plan.fit(entries, [task.linear for task in job.every], dense)
+    goals = plan_file.fit(entries, [task.linear for task in job.every], dense)
     return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"], spectra=chosen["spectra"])
 
 

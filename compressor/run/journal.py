@@ -30,7 +30,7 @@ from typing import Any, Self
 from compressor.checkpoint.atomic import sync, write_file
 from compressor.checkpoint.work_state import BEGIN, COMPLETE, REPORT, damaged, is_complete, report_path, state_file, work_path
 from compressor.errors import CompressError, InterruptedRun, OutputError, ProcessError
-from compressor.fingerprint import difference
+from compressor.run.fingerprint import difference
 
 
 def read_settings(output: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Journal:
 
     Args:
         output: the folder to be made.
-        fingerprint: of `compressor.fingerprint`.
+        fingerprint: of `compressor.run.fingerprint`.
         settings: what `compress resume` needs to give the same command again, as JSON values.
 
     Attributes:
