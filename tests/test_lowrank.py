@@ -2,7 +2,7 @@
 
 import torch
 
-from compressor.arrange import arrange
+from compressor.runtime.placement import arrange
 from compressor_kernels.linear import LowRankLinear
 from compressor_kernels.reference import lowrank
 

@@ -7,10 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import arrange
 from compressor.config.recipe import Recipe
 from compressor.run.pipeline import prune
-from compressor.runtime import runtimes
+from compressor.runtime import placement, runtimes
 from tests.conftest import DEMO
 
 PROMPT = torch.tensor([[0, 310, 77, 1042]])
@@ -30,7 +29,7 @@ def test_greedy_text(method, tmp_path, monkeypatch):
         assert listed["model.layers.0.self_attn.q_proj"] == "packed; one launch for q_proj, k_proj, v_proj"
         assert listed["model.layers.0.mlp.down_proj"] == "packed"
     launched = []
-    plain = arrange.backend.runs
+    plain = placement.backend.runs
     monkeypatch.setattr("compressor_kernels.backend.runs", lambda x: launched.append(x.shape) or plain(x))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,13 +22,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor import arrange
 from compressor.checkpoint.packed_config import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, CompressError
 from compressor.model.hf_conversion import whole_names
-from compressor.modules import packed_module
-from compressor.packed_experts import PackedExperts, swap_experts
+from compressor.runtime import placement
+from compressor.runtime.modules import packed_module
+from compressor.runtime.packed_experts import PackedExperts, swap_experts
 
 _RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
 
@@ -85,7 +85,7 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model._compress_runtime = arrange.arrange(model, self.paths, _RUNTIME.get())
+        model._compress_runtime = placement.arrange(model, self.paths, _RUNTIME.get())
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -162,7 +162,7 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
             does not list. Transformers would go on with random weights and a warning.
         UsageError: an unknown `runtime`.
     """
-    arrange.check(runtime)
+    placement.check(runtime)
     options = {"dtype": "auto", **options}
     asked = _RUNTIME.set(runtime)
     try:
