@@ -17,10 +17,10 @@ from compressor.engine.blocks import FEW_TOKENS
 from compressor.errors import CheckpointError, UsageError
 from compressor.model.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
 from compressor.model.skeleton import Skeleton
-from compressor.pack import pack
 from compressor.run.check import make_job
 from compressor.run.pipeline import prune
 from compressor.stats import collecting
+from compressor.tools.pack import pack
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")

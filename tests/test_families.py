@@ -14,7 +14,7 @@ from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError
 from compressor.model.skeleton import Skeleton
 from compressor.run.pipeline import prune
-from compressor.unpack import unpack
+from compressor.tools.unpack import unpack
 from tests.families import CORE, EVERY, MORE, REFUSED, build
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules
 from compressor.checkpoint.reader import INDEX, Reader, check_sizes, read_header
 from compressor.config.recipe import Recipe, load, merge
 from compressor.errors import CheckpointError, CompressError, UsageError
-from compressor.legacy import decode
+from compressor.tools.import_bitmask import decode
 from compressor_kernels.packing import check24, unpack24
 from tests.conftest import ROOT
 from tests.mutate import join, split

@@ -12,8 +12,8 @@ import compressor
 from compressor.checkpoint.reader import INDEX, Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError
-from compressor.legacy import decode, import_bitmask
 from compressor.run.pipeline import prune
+from compressor.tools.import_bitmask import decode, import_bitmask
 
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 

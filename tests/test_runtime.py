@@ -17,7 +17,7 @@ from compressor.checkpoint.packed_config import GUARD
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
 from compressor.run.pipeline import prune
-from compressor.unpack import unpack
+from compressor.tools.unpack import unpack
 
 IDS = torch.arange(4, 40)[None]
 OFFLOAD = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

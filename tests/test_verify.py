@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from compressor.checkpoint.manifest import NAME, manifest
 from compressor.config.recipe import Recipe
 from compressor.run import pipeline
-from compressor.verify import verify
+from compressor.tools.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def import_legacy(
 
     compress import Llama-2of4 -o out
     """
-    from compressor.legacy import import_bitmask
+    from compressor.tools.import_bitmask import import_bitmask
 
     packed, dense = import_bitmask(folder, output)
     if not quiet:

@@ -26,7 +26,7 @@ def pack(
 
     compress pack sparse-model -o out
     """
-    from compressor.pack import pack as run
+    from compressor.tools.pack import pack as run
 
     quiet_libraries(False)
     done = run(folder, output, trust_remote_code=trust_remote_code)

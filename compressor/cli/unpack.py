@@ -22,7 +22,7 @@ def unpack(
 
     compress unpack out -o out-dense
     """
-    from compressor.unpack import unpack as run
+    from compressor.tools.unpack import unpack as run
 
     count = run(folder, output)
     if not quiet:

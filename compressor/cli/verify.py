@@ -22,7 +22,7 @@ def verify(
 
     compress verify out
     """
-    from compressor.verify import verify as run
+    from compressor.tools.verify import verify as run
 
     with counting("verifying", quiet) as progress:
         found = run(folder, progress)

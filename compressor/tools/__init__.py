@@ -1,0 +1,1 @@
+"""Folders to folders: pack, unpack, import, verify."""
