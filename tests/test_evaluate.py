@@ -360,7 +360,7 @@ def scored(*values):
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_plot_is_the_same_bytes_for_the_same_scores(tmp_path, suffix):
     pytest.importorskip("matplotlib")
-    from compressor.evaluate.plot import draw
+    from compressor.plots.quality_over_size import draw
 
     for name in ("a", "b"):
         draw(scored(5.0, 70.0, 7.0), tmp_path / f"{name}{suffix}", baseline="m/0")

@@ -65,7 +65,7 @@ def evaluate(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype is {dtype!r}; accepted: auto, float32, bfloat16, float16")
     if plot is not None:
-        from compressor.evaluate.plot import check_plot
+        from compressor.plots.quality_over_size import check_plot
 
         check_plot(plot)
     if quiet:
@@ -87,7 +87,7 @@ def evaluate(
     if output is not None:
         output.write_text(text + "\n")
     if plot is not None:
-        from compressor.evaluate.plot import draw
+        from compressor.plots.quality_over_size import draw
 
         draw(scored, plot, baseline=baseline)
     print(text if as_json else table(scored))

@@ -85,7 +85,7 @@ def plan(
         if path and (path.exists() or not path.resolve().parent.is_dir()):
             raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")
     begin(quiet, verbose)
-    from compressor import heatmap
+    from compressor.plots import heatmap
     from compressor.run.pipeline import make_plan
     from compressor.run.plan_file import dumps
 
@@ -124,7 +124,7 @@ def _what_goes(job: Job) -> str:
 
 
 def _show(job: Job) -> None:
-    from compressor.heatmap import cells, sparsities
+    from compressor.plots.heatmap import cells, sparsities
 
     if job.keep:
         columns, ranks = cells(job, lambda task: task.goal if isinstance(task.goal, int) else math.inf, math.inf)
@@ -144,7 +144,7 @@ def _show(job: Job) -> None:
 
 def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:
     """A row for each block, a column for each linear, in as many tables as the width takes."""
-    from compressor.heatmap import headings
+    from compressor.plots.heatmap import headings
 
     heads = headings(columns)
     widths = [max(*map(len, head.splitlines()), *(len(row[place]) for row in blocks)) + 2 for place, head in enumerate(heads)]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError
 from compressor.page.charts import Chart
 from compressor.page.colours import LIGHT
+from compressor.plots.need_matplotlib import require_matplotlib
 
 
 def write_pictures(charts: list[Chart], folder: Path) -> None:

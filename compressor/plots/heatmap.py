@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
-from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
+from compressor.plots.need_matplotlib import require_matplotlib
 from compressor.text import part
 
 if TYPE_CHECKING:

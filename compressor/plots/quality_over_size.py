@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.drawing import require_matplotlib
 from compressor.errors import OutputError, UsageError
+from compressor.plots.need_matplotlib import require_matplotlib
 from compressor.records.scores import arrow, label, metrics
 
 _SUFFIXES = (".png", ".svg")
