@@ -46,7 +46,7 @@ PLAN = """version = 1
 )
 def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, plan, said):
     from compressor.config.recipe import Recipe
-    from compressor.publication import prepare
+    from compressor.publish.files import prepare
     from compressor.run.pipeline import prune
 
     if plan:
@@ -75,7 +75,7 @@ def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, pl
 )
 def test_a_damaged_report_is_no_card(out, change):
     from compressor.errors import CheckpointError
-    from compressor.publication import prepare
+    from compressor.publish.files import prepare
 
     report = json.loads((out / "report.json").read_text())
     change(report)
@@ -103,7 +103,7 @@ def test_a_damaged_report_is_no_card(out, change):
 def test_damaged_scores_are_one_line_for_card_and_page(out, change):
     from compressor.errors import CheckpointError
     from compressor.page import read_record
-    from compressor.publication import prepare
+    from compressor.publish.files import prepare
 
     path = scores_path(out)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -114,7 +114,7 @@ def test_damaged_scores_are_one_line_for_card_and_page(out, change):
 
 
 def test_a_baseline_without_a_number_is_a_dash(out):
-    from compressor.publication import prepare
+    from compressor.publish.files import prepare
 
     path = scores_path(out)
     found = json.loads(path.read_text())

@@ -319,7 +319,7 @@ def test_command_line(cli, demo_model, copy, rows, tmp_path):
 
 
 def test_the_card_has_the_numbers_that_eval_stored(cli, demo_model, rows, tmp_path):
-    from compressor.publication import prepare
+    from compressor.publish.files import prepare
 
     out = tmp_path / "out"
     cli("prune", demo_model, "-o", out, "--method", "magnitude", "-q")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compressor.licence import Licence, from_card, from_file, from_folder
+from compressor.publish.licence import Licence, from_card, from_file, from_folder
 
 
 @pytest.mark.parametrize(

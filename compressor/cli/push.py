@@ -12,7 +12,7 @@ import typer
 from compressor.cli.show import err, out, size, table
 
 if TYPE_CHECKING:
-    from compressor.publication import Publication
+    from compressor.publish.files import Publication
 
 
 def push(
@@ -37,8 +37,8 @@ def push(
 
     compress push out org/model-2-4 --private --base-model org/model
     """
-    from compressor import hub
-    from compressor.publication import prepare
+    from compressor.publish import hub
+    from compressor.publish.files import prepare
 
     progress = _progress(quiet)
     for name in (repo, *([base_model] if base_model else [])):

@@ -16,8 +16,8 @@ from typing import Any
 
 from compressor.checkpoint.digest import file_sha256
 from compressor.errors import HubError, UsageError
-from compressor.licence import Licence, from_card
-from compressor.publication import File, Publication
+from compressor.publish.files import File, Publication
+from compressor.publish.licence import Licence, from_card
 
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors(\.index\.json)?")
 _AGAIN = "nothing was published; run the same command again, what has arrived is not sent twice"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.card import EVAL_RESULTS, Facts, eval_results_file, make_card
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.packed_config import packed_modules
 from compressor.checkpoint.reader import INDEX, Reader, read_json
 from compressor.checkpoint.writer import is_side_file
 from compressor.errors import CheckpointError
-from compressor.licence import Licence, from_file, from_folder
+from compressor.publish.card import EVAL_RESULTS, Facts, eval_results_file, make_card
+from compressor.publish.licence import Licence, from_file, from_folder
 from compressor.records.read_report import is_number, read_record
 from compressor.records.scores import read_scores, scores_path
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.licence import Licence
 from compressor.methods import command, counterpart
+from compressor.publish.licence import Licence
 from compressor.records.scores import arrow, label, metrics
 
 EVAL_RESULTS = ".eval_results/compress.yaml"
