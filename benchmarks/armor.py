@@ -34,14 +34,33 @@ from compressor.pattern import Pattern
 from compressor.stats import InputStats, collecting
 
 PAIRS = list(itertools.combinations(range(4), 2))
-CASES = [("gauss", 256, 512, 16), ("heavy", 256, 512, 16), ("gauss", 384, 384, 32), ("heavy", 384, 384, 32)]
-CASES += [("gauss", 512, 512, 32), ("heavy", 512, 512, 32), ("gauss", 512, 512, 16), ("heavy", 512, 512, 16)]
-CASES += [("gauss", 256, 512, 32), ("heavy", 256, 512, 32), ("gauss", 384, 384, 16), ("heavy", 384, 384, 16)]
+CASES = [
+    ("gauss", 256, 512, 16),
+    ("heavy", 256, 512, 16),
+    ("gauss", 384, 384, 32),
+    ("heavy", 384, 384, 32),
+]
+CASES += [
+    ("gauss", 512, 512, 32),
+    ("heavy", 512, 512, 32),
+    ("gauss", 512, 512, 16),
+    ("heavy", 512, 512, 16),
+]
+CASES += [
+    ("gauss", 256, 512, 32),
+    ("heavy", 256, 512, 32),
+    ("gauss", 384, 384, 16),
+    ("heavy", 384, 384, 16),
+]
 P24 = Pattern.parse("2:4")
 
 
 def emit(**row: object) -> None:
-    row["torch"], row["threads"], row["machine"] = torch.__version__, torch.get_num_threads(), hardware()
+    row["torch"], row["threads"], row["machine"] = (
+        torch.__version__,
+        torch.get_num_threads(),
+        hardware(),
+    )
     print(json.dumps(row), flush=True)
 
 
@@ -50,7 +69,9 @@ def hardware() -> str:
         return torch.cuda.get_device_name()
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.machine()
 
@@ -70,14 +91,25 @@ def gauss(rows: int, columns: int, g: torch.Generator, tokens: int = 4096) -> tu
 
 def heavy(rows: int, columns: int, g: torch.Generator, tokens: int = 4096) -> tuple[Tensor, Tensor]:
     """Student-t(4) weight with log-normal row and column scales and a low-rank part; inputs of low rank, a few channels x 30."""
-    t = torch.randn(rows, columns, generator=g) / (torch.randn(4, rows, columns, generator=g).square().mean(0)).sqrt()
-    t = t * torch.exp(0.35 * torch.randn(rows, 1, generator=g)) * torch.exp(0.35 * torch.randn(1, columns, generator=g))
+    t = (
+        torch.randn(rows, columns, generator=g)
+        / (torch.randn(4, rows, columns, generator=g).square().mean(0)).sqrt()
+    )
+    t = (
+        t
+        * torch.exp(0.35 * torch.randn(rows, 1, generator=g))
+        * torch.exp(0.35 * torch.randn(1, columns, generator=g))
+    )
     rank = max(8, min(rows, columns) // 16)
     low = (
-        (torch.randn(rows, rank, generator=g) * torch.linspace(1, 0.1, rank)) @ torch.randn(rank, columns, generator=g) / rank**0.5
+        (torch.randn(rows, rank, generator=g) * torch.linspace(1, 0.1, rank))
+        @ torch.randn(rank, columns, generator=g)
+        / rank**0.5
     )
     x = torch.randn(tokens, 32, generator=g) @ torch.randn(32, columns, generator=g) / 32**0.5
-    x = (x + torch.randn(tokens, columns, generator=g)) * torch.exp(0.6 * torch.randn(columns, generator=g))
+    x = (x + torch.randn(tokens, columns, generator=g)) * torch.exp(
+        0.6 * torch.randn(columns, generator=g)
+    )
     x[:, torch.randperm(columns, generator=g)[: max(2, columns // 128)]] *= 30
     return 0.02 * (t + low), x
 
@@ -93,7 +125,9 @@ def layer(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, InputS
 # --- the paper's loop, from its formulas
 
 
-def paper_loop(target: Tensor, h: Tensor, mask: Tensor, block: int, limit: int = 20_000) -> tuple[float, int, float]:
+def paper_loop(
+    target: Tensor, h: Tensor, mask: Tensor, block: int, limit: int = 20_000
+) -> tuple[float, int, float]:
     """One Adam step on A, S, B and one re-solved group per block, until 100 iterations in a row bring no progress.
 
     Returns:
@@ -131,27 +165,46 @@ def paper_loop(target: Tensor, h: Tensor, mask: Tensor, block: int, limit: int =
 
 
 def resolve_groups(
-    target: Tensor, h: Tensor, mask: Tensor, s: Tensor, a: Tensor, b: Tensor, gradient: Tensor, approximation: Tensor
+    target: Tensor,
+    h: Tensor,
+    mask: Tensor,
+    s: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gradient: Tensor,
+    approximation: Tensor,
 ) -> None:
     """In every block, re-solve one group drawn in proportion to the L1 norm of its gradient, over the six pairs."""
     (rows, columns), block = target.shape, a.shape[1]
     n0, n1, count = rows // block, columns // block, block // 4
-    blocks = gradient.abs().view(n0, block, n1, count, 4).sum(-1).transpose(1, 2).reshape(n0 * n1, -1)
+    blocks = (
+        gradient.abs().view(n0, block, n1, count, 4).sum(-1).transpose(1, 2).reshape(n0 * n1, -1)
+    )
     drawn = torch.multinomial(blocks + 1e-30, 1)[:, 0]
     i, j = torch.arange(n0 * n1) // n1, torch.arange(n0 * n1) % n1
     row, group = drawn // count, drawn % count
     places = (j * block + group * 4)[:, None] + torch.arange(4)
     there = (i * block + row)[:, None]
     column_a = a[i, :, row]
-    rows_b = b[j].gather(1, (group[:, None] * 4 + torch.arange(4))[..., None].expand(-1, 4, block)) * h.sqrt().view(n1, 1, block)[j]
+    rows_b = (
+        b[j].gather(1, (group[:, None] * 4 + torch.arange(4))[..., None].expand(-1, 4, block))
+        * h.sqrt().view(n1, 1, block)[j]
+    )
     old = s[there, places] * mask[there, places]
-    residual = ((approximation - target) * h.sqrt()).view(n0, block, n1, block).transpose(1, 2).reshape(-1, block, block)
+    residual = (
+        ((approximation - target) * h.sqrt())
+        .view(n0, block, n1, block)
+        .transpose(1, 2)
+        .reshape(-1, block, block)
+    )
     residual = residual - column_a[:, :, None] * torch.einsum("nk,nkl->nl", old, rows_b)[:, None]
     f = torch.einsum("nkl,nrl,nr->nk", rows_b, residual, column_a)
     costs, values = [], []
     for pair in PAIRS:
         half = rows_b[:, list(pair)]
-        solution = torch.linalg.solve(half @ half.transpose(1, 2) + 1e-9 * torch.eye(2), f[:, list(pair)])
+        solution = torch.linalg.solve(
+            half @ half.transpose(1, 2) + 1e-9 * torch.eye(2), f[:, list(pair)]
+        )
         costs.append(-(f[:, list(pair)] * solution).sum(1))
         values.append(-solution / (column_a.square().sum(1) + 1e-8)[:, None])
     best = torch.stack(costs).argmin(0)
@@ -162,12 +215,20 @@ def resolve_groups(
     s[there, places], mask[there, places] = new, kept
 
 
-def ours(target: Tensor, h: Tensor, mask: Tensor, block: int, iterations: int) -> tuple[float, float]:
+def ours(
+    target: Tensor, h: Tensor, mask: Tensor, block: int, iterations: int
+) -> tuple[float, float]:
     """Relative proxy loss and CPU seconds of this project's optimiser on the same problem."""
     started = time.process_time()
     weighted, root = target * h.sqrt(), torch.diag_embed(h.sqrt().view(-1, block))
     start = Factors(eye_blocks(len(target), block, target), target * mask, mask, root)
-    factors = armor_separable.fit(weighted, start, iterations=iterations, anneal=2.0, generator=torch.Generator().manual_seed(0))
+    factors = armor_separable.fit(
+        weighted,
+        start,
+        iterations=iterations,
+        anneal=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
     seconds = time.process_time() - started
     return (armor_separable.loss(weighted, factors) / weighted.square().sum()).item(), seconds
 
@@ -178,7 +239,9 @@ def earlier_rows(path: str | None) -> dict[str, tuple[float, int, float]]:
         return {}
     with open(path) as lines:
         rows = [json.loads(line) for line in lines]
-    return {row["case"]: (row["paper"], row["paper_iterations"], row["paper_cpu_s"]) for row in rows}
+    return {
+        row["case"]: (row["paper"], row["paper_iterations"], row["paper_cpu_s"]) for row in rows
+    }
 
 
 def run_reference(args: argparse.Namespace) -> None:
@@ -192,12 +255,24 @@ def run_reference(args: argparse.Namespace) -> None:
         mask = P24.mask(nowag.score(weight, stats))
         plain = ((target * ~mask).square() * h).sum() / (target.square() * h).sum()
         name = f"{kind}-{rows}x{columns}-{block}"
-        loss, iterations, seconds = earlier[name] if name in earlier else paper_loop(target, h, mask, block, args.limit)
-        row = {"case": name, "nowag": plain.item(), "paper": loss, "paper_iterations": iterations, "paper_cpu_s": round(seconds, 1)}
+        loss, iterations, seconds = (
+            earlier[name] if name in earlier else paper_loop(target, h, mask, block, args.limit)
+        )
+        row = {
+            "case": name,
+            "nowag": plain.item(),
+            "paper": loss,
+            "paper_iterations": iterations,
+            "paper_cpu_s": round(seconds, 1),
+        }
         for count in (10, 12, 15, 20, 25, 30, 35, 40, 45):
             reached, spent = ours(target, h, mask, block, count)
             if reached <= loss:
-                row |= {"reached_at": count, "reached_cpu_s": round(spent, 3), "reached_speedup": round(seconds / spent)}
+                row |= {
+                    "reached_at": count,
+                    "reached_cpu_s": round(spent, 3),
+                    "reached_speedup": round(seconds / spent),
+                }
                 break
         final, spent = ours(target, h, mask, block, args.iterations)
         row |= {
@@ -219,14 +294,28 @@ def run_speed(args: argparse.Namespace) -> None:
     stats = InputStats(args.size, gram=True, device=device)
     mix = torch.randn(64, args.size, generator=g, device=device) / 8
     for _ in range(args.size // 256):
-        x = torch.randn(512, 64, generator=g, device=device) @ mix + torch.randn(512, args.size, generator=g, device=device)
+        x = torch.randn(512, 64, generator=g, device=device) @ mix + torch.randn(
+            512, args.size, generator=g, device=device
+        )
         stats.update(x)
     options = parse_options(args.options, armor.compress)
     started, cpu = time.perf_counter(), time.process_time()
-    form = armor.compress(weight.to(getattr(torch, args.dtype)), stats, P24, block_size=args.block, **options)
+    form = armor.compress(
+        weight.to(getattr(torch, args.dtype)), stats, P24, block_size=args.block, **options
+    )
     shapes = {name: list(tensor.shape) for name, tensor in form.pack().items()}
-    seconds = {"seconds": round(time.perf_counter() - started, 1), "cpu_s": round(time.process_time() - cpu, 1)}
-    emit(case=f"{args.size}x{args.size}", block=args.block, dtype=args.dtype, options=options, **seconds, **shapes)
+    seconds = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+    }
+    emit(
+        case=f"{args.size}x{args.size}",
+        block=args.block,
+        dtype=args.dtype,
+        options=options,
+        **seconds,
+        **shapes,
+    )
 
 
 # --- whole models
@@ -239,12 +328,21 @@ def run_perplexity(args: argparse.Namespace) -> None:
     calibration = token_rows(args.calibration)
     method = None if args.method == "dense" else method_of(args.method)
     started, size, dense_size, wrappers, weights = time.process_time(), 0, 0, 0, 0
-    found = (block_statistics(model, block, calibration, share=args.share) for block in (model.model.layers if method else []))
+    found = (
+        block_statistics(model, block, calibration, share=args.share)
+        for block in (model.model.layers if method else [])
+    )
     for groups in list(found) if args.dense_statistics else found:
         for linears, stats in groups:
             weight = torch.cat([linear.weight.detach() for linear in linears])
-            form = method.compress(weight, stats, P24, **parse_options(args.options, method.compress))
-            for linear, part in zip(linears, form.dense().split([linear.out_features for linear in linears]), strict=True):
+            form = method.compress(
+                weight, stats, P24, **parse_options(args.options, method.compress)
+            )
+            for linear, part in zip(
+                linears,
+                form.dense().split([linear.out_features for linear in linears]),
+                strict=True,
+            ):
                 linear.weight.data.copy_(part)
             if not isinstance(form, Armor):
                 form = Sparse24.from_dense(form.dense())
@@ -254,9 +352,18 @@ def run_perplexity(args: argparse.Namespace) -> None:
             size += sum(tensor.nbytes for tensor in form.pack().values())
             dense_size += weight.nbytes
     cpu = round(time.process_time() - started, 1)
-    options = " ".join([*args.options, *["share"] * args.share, *["dense statistics"] * args.dense_statistics])
-    row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "method": args.method, "options": options}
-    row |= {"perplexity": round(perplexity(model, token_rows(args.test)), 4), "overhead": round(wrappers / max(1, weights), 4)}
+    options = " ".join(
+        [*args.options, *["share"] * args.share, *["dense statistics"] * args.dense_statistics]
+    )
+    row = {
+        "model": args.model.rstrip("/").rsplit("/", 1)[-1],
+        "method": args.method,
+        "options": options,
+    }
+    row |= {
+        "perplexity": round(perplexity(model, token_rows(args.test)), 4),
+        "overhead": round(wrappers / max(1, weights), 4),
+    }
     emit(**row, bytes_of_dense=round(size / dense_size, 4) if method else 1.0, cpu_s=cpu)
 
 
@@ -266,16 +373,27 @@ def run_guarantee(args: argparse.Namespace) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     calibration, options = token_rows(args.calibration), parse_options(args.options, armor.compress)
-    ratios: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: [], torch.float16: []}
+    ratios: dict[torch.dtype, list[float]] = {
+        torch.float32: [],
+        torch.bfloat16: [],
+        torch.float16: [],
+    }
     for block in model.model.layers:
         for linears, stats in block_statistics(model, block, calibration, share=False):
             for dtype, found in ratios.items():
                 weight = linears[0].weight.detach().to(dtype)
-                forms = armor.compress(weight, stats, P24, **options), nowag.compress(weight, stats, P24)
+                forms = (
+                    armor.compress(weight, stats, P24, **options),
+                    nowag.compress(weight, stats, P24),
+                )
                 ours, plain = (output_loss(weight, form.dense(), stats) for form in forms)
                 found.append(ours / plain)
     for dtype, found in ratios.items():
-        row = {"model": args.model.rstrip("/").rsplit("/", 1)[-1], "dtype": str(dtype), "options": " ".join(args.options)}
+        row = {
+            "model": args.model.rstrip("/").rsplit("/", 1)[-1],
+            "dtype": str(dtype),
+            "options": " ".join(args.options),
+        }
         worst = {"worst": round(max(found), 4), "median": round(sorted(found)[len(found) // 2], 4)}
         emit(**row, linears=len(found), not_worse=sum(ratio <= 1 for ratio in found), **worst)
 
@@ -297,19 +415,26 @@ def token_rows(path: str) -> Tensor:
 
 
 @torch.no_grad()
-def block_statistics(model: nn.Module, block: nn.Module, rows: Tensor, *, share: bool) -> list[tuple[list[nn.Linear], InputStats]]:
+def block_statistics(
+    model: nn.Module, block: nn.Module, rows: Tensor, *, share: bool
+) -> list[tuple[list[nn.Linear], InputStats]]:
     """The linears of one block with the statistics of their inputs, collected by passing all rows through the model.
 
     With `share` those of one input come together (q, k, v; gate, up), to be stacked: one B for all of them.
     """
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    }
     with collecting(linears, gram=True) as stats:
         for batch in rows.split(16):
             model.model(batch)  # without the head
     groups: dict[object, list[nn.Linear]] = {}
     for name, module in linears.items():
         groups.setdefault(stats[name] if share else name, []).append(module)
-    return [(group, stats[next(name for name, module in linears.items() if module is group[0])]) for group in groups.values()]
+    return [
+        (group, stats[next(name for name, module in linears.items() if module is group[0])])
+        for group in groups.values()
+    ]
 
 
 @torch.no_grad()
@@ -317,25 +442,32 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
     total = 0.0
     for batch in rows.split(16):
         logits = model(batch).logits[:, :-1].float()
-        total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        total += nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
     return math.exp(total / rows[:, 1:].numel())
 
 
 def parse_options(pairs: list[str], function: FunctionType) -> dict[str, object]:
     """`iterations=40 proxy=full` as the types of the signature's defaults."""
     defaults = function.__kwdefaults__ or {}
-    kinds: dict[str, Callable[[str], object]] = {name: type(value) for name, value in defaults.items()}
+    kinds: dict[str, Callable[[str], object]] = {
+        name: type(value) for name, value in defaults.items()
+    }
     return {name: kinds[name](value) for name, value in (pair.split("=", 1) for pair in pairs)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     commands = parser.add_subparsers(required=True)
     reference = commands.add_parser("reference")
     reference.add_argument("--case", nargs="*", help="such as gauss-384x384-32; all by default")
     reference.add_argument(
-        "--paper", help="rows of an earlier run on this machine, to measure the optimiser again without the loop"
+        "--paper",
+        help="rows of an earlier run on this machine, to measure the optimiser again without the loop",
     )
     reference.add_argument("--limit", type=int, default=20_000)
     reference.add_argument("--iterations", type=int, default=100)
@@ -354,7 +486,11 @@ def main() -> None:
     models.add_argument("--method", default="armor", help="dense changes nothing")
     models.add_argument("--options", nargs="*", default=[])
     models.add_argument("--share", action="store_true", help="one B for the linears of one input")
-    models.add_argument("--dense-statistics", action="store_true", help="statistics of all blocks from the dense model")
+    models.add_argument(
+        "--dense-statistics",
+        action="store_true",
+        help="statistics of all blocks from the dense model",
+    )
     models.set_defaults(run=run_perplexity)
     guarantee = commands.add_parser("guarantee")
     guarantee.add_argument("model")

@@ -39,14 +39,24 @@ def streamed(folder: Path) -> tuple[str, str, int]:
     for index, arguments in enumerate(states.arguments):
         block = skeleton.load_block(index, cpu)
         states.hidden = [capture.run(block, hidden, arguments) for hidden in states.hidden]
-        experts = max(experts, len({linear.module.expert for linear in skeleton.linears(index) if linear.experts}))
+        experts = max(
+            experts,
+            len({linear.module.expert for linear in skeleton.linears(index) if linear.experts}),
+        )
         skeleton.free_block(index)
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     caught: list[Any] = []
-    whole.get_submodule(skeleton.path)[-1].register_forward_hook(lambda module, args, output: caught.append(output))
+    whole.get_submodule(skeleton.path)[-1].register_forward_hook(
+        lambda module, args, output: caught.append(output)
+    )
     whole(input_ids=IDS, use_cache=False)
-    expected, found = caught[0][0] if isinstance(caught[0], tuple) else caught[0], torch.cat(states.hidden)
-    same = "exact" if torch.equal(expected, found) else f"off by {(expected - found).abs().max():.2g}"
+    expected, found = (
+        caught[0][0] if isinstance(caught[0], tuple) else caught[0],
+        torch.cat(states.hidden),
+    )
+    same = (
+        "exact" if torch.equal(expected, found) else f"off by {(expected - found).abs().max():.2g}"
+    )
     return same, skeleton.path, experts
 
 
@@ -65,9 +75,10 @@ def pruned(folder: Path, rows: Path, method: str, place: Path) -> str:
     model = load(place / method)
     model.save_pretrained(place / f"{method}-again")
     with torch.no_grad():
-        assert torch.equal(model(IDS, use_cache=False).logits, load(place / f"{method}-again")(IDS, use_cache=False).logits), (
-            f"{folder} {method}"
-        )
+        assert torch.equal(
+            model(IDS, use_cache=False).logits,
+            load(place / f"{method}-again")(IDS, use_cache=False).logits,
+        ), f"{folder} {method}"
     counts = Counter("in place" if row.format == "dense" else row.format for row in report.linears)
     return ", ".join(f"{count} {form}" for form, count in sorted(counts.items()))
 
@@ -79,7 +90,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, CPU\n")
-    print("| family | blocks | experts | streamed, bfloat16 | float32 | wanda 2:4 | armor |\n|---|---|---:|---|---|---|---|")
+    print(
+        "| family | blocks | experts | streamed, bfloat16 | float32 | wanda 2:4 | armor |\n|---|---|---:|---|---|---|---|"
+    )
     for family in sys.argv[1:] or EVERY:
         with tempfile.TemporaryDirectory() as name:
             place = Path(name)

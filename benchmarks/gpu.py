@@ -47,7 +47,9 @@ LLAMA_8B = {
 
 
 def save(folder: Path, facts: dict[str, Any], name: str, found: list[dict[str, Any]]) -> None:
-    (folder / f"{name}.json").write_text(json.dumps({"environment": facts, name: found}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(
+        json.dumps({"environment": facts, name: found}, indent=1) + "\n"
+    )
 
 
 def all_right(device: torch.device, folder: Path, facts: dict[str, Any]) -> bool:
@@ -63,7 +65,12 @@ def all_right(device: torch.device, folder: Path, facts: dict[str, Any]) -> bool
 
 
 def tuned(
-    device: torch.device, folder: Path, facts: dict[str, Any], shapes: tuple, rows: tuple[int, ...], seconds: float
+    device: torch.device,
+    folder: Path,
+    facts: dict[str, Any],
+    shapes: tuple,
+    rows: tuple[int, ...],
+    seconds: float,
 ) -> list[dict[str, Any]]:
     everything: list[dict[str, Any]] = []
     best: list[dict[str, Any]] = []
@@ -98,7 +105,13 @@ def decode_random(device: torch.device, layers: int) -> list[dict[str, Any]]:
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     n, k = linear.weight.shape
-                    setattr(parent, name, kernels.module("sparse24", kernels.random24(n, k, linear.weight.dtype, device)))
+                    setattr(
+                        parent,
+                        name,
+                        kernels.module(
+                            "sparse24", kernels.random24(n, k, linear.weight.dtype, device)
+                        ),
+                    )
         join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
         join([layer.mlp.gate_proj, layer.mlp.up_proj])
     gc.collect()
@@ -107,14 +120,24 @@ def decode_random(device: torch.device, layers: int) -> list[dict[str, Any]]:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; repeatable")
-    parser.add_argument("--quick", action="store_true", help="two shapes, few rows of x, four decoder blocks")
+    parser.add_argument(
+        "--quick", action="store_true", help="two shapes, few rows of x, four decoder blocks"
+    )
     parser.add_argument("--shape", action="append", help="OUTxIN, only this one; repeatable")
     parser.add_argument("--rows", help="of x, such as 1,4,16")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which `tune` begins nothing more")
-    parser.add_argument("--write-table", action="store_true", help=f"put the best settings into {TABLE.name}")
-    parser.add_argument("--output", type=Path, help="folder of the results; what is there already is kept")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="after which `tune` begins nothing more"
+    )
+    parser.add_argument(
+        "--write-table", action="store_true", help=f"put the best settings into {TABLE.name}"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder of the results; what is there already is kept"
+    )
     return parser.parse_args()
 
 
@@ -130,10 +153,17 @@ def main() -> None:
     if not backend.works(device):
         sys.exit("error: no Triton kernel runs here: nothing was measured")
     facts = timing.environment(device)
-    folder = chosen.output or Path(__file__).parent / "results" / f"{datetime.date.today()}-{facts['gpu'].replace(' ', '-')}"
+    folder = (
+        chosen.output
+        or Path(__file__).parent
+        / "results"
+        / f"{datetime.date.today()}-{facts['gpu'].replace(' ', '-')}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     shapes = only or (QUICK_SHAPES if chosen.quick else kernels.SHAPES)
-    few, many = (rows or usual for usual in (((1, 16),) * 2 if chosen.quick else (TUNED_ROWS, kernels.ROWS)))
+    few, many = (
+        rows or usual for usual in (((1, 16),) * 2 if chosen.quick else (TUNED_ROWS, kernels.ROWS))
+    )
     parts = chosen.part or PARTS
 
     if "check" in parts and not all_right(device, folder, facts):
@@ -143,16 +173,22 @@ def main() -> None:
         if chosen.write_table:
             write_table(best)
     before = folder / "bench.json"
-    result: dict[str, Any] = json.loads(before.read_text()) if before.exists() else {"kernels": [], "decode": []}
+    result: dict[str, Any] = (
+        json.loads(before.read_text()) if before.exists() else {"kernels": [], "decode": []}
+    )
     result["environment"] = facts
     if "kernels" in parts:
         copied = timing.copy_bandwidth(device)
         result |= {"copy_gb_per_s": round(copied), "kernels": []}
         for size in shapes:
-            result["kernels"] += kernels.measure_shape(size, many, kernels.OPS, torch.bfloat16, device, copied)
+            result["kernels"] += kernels.measure_shape(
+                size, many, kernels.OPS, torch.bfloat16, device, copied
+            )
             report.write(folder, result)
     if "decode" in parts:
-        result["decode"] = decode_random(device, 4 if chosen.quick else LLAMA_8B["num_hidden_layers"])
+        result["decode"] = decode_random(
+            device, 4 if chosen.quick else LLAMA_8B["num_hidden_layers"]
+        )
         report.write(folder, result)
     print("\n".join(report.verdicts(result)))
 

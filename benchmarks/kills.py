@@ -53,8 +53,15 @@ def make_model(folder: Path) -> None:
     logging.disable_progress_bar()
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=128, num_key_value_heads=2, max_position_embeddings=256, **sizes)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(
+        vocab_size=128, num_key_value_heads=2, max_position_embeddings=256, **sizes
+    )
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="60KB")
     rows = torch.randint(3, 128, (64, 64), generator=torch.Generator().manual_seed(1)).tolist()
     (folder.parent / "rows.jsonl").write_text("".join(f'{{"input_ids": {row}}}\n' for row in rows))
@@ -62,7 +69,13 @@ def make_model(folder: Path) -> None:
 
 def recipe(root: Path, case: dict) -> Recipe:
     settings = {key: value for key, value in case.items() if key != "on_disk"}
-    return Recipe(model=str(root / "model"), dataset=str(root / "rows.jsonl"), num_samples=64, seq_len=64, **settings)
+    return Recipe(
+        model=str(root / "model"),
+        dataset=str(root / "rows.jsonl"),
+        num_samples=64,
+        seq_len=64,
+        **settings,
+    )
 
 
 def start(root: Path, case: dict, output: Path) -> int:
@@ -88,7 +101,11 @@ def start(root: Path, case: dict, output: Path) -> int:
 def cpu_seconds(child: int) -> float:
     """What a run has computed so far; much for one that has ended. On a busy machine the clock says little."""
     fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-    return float("inf") if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return (
+        float("inf")
+        if fields[0] == "Z"
+        else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    )
 
 
 def ended(child: int) -> int:
@@ -117,7 +134,9 @@ def unfinished(output: Path) -> bool:
     return (work_path(output) / "begin.json").exists()
 
 
-def kill_until(root: Path, case: dict, output: Path, seconds: float, kills: int, dice: random.Random) -> Counter:
+def kill_until(
+    root: Path, case: dict, output: Path, seconds: float, kills: int, dice: random.Random
+) -> Counter:
     """Kill runs of one case `kills` times."""
     counts: Counter = Counter()
     expected = contents(output)
@@ -154,7 +173,9 @@ def fill_until(root: Path, case: dict, mount: Path, runs: int, dice: random.Rand
     clear(output)
     import compressor.run.check
 
-    compressor.run.check.check_output = lambda output, reader: None  # it would say at once that there is too little room
+    compressor.run.check.check_output = lambda output, reader: (
+        None
+    )  # it would say at once that there is too little room
     for _ in range(runs):
         size = dice.randrange(8 << 10, 2 * needed)
         while True:
@@ -178,15 +199,22 @@ def resize(mount: Path, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--full", type=int, default=0, help="results to make on a disk that runs full")
+    parser.add_argument(
+        "--full", type=int, default=0, help="results to make on a disk that runs full"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", action="append", choices=CASES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dice, cases = random.Random(arguments.seed), arguments.case or list(CASES)
-    print(f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}", flush=True)
+    print(
+        f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}",
+        flush=True,
+    )
     total: Counter = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -198,8 +226,14 @@ def main() -> None:
             before = os.times()
             assert ended(start(root, CASES[name], root / "out")) == 0
             seconds = sum(os.times()[2:4]) - sum(before[2:4])  # of finished children
-            share = arguments.kills * (number + 1) // len(cases) - arguments.kills * number // len(cases)
-            counts = kill_until(root, CASES[name], root / "out", 1.02 * seconds, share, dice) if share else Counter()
+            share = arguments.kills * (number + 1) // len(cases) - arguments.kills * number // len(
+                cases
+            )
+            counts = (
+                kill_until(root, CASES[name], root / "out", 1.02 * seconds, share, dice)
+                if share
+                else Counter()
+            )
             if arguments.full:
                 counts += _on_small_disk(root, CASES[name], -(-arguments.full // len(cases)), dice)
             total += counts

@@ -72,8 +72,13 @@ def run(model: str, method: str, keep: str) -> dict[str, Any]:
 
 
 def score(folder: Path, model: str) -> float:
-    text, config = SHARED / "data" / "canary" / f"{model}-{TESTS[model]}.jsonl", Reader(folder).config
-    rows = evaluation_rows(str(text), folder, config["vocab_size"], seq_len=config["max_position_embeddings"])
+    text, config = (
+        SHARED / "data" / "canary" / f"{model}-{TESTS[model]}.jsonl",
+        Reader(folder).config,
+    )
+    rows = evaluation_rows(
+        str(text), folder, config["vocab_size"], seq_len=config["max_position_embeddings"]
+    )
     return perplexity(compressor.load(folder, dtype=torch.float32), rows)
 
 
@@ -83,9 +88,17 @@ def measure(results: Path, models: list[str], methods: list[str], keeps: list[st
         for model in models:
             if (model, method, keep) in read(results):
                 continue
-            found = {"ppl": score(SHARED / "models" / model, model)} if method == "dense" else run(model, method, keep)
+            found = (
+                {"ppl": score(SHARED / "models" / model, model)}
+                if method == "dense"
+                else run(model, method, keep)
+            )
             row = dict(zip(KEY, (model, method, keep), strict=True)) | found
-            row |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+            row |= {
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+            }
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
@@ -103,7 +116,12 @@ def table(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
         dense = found.get((model, "dense", "100%"))
         if dense is None:
             continue
-        lines += [f"**{model}**, dense {dense['ppl']:.3f}", "", f"| | {' | '.join(KEEPS)} |", "|---|" + "---:|" * len(KEEPS)]
+        lines += [
+            f"**{model}**, dense {dense['ppl']:.3f}",
+            "",
+            f"| | {' | '.join(KEEPS)} |",
+            "|---|" + "---:|" * len(KEEPS),
+        ]
         for method in METHODS:
             cells = [_cell(found.get((model, method, keep)), dense["ppl"]) for keep in KEEPS]
             lines += [f"| {method} | {' | '.join(cells)} |"]
@@ -128,13 +146,17 @@ def decompositions() -> None:
             f"{code}\nseconds, added = time.perf_counter() - started, peak() - before\n"
             "print(seconds, added * 1024, ((w - u @ v).double().norm() / w.double().norm()).item())"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
         seconds, added, error = map(float, done.stdout.split())
         print(f"| {name} | {seconds:.0f} s | {added / 1e9:.2f} GB | {error:.6f} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=Path("lowrank.jsonl"))
     parser.add_argument("--model", nargs="+", default=list(TESTS), choices=TESTS)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)

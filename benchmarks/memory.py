@@ -56,12 +56,27 @@ def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
     }  # fmt: skip
     if experts:
         inside = {name: shape for name, shape in inside.items() if not name.startswith("mlp.")}
-        inside |= {"self_attn.q_norm": (HIDDEN // HEADS,), "self_attn.k_norm": (HIDDEN // HEADS,), "mlp.gate": (experts, HIDDEN)}
+        inside |= {
+            "self_attn.q_norm": (HIDDEN // HEADS,),
+            "self_attn.k_norm": (HIDDEN // HEADS,),
+            "mlp.gate": (experts, HIDDEN),
+        }
         for expert in range(experts):
-            inside |= {f"mlp.experts.{expert}.{name}": (EXPERT, HIDDEN) for name in ("gate_proj", "up_proj")}
+            inside |= {
+                f"mlp.experts.{expert}.{name}": (EXPERT, HIDDEN)
+                for name in ("gate_proj", "up_proj")
+            }
             inside[f"mlp.experts.{expert}.down_proj"] = (HIDDEN, EXPERT)
-    shapes = {f"model.layers.{index}.{name}.weight": shape for index in range(blocks) for name, shape in inside.items()}
-    shapes |= {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    shapes = {
+        f"model.layers.{index}.{name}.weight": shape
+        for index in range(blocks)
+        for name, shape in inside.items()
+    }
+    shapes |= {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCAB, HIDDEN),
+    }
     generator = torch.Generator().manual_seed(0)
     count = min(SHARDS, blocks)
     names, weight_map = list(shapes), {}
@@ -70,11 +85,17 @@ def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
         part = names[len(names) * shard // count : len(names) * (shard + 1) // count]
         tensors = {}
         for name in part:
-            weight = torch.ones(shapes[name]) if "norm" in name else torch.randn(shapes[name], generator=generator) * 0.02
+            weight = (
+                torch.ones(shapes[name])
+                if "norm" in name
+                else torch.randn(shapes[name], generator=generator) * 0.02
+            )
             tensors[name] = weight.bfloat16()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def watch(command: list[str]) -> tuple[float, float, float]:
@@ -87,7 +108,16 @@ def watch(command: list[str]) -> tuple[float, float, float]:
             status = Path(f"/proc/{process.pid}/status").read_text()
         except OSError:
             break
-        peak = max([peak, *[int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]])
+        peak = max(
+            [
+                peak,
+                *[
+                    int(line.split()[1])
+                    for line in status.splitlines()
+                    if line.startswith("RssAnon")
+                ],
+            ]
+        )
         time.sleep(0.01)
     if process.wait():
         sys.exit(f"{' '.join(command)} failed")
@@ -99,13 +129,35 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
     """One run on so many samples of random tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         ids = Path(scratch) / "ids.jsonl"
-        lines = torch.randint(3, VOCAB, (samples, arguments.seq_len), generator=torch.Generator().manual_seed(1)).tolist()
+        lines = torch.randint(
+            3, VOCAB, (samples, arguments.seq_len), generator=torch.Generator().manual_seed(1)
+        ).tolist()
         ids.write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
-        verb = ["plan", "--ratios", arguments.ratios, "--pattern", "50%"] if arguments.ratios else ["prune"]
-        command = [sys.executable, "-m", "compressor", *verb, str(model), "-o", str(Path(scratch) / "out")]
+        verb = (
+            ["plan", "--ratios", arguments.ratios, "--pattern", "50%"]
+            if arguments.ratios
+            else ["prune"]
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "compressor",
+            *verb,
+            str(model),
+            "-o",
+            str(Path(scratch) / "out"),
+        ]
         command += ["--expert-tokens", arguments.expert_tokens] if arguments.experts else []
         command += ["--method", arguments.method, *(["--max-memory", limit] if limit else [])]
-        command += ["--dataset", str(ids), "--num-samples", str(samples), "--seq-len", str(arguments.seq_len), "-q"]
+        command += [
+            "--dataset",
+            str(ids),
+            "--num-samples",
+            str(samples),
+            "--seq-len",
+            str(arguments.seq_len),
+            "-q",
+        ]
         peak, seconds, computed = watch([*command, "--device", "cpu"])
         report = Path(scratch) / "out.report.json"
         run = json.loads(report.read_text())["run"] if report.exists() else {}
@@ -121,12 +173,20 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, nargs="+", default=[22])
-    parser.add_argument("--experts", type=int, default=0, help="of each block: a mixture instead of a dense model")
+    parser.add_argument(
+        "--experts", type=int, default=0, help="of each block: a mixture instead of a dense model"
+    )
     parser.add_argument("--expert-tokens", default="routed")
     parser.add_argument("--method", default="wanda")
-    parser.add_argument("--ratios", default="", help="measure `compress plan --pattern 50%%` with these ratios instead of prune")
+    parser.add_argument(
+        "--ratios",
+        default="",
+        help="measure `compress plan --pattern 50%%` with these ratios instead of prune",
+    )
     parser.add_argument("--samples", type=int, nargs="+", default=[2])
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--max-memory", nargs="+", default=[""])
@@ -138,10 +198,19 @@ def main() -> None:
             model = Path(scratch) / "model"
             make_checkpoint(model, blocks, arguments.experts)
             size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
-            facts = {"method": arguments.method, "ratios": arguments.ratios, "blocks": blocks, "experts": arguments.experts}
+            facts = {
+                "method": arguments.method,
+                "ratios": arguments.ratios,
+                "blocks": blocks,
+                "experts": arguments.experts,
+            }
             for samples in arguments.samples:
                 for limit in arguments.max_memory:
-                    row = {**facts, "checkpoint_gb": round(size, 3), **measure(model, arguments, samples, limit)}
+                    row = {
+                        **facts,
+                        "checkpoint_gb": round(size, 3),
+                        **measure(model, arguments, samples, limit),
+                    }
                     rows.append({**row, "torch": torch.__version__, "machine": platform.machine()})
                     print(rows[-1], flush=True)
     if arguments.csv:

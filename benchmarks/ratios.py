@@ -76,11 +76,20 @@ def load(name: str, method: str, models: Path, rows: Path) -> Case:
     from transformers import AutoModelForCausalLM
 
     folder = models / name
-    recipe = Recipe(str(folder), method=method, pattern="50%", dtype="float32", dataset=str(rows / f"{name}-calib.jsonl"))
+    recipe = Recipe(
+        str(folder),
+        method=method,
+        pattern="50%",
+        dtype="float32",
+        dataset=str(rows / f"{name}-calib.jsonl"),
+    )
     job = make_job(recipe, None)
     states = calibrate(job, recipe, CPU)
     test = tokens.evaluation_rows(
-        str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, job.skeleton.config.vocab_size, seq_len=job.seq_len
+        str(rows / f"{name}-{TESTS[name]}.jsonl"),
+        folder,
+        job.skeleton.config.vocab_size,
+        seq_len=job.seq_len,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return Case(name, method, job, states, model, test, Trial(job, states, CPU))
@@ -95,7 +104,9 @@ def run(case: Case, refine: str, pattern: str, ratios: str) -> dict[str, Any]:
     if goal.m:
         plain, planned = even, left_dense(case, even, ratios)
     else:
-        plain, planned = (sharing(even, shares(case, even, goal, name)) for name in ("uniform", ratios))
+        plain, planned = (
+            sharing(even, shares(case, even, goal, name)) for name in ("uniform", ratios)
+        )
     if (refine, pattern) not in case.plain:
         case.plain[refine, pattern] = case.trial.divergence(plain)
     first = case.plain[refine, pattern]
@@ -113,7 +124,9 @@ def shares(case: Case, job: Job, goal: Pattern, ratios: str) -> dict[str, int]:
     if key not in case.shares:
         name, options = RATIOS[ratios]
         zeros = int(goal.sparsity * sum(task.linear.size for task in job.every))
-        case.shares[key], _ = allocator(name).allocate(job, zeros, case.states, CPU, silent, **options)
+        case.shares[key], _ = allocator(name).allocate(
+            job, zeros, case.states, CPU, silent, **options
+        )
         assert sum(case.shares[key].values()) == zeros
     return case.shares[key]
 
@@ -121,13 +134,22 @@ def shares(case: Case, job: Job, goal: Pattern, ratios: str) -> dict[str, int]:
 def left_dense(case: Case, job: Job, fraction: str) -> Job:
     if not fraction:
         return job
-    kept, _ = leave_dense.choose(job, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent)
-    return job.assign({task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "")
+    kept, _ = leave_dense.choose(
+        job, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent
+    )
+    return job.assign(
+        {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every},
+        "",
+    )
 
 
 def score(case: Case, job: Job) -> float:
     """Perplexity of the model with the linears of `job` compressed."""
-    parameters = {name: module.weight for name, module in case.model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = {
+        name: module.weight
+        for name, module in case.model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     original = {task.linear.name: parameters[task.linear.name].data for task in case.job.every}
     states = case.states.first(len(case.states.hidden))
 
@@ -159,7 +181,11 @@ def measure(arguments: argparse.Namespace) -> None:
         if case is None or (case.name, case.method) != row[:2]:
             case = load(*row[:2], arguments.models, arguments.data)
         found = dict(zip(KEY, row, strict=True)) | run(case, *row[2:])
-        found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+        found |= {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        }
         with arguments.results.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(json.dumps(found), flush=True)
@@ -175,7 +201,11 @@ def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
     lines: list[str] = []
     for model in [name for name in TESTS if any(key[0] == name for key in found)]:
         for grouped in (False, True):
-            mine = {key: row for key, row in found.items() if key[0] == model and (":" in key[3]) is grouped}
+            mine = {
+                key: row
+                for key, row in found.items()
+                if key[0] == model and (":" in key[3]) is grouped
+            }
             if not mine:
                 continue
             patterns = sorted({key[3] for key in mine})
@@ -184,8 +214,14 @@ def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
             lines += [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
             order = [*FRACTIONS, *RATIOS]
             cases = {(key[1], key[2], key[4]) for key in mine}
-            for method, refine, ratios in sorted(cases, key=lambda case: (case[0], case[1], order.index(case[2]))):
-                cells = [cell for pattern in patterns for cell in _cells(mine.get((model, method, refine, pattern, ratios)))]
+            for method, refine, ratios in sorted(
+                cases, key=lambda case: (case[0], case[1], order.index(case[2]))
+            ):
+                cells = [
+                    cell
+                    for pattern in patterns
+                    for cell in _cells(mine.get((model, method, refine, pattern, ratios)))
+                ]
                 name = f"{method}{'+' * bool(refine)}{refine}, {ratios or 'none'}"
                 lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -199,7 +235,9 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", default=list(TESTS), choices=list(TESTS))
     parser.add_argument("--method", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--refine", nargs="+", default=["", "dsnot"])
@@ -209,7 +247,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=SHARED / "models")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "canary")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="print the tables of the results file and do nothing else")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="print the tables of the results file and do nothing else",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not arguments.table:

@@ -40,11 +40,26 @@ from compressor.refine import refinement
 from compressor.stats import InputStats, collecting, output_error
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
-TESTS = {"babyllama105": "tinystories-test", "stories260K": "tinystories-test", "books-1m": "books-test"}
+TESTS = {
+    "babyllama105": "tinystories-test",
+    "stories260K": "tinystories-test",
+    "books-1m": "books-test",
+}
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 REFINEMENTS = ["", "+dsnot", "+lsq", "+swap", "+admm"]
-CASES = ["dense", *(m + r for r in REFINEMENTS for m in METHODS), "matched:sparsegpt+lsq", "matched:sparsegpt+admm"]
-CASES += ["wanda+tune", "sparsegpt+tune", "wanda+admm+tune", "sparsegpt+admm+tune", "matched:sparsegpt+admm+tune"]
+CASES = [
+    "dense",
+    *(m + r for r in REFINEMENTS for m in METHODS),
+    "matched:sparsegpt+lsq",
+    "matched:sparsegpt+admm",
+]
+CASES += [
+    "wanda+tune",
+    "sparsegpt+tune",
+    "wanda+admm+tune",
+    "sparsegpt+admm+tune",
+    "matched:sparsegpt+admm+tune",
+]
 
 CASES += ["wanda+dsnot-published", "wanda+dsnot-attention"]
 TUNE: dict[str, float] = {}
@@ -68,10 +83,21 @@ def load(name: str, models: Path, rows: Path) -> Canary:
     skeleton = Skeleton(Reader(folder), dtype=torch.float32)
     vocabulary, length = skeleton.config.vocab_size, tokens.context_length(skeleton.config)
     assert length
-    ids = tokens.calibration_rows(str(rows / f"{name}-calib.jsonl"), folder, vocabulary, num_samples=128, seq_len=length, seed=0)
-    test = tokens.evaluation_rows(str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length)
+    ids = tokens.calibration_rows(
+        str(rows / f"{name}-calib.jsonl"),
+        folder,
+        vocabulary,
+        num_samples=128,
+        seq_len=length,
+        seed=0,
+    )
+    test = tokens.evaluation_rows(
+        str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Canary(name, model, skeleton.path, capture.capture(skeleton, ids, torch.device("cpu")), test)
+    return Canary(
+        name, model, skeleton.path, capture.capture(skeleton, ids, torch.device("cpu")), test
+    )
 
 
 # --- one case
@@ -93,7 +119,10 @@ def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
             if to_dense or tuned:
                 exact = [capture.run(dense, batch, arguments) for batch in exact]
             if tuned:
-                forms = {f"{name}.weight": Dense(linear.weight.detach()) for name, linear in linears_of(block).items()}
+                forms = {
+                    f"{name}.weight": Dense(linear.weight.detach())
+                    for name, linear in linears_of(block).items()
+                }
                 for name, form in tune(block, forms, hidden, exact, arguments, **TUNE)[0].items():
                     block.get_parameter(name).data = form.dense()
             hidden = [capture.run(block, batch, arguments) for batch in hidden]
@@ -114,13 +143,18 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def prune_plain(block: nn.Module, hidden: list[Tensor], arguments: Arguments, steps: list[str], pattern: Pattern) -> list[float]:
+def prune_plain(
+    block: nn.Module, hidden: list[Tensor], arguments: Arguments, steps: list[str], pattern: Pattern
+) -> list[float]:
     """Every linear of a block from one pass of statistics; gives their relative output errors."""
     linears = linears_of(block)
     with collecting(linears, gram=True) as stats:
         for batch in hidden:
             capture.run(block, batch, arguments)
-    return [prune(name, linear, linear.weight.data, stats[name], steps, pattern) for name, linear in linears.items()]
+    return [
+        prune(name, linear, linear.weight.data, stats[name], steps, pattern)
+        for name, linear in linears.items()
+    ]
 
 
 def prune_matched(
@@ -148,7 +182,12 @@ def prune_matched(
 
 
 def pair_statistics(
-    block: nn.Module, dense: nn.Module, name: str, hidden: list[Tensor], exact: list[Tensor], arguments: Arguments
+    block: nn.Module,
+    dense: nn.Module,
+    name: str,
+    hidden: list[Tensor],
+    exact: list[Tensor],
+    arguments: Arguments,
 ) -> tuple[InputStats, Tensor]:
     """Statistics of the input X of a linear, and Xᵀ(X' - X) with the dense model's X'."""
     stats = InputStats(linears_of(block)[name].in_features, gram=True)
@@ -173,7 +212,14 @@ def input_of(linear: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def prune(name: str, linear: nn.Linear, weight: Tensor, stats: InputStats, steps: list[str], pattern: Pattern) -> float:
+def prune(
+    name: str,
+    linear: nn.Linear,
+    weight: Tensor,
+    stats: InputStats,
+    steps: list[str],
+    pattern: Pattern,
+) -> float:
     method, *refinements = steps
     pruned = method_module(method).compress(weight, stats, pattern).dense()
     for step in refinements:
@@ -202,7 +248,9 @@ def speed(rows: int, columns: int, device: str) -> None:
     pattern = Pattern.parse("2:4")
     pruned = method_module("wanda").compress(weight, stats, pattern).dense()
     cuda = device.startswith("cuda")
-    clock = time.perf_counter if cuda else time.process_time  # on the CPU other processes do not count
+    clock = (
+        time.perf_counter if cuda else time.process_time
+    )  # on the CPU other processes do not count
     for name in ("dsnot", "lsq", "swap", "admm"):
         if cuda:
             torch.cuda.synchronize()
@@ -210,31 +258,57 @@ def speed(rows: int, columns: int, device: str) -> None:
         started = clock()
         refined = refinement(name).refine(weight, pruned, stats, pattern)
         error = output_error(weight, refined, stats)  # waits for the device
-        emit(refinement=name, rows=rows, columns=columns, seconds=round(clock() - started, 2), output_error=error)
+        emit(
+            refinement=name,
+            rows=rows,
+            columns=columns,
+            seconds=round(clock() - started, 2),
+            output_error=error,
+        )
 
 
 def emit(**row: object) -> None:
     if torch.cuda.is_available():
-        row["peak_gb"], machine = round(torch.cuda.max_memory_allocated() / 1e9, 2), torch.cuda.get_device_name()
+        row["peak_gb"], machine = (
+            round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            torch.cuda.get_device_name(),
+        )
     else:
         machine = platform.machine()
-    print(json.dumps(row | {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine}), flush=True)
+    print(
+        json.dumps(
+            row
+            | {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine}
+        ),
+        flush=True,
+    )
 
 
 def table(results: list[dict[str, object]]) -> str:
     """One row a case, one column a model and pattern."""
     columns = list(dict.fromkeys((row["model"], row["pattern"]) for row in results))
     found = {(row["case"], row["model"], row["pattern"]): row["ppl"] for row in results}
-    lines = ["| case | " + " | ".join(f"{model} {pattern}" for model, pattern in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| case | " + " | ".join(f"{model} {pattern}" for model, pattern in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for case in dict.fromkeys(row["case"] for row in results):
         cells = [found.get((case, *column)) for column in columns]
-        lines.append(f"| {case} | " + " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells) + " |")
+        lines.append(
+            f"| {case} | "
+            + " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["babyllama105", "books-1m"], choices=list(TESTS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["babyllama105", "books-1m"], choices=list(TESTS)
+    )
     parser.add_argument("--pattern", nargs="+", default=["2:4", "50%"])
     parser.add_argument("--case", nargs="+", default=CASES)
     parser.add_argument("--epochs", type=int, help="of +tune")
@@ -242,11 +316,19 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=SHARED / "models")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "canary")
     parser.add_argument("--speed", nargs=2, type=int, metavar=("ROWS", "COLUMNS"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --speed")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --speed"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    TUNE.update({name: value for name in ("epochs", "rate") if (value := getattr(arguments, name)) is not None})
+    TUNE.update(
+        {
+            name: value
+            for name in ("epochs", "rate")
+            if (value := getattr(arguments, name)) is not None
+        }
+    )
     if arguments.speed:
         return speed(*arguments.speed, arguments.device)
     results = []

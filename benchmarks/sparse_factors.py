@@ -53,9 +53,13 @@ def sparse_factors(weight: Tensor, stats: InputStats, gram: Tensor, rank: int) -
 def measure(name: str) -> dict[str, dict[float, float]]:
     """Mean errors over the linears of a model, by row and fraction of the bytes."""
     rows = str(SHARED / "data" / "canary" / f"{name}-calib.jsonl")
-    recipe = Recipe(str(SHARED / "models" / name), method="svd_llm", keep="50%", dtype="float32", dataset=rows)
+    recipe = Recipe(
+        str(SHARED / "models" / name), method="svd_llm", keep="50%", dtype="float32", dataset=rows
+    )
     job = make_job(recipe, None)
-    found: dict[str, dict[float, list[float]]] = {row: {keep: [] for keep in KEEPS} for row in ("dense factors", "2:4 factors")}
+    found: dict[str, dict[float, list[float]]] = {
+        row: {keep: [] for keep in KEEPS} for row in ("dense factors", "2:4 factors")
+    }
     plain: list[float] = []
     for tasks, statistics in dense_blocks(job, calibrate(job, recipe, CPU), CPU, gram=True):
         for task in tasks:
@@ -65,19 +69,31 @@ def measure(name: str) -> dict[str, dict[float, float]]:
             plain.append(error(weight, sparsegpt.compress(weight, stats, HALF).dense(), gram))
             for keep in KEEPS:
                 exact = keep * out * into / (out + into)
-                dense, sparse = int(exact), min(int(exact / PACKED) // 4 * 4, min(out, into) // 4 * 4)
-                found["dense factors"][keep].append(error(weight, svd_llm.compress(weight, stats, dense).dense(), gram))
-                found["2:4 factors"][keep].append(error(weight, sparse_factors(weight, stats, gram, sparse), gram))
-    return {row: {keep: mean(values) for keep, values in cells.items()} for row, cells in found.items()} | {
-        "2:4 weight": dict.fromkeys(KEEPS, mean(plain))
-    }
+                dense, sparse = (
+                    int(exact),
+                    min(int(exact / PACKED) // 4 * 4, min(out, into) // 4 * 4),
+                )
+                found["dense factors"][keep].append(
+                    error(weight, svd_llm.compress(weight, stats, dense).dense(), gram)
+                )
+                found["2:4 factors"][keep].append(
+                    error(weight, sparse_factors(weight, stats, gram, sparse), gram)
+                )
+    return {
+        row: {keep: mean(values) for keep, values in cells.items()} for row, cells in found.items()
+    } | {"2:4 weight": dict.fromkeys(KEEPS, mean(plain))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", default=list(TESTS), choices=TESTS)
     for name in parser.parse_args().model:
-        print(f"**{name}**\n\n| bytes | {' | '.join(f'{keep:.0%}' for keep in KEEPS)} |\n|---|" + "---:|" * len(KEEPS))
+        print(
+            f"**{name}**\n\n| bytes | {' | '.join(f'{keep:.0%}' for keep in KEEPS)} |\n|---|"
+            + "---:|" * len(KEEPS)
+        )
         for row, cells in measure(name).items():
             print(f"| {row} | {' | '.join(f'{value:.4f}' for value in cells.values())} |")
         print(flush=True)

@@ -23,7 +23,14 @@ from compressor.stats import InputStats
 
 
 @torch.no_grad()
-def matched(weight: Tensor, stats: InputStats, cross: Tensor, *, strength: float = 0.5, damping: float = 0.01) -> Tensor:
+def matched(
+    weight: Tensor,
+    stats: InputStats,
+    cross: Tensor,
+    *,
+    strength: float = 0.5,
+    damping: float = 0.01,
+) -> Tensor:
     """The weight to prune in place of `weight`.
 
     Args:
@@ -42,7 +49,9 @@ def matched(weight: Tensor, stats: InputStats, cross: Tensor, *, strength: float
     quadratic = Quadratic(stats, damping)
     factor, info = torch.linalg.cholesky_ex(quadratic.block(0, len(quadratic.gram)))
     if int(info):
-        raise NumericalError("the Gram matrix cannot be factored: give more calibration samples or raise the damping")
+        raise NumericalError(
+            "the Gram matrix cannot be factored: give more calibration samples or raise the damping"
+        )
     dense = weight.float()
     shift = torch.cholesky_solve(cross @ dense.T, factor).T
     return torch.add(dense, shift, alpha=strength).to(weight.dtype)

@@ -120,7 +120,9 @@ def prune(
     from compressor.progress import silent
     from compressor.run.pipeline import prune as run
 
-    return run(merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent)
+    return run(
+        merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent
+    )
 
 
 def load(
@@ -152,4 +154,6 @@ def load(
 
     given = {"device_map": device_map, "revision": revision}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return run(path, runtime=runtime, dtype=dtype, trust_remote_code=trust_remote_code, **chosen, **options)
+    return run(
+        path, runtime=runtime, dtype=dtype, trust_remote_code=trust_remote_code, **chosen, **options
+    )

@@ -59,18 +59,41 @@ def _packages() -> list[Finding]:
 
     from packaging.requirements import Requirement
 
-    wanted = {rule.name: rule.specifier for rule in map(Requirement, requires("compress-llm") or [])}
-    found = [Finding("versions", "python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    wanted = {
+        rule.name: rule.specifier for rule in map(Requirement, requires("compress-llm") or [])
+    }
+    found = [
+        Finding(
+            "versions",
+            "python",
+            "ok",
+            f"{platform.python_version()} on {platform.platform(terse=True)}",
+        )
+    ]
     for name in ["compress-llm", *NEEDED, *OPTIONAL]:
         try:
             there = version(name)
-            fits = name not in wanted or wanted[name].contains(there.partition("+")[0], prereleases=True)
+            fits = name not in wanted or wanted[name].contains(
+                there.partition("+")[0], prereleases=True
+            )
             found.append(
-                Finding("versions", name, "ok" if fits else "broken", there if fits else f"{there}, needed: {wanted[name]}")
+                Finding(
+                    "versions",
+                    name,
+                    "ok" if fits else "broken",
+                    there if fits else f"{there}, needed: {wanted[name]}",
+                )
             )
         except PackageNotFoundError:
             state = "missing" if name in OPTIONAL else "broken"
-            found.append(Finding("versions", name, state, f"not installed ({OPTIONAL.get(name, 'needed for everything')})"))
+            found.append(
+                Finding(
+                    "versions",
+                    name,
+                    state,
+                    f"not installed ({OPTIONAL.get(name, 'needed for everything')})",
+                )
+            )
     return found
 
 
@@ -78,7 +101,14 @@ def _devices() -> list[Finding]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [Finding("devices", "cpu", "ok", f"{_processor()}, {cores} cores, torch uses {torch.get_num_threads()} threads")]
+    found = [
+        Finding(
+            "devices",
+            "cpu",
+            "ok",
+            f"{_processor()}, {cores} cores, torch uses {torch.get_num_threads()} threads",
+        )
+    ]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
@@ -86,7 +116,11 @@ def _devices() -> list[Finding]:
         text = f"{facts.name}, sm_{facts.major}{facts.minor}, {room}, CUDA {torch.version.cuda}"
         found.append(Finding("devices", f"cuda:{index}", "ok", text))
     if len(found) == 1:
-        build = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
+        build = (
+            f"this torch is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "this torch is built without CUDA"
+        )
         found.append(Finding("devices", "cuda", "missing", f"no GPU that torch can use; {build}"))
     return found
 
@@ -96,7 +130,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _kernels() -> list[Finding]:
@@ -105,10 +142,21 @@ def _kernels() -> list[Finding]:
 
     found = [Finding("kernels", f"2:4 on {device}", *_kernel(device)) for device in _kinds(torch)]
     try:
-        found.append(Finding("kernels", "triton", "ok", f"{import_module('triton').__version__} can be imported"))
+        found.append(
+            Finding(
+                "kernels", "triton", "ok", f"{import_module('triton').__version__} can be imported"
+            )
+        )
     except Exception as error:  # it looks for drivers and compilers at import
         missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-        found.append(Finding("kernels", "triton", "missing" if missing else "broken", "not installed" if missing else _said(error)))
+        found.append(
+            Finding(
+                "kernels",
+                "triton",
+                "missing" if missing else "broken",
+                "not installed" if missing else _said(error),
+            )
+        )
     return found
 
 
@@ -125,7 +173,9 @@ def _kernel(kind: str) -> tuple[str, str]:
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
-    weight.view(64, 32, 4).scatter_(2, weight.view(64, 32, 4).abs().topk(2, dim=-1, largest=False).indices, 0)
+    weight.view(64, 32, 4).scatter_(
+        2, weight.view(64, 32, 4).abs().topk(2, dim=-1, largest=False).indices, 0
+    )
     weight, x = weight.bfloat16(), torch.randn(3, 128, generator=generator).bfloat16()
     module = Sparse24Linear(128, 64, bias=False, dtype=torch.bfloat16)
     values, metadata = pack24(weight)
@@ -143,14 +193,28 @@ def _memory() -> list[Finding]:
     import psutil
 
     memory = psutil.virtual_memory()
-    return [Finding("room", "memory", "ok", f"{_gigabytes(memory.available)} of {_gigabytes(memory.total)} free")]
+    return [
+        Finding(
+            "room",
+            "memory",
+            "ok",
+            f"{_gigabytes(memory.available)} of {_gigabytes(memory.total)} free",
+        )
+    ]
 
 
 def _disks() -> list[Finding]:
     from huggingface_hub import constants
 
-    places = {"here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE), "own cache": cache_folder()}
-    return [Finding("room", name, "ok", f"{_gigabytes(_free(place))} free, {place}") for name, place in places.items()]
+    places = {
+        "here": Path.cwd(),
+        "Hub cache": Path(constants.HF_HUB_CACHE),
+        "own cache": cache_folder(),
+    }
+    return [
+        Finding("room", name, "ok", f"{_gigabytes(_free(place))} free, {place}")
+        for name, place in places.items()
+    ]
 
 
 def _free(place: Path) -> int:
@@ -164,8 +228,16 @@ def _hub() -> list[Finding]:
 
     offline = ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     known = get_token() is not None
-    text = "a token is there" if known else "not logged in: public models can be read; `hf auth login` before compress push"
-    return [Finding("Hub", "account", "ok" if known else "missing", f"{text}; {constants.ENDPOINT}{offline}")]
+    text = (
+        "a token is there"
+        if known
+        else "not logged in: public models can be read; `hf auth login` before compress push"
+    )
+    return [
+        Finding(
+            "Hub", "account", "ok" if known else "missing", f"{text}; {constants.ENDPOINT}{offline}"
+        )
+    ]
 
 
 def _said(error: Exception) -> str:

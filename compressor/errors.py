@@ -80,5 +80,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """`; did you mean 'wanda'?` for the closest known word, or an empty string."""
     import difflib
 
-    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word.lower(), known, n=1)
+    close = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(
+        word.lower(), known, n=1
+    )
     return f"; did you mean {close[0]!r}?" if close else ""

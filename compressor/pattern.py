@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ACCEPTED = "accepted: n:m with 0 < n < m (n of every m weights are kept) such as 2:4, or a sparsity between 0 and 1 such as 50%"
-_CHUNK = 1 << 22  # elements scored at once: bounds the int64 indices of a sort to 32 MB, whatever the matrix
+_CHUNK = (
+    1 << 22
+)  # elements scored at once: bounds the int64 indices of a sort to 32 MB, whatever the matrix
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Pattern:
         if sparsity is None:
             raise UsageError(f"pattern {text!r} is not understood; {_ACCEPTED}")
         if not 0 < sparsity < 1:
-            raise UsageError(f"pattern {text!r} asks for a sparsity of {float(sparsity):g}; {_ACCEPTED}")
+            raise UsageError(
+                f"pattern {text!r} asks for a sparsity of {float(sparsity):g}; {_ACCEPTED}"
+            )
         return cls(sparsity)
 
     def __str__(self) -> str:
@@ -108,7 +112,10 @@ class Pattern:
 
         rows, columns = score.shape
         step = max(1, _CHUNK // columns)
-        parts = [self.part(start, start + step, rows)._mask_rows(score[start : start + step]) for start in range(0, rows, step)]
+        parts = [
+            self.part(start, start + step, rows)._mask_rows(score[start : start + step])
+            for start in range(0, rows, step)
+        ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def mask_matrix(self, score: Tensor) -> Tensor:
@@ -151,7 +158,9 @@ def _keep_groups(score: Tensor, n: int) -> Tensor:
     import torch
 
     order = torch.argsort(score, dim=-1, stable=True)
-    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[:, : score.shape[1] - n], False)
+    return torch.ones_like(score, dtype=torch.bool).scatter_(
+        -1, order[:, : score.shape[1] - n], False
+    )
 
 
 def keep_counts(score: Tensor, zeros: Tensor) -> Tensor:
@@ -166,7 +175,9 @@ def keep_counts(score: Tensor, zeros: Tensor) -> Tensor:
 
 def _spread(zeros: int, rows: int) -> list[int]:
     """`zeros` over `rows`: the same in each, and one more in evenly spaced ones."""
-    return [stop - start for start, stop in pairwise(zeros * row // rows for row in range(rows + 1))]
+    return [
+        stop - start for start, stop in pairwise(zeros * row // rows for row in range(rows + 1))
+    ]
 
 
 def _keep_rows(score: Tensor, pruned: int) -> Tensor:

@@ -15,7 +15,13 @@ class Progress(Protocol):
     and the losses that its method started from and arrived at."""
 
     def __call__(
-        self, step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Losses | None = None
+        self,
+        step: str,
+        done: int,
+        total: int,
+        block: BlockRow | None = None,
+        linear: str = "",
+        losses: Losses | None = None,
     ) -> None:
         """Called after each step."""
         ...

@@ -33,7 +33,14 @@ class InputStats:
             be merged again in the order of the samples.
     """
 
-    def __init__(self, in_features: int, *, gram: bool = False, parts: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        gram: bool = False,
+        parts: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.tokens = 0
         self.mean = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.m2 = torch.zeros_like(self.mean)
@@ -78,7 +85,11 @@ class InputStats:
     @property
     def sample(self) -> Tensor:
         """The first tokens seen, float32 `[<= 1024, in]`."""
-        return torch.cat(self._sample) if self._sample else torch.zeros(0, len(self.mean), device=self.mean.device)
+        return (
+            torch.cat(self._sample)
+            if self._sample
+            else torch.zeros(0, len(self.mean), device=self.mean.device)
+        )
 
     def check(self, name: str) -> None:
         """Raise NumericalError where the linear saw no tokens or anything but finite ones."""
@@ -87,7 +98,9 @@ class InputStats:
                 f"{name} saw no tokens during calibration: give more samples or leave it dense with --ignore {name!r}"
             )
         if not bool(torch.isfinite(self.m2).all()):
-            raise NumericalError(f"the inputs of {name} are not finite (NaN or Inf activations): try --dtype bfloat16 or float32")
+            raise NumericalError(
+                f"the inputs of {name} are not finite (NaN or Inf activations): try --dtype bfloat16 or float32"
+            )
 
 
 def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:
@@ -95,17 +108,23 @@ def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float
     x = stats.sample
     exact = x @ weight.float().T
     difference = exact - x @ compressed.float().T
-    return (difference.double().square().sum() / exact.double().square().sum().clamp_min(1e-300)).item()
+    return (
+        difference.double().square().sum() / exact.double().square().sum().clamp_min(1e-300)
+    ).item()
 
 
 @contextmanager
-def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False, parts: bool = False) -> Iterator[dict[str, InputStats]]:
+def collecting(
+    linears: Mapping[str, nn.Module], *, gram: bool = False, parts: bool = False
+) -> Iterator[dict[str, InputStats]]:
     """Hook `linears` and yield their statistics, filled by every forward pass run inside the `with`.
 
     Linears that receive the same tensor object share one InputStats: the statistics exist once per distinct input.
     """
     stats: dict[str, InputStats] = {}
-    seen: list[tuple[Tensor, InputStats]] = []  # the latest inputs of this forward pass, alive so that identity holds
+    seen: list[
+        tuple[Tensor, InputStats]
+    ] = []  # the latest inputs of this forward pass, alive so that identity holds
     called: set[str] = set()
 
     def hook(name: str):
@@ -119,7 +138,9 @@ def collecting(linears: Mapping[str, nn.Module], *, gram: bool = False, parts: b
                 if tensor is x and stats.setdefault(name, shared) is shared:
                     seen.append(seen.pop(number))
                     return
-            own = stats.setdefault(name, InputStats(x.shape[-1], gram=gram, parts=parts, device=x.device))
+            own = stats.setdefault(
+                name, InputStats(x.shape[-1], gram=gram, parts=parts, device=x.device)
+            )
             own.update(x)
             seen[:] = [*seen[1 - _RECENT :], (x, own)]
 

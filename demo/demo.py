@@ -20,14 +20,23 @@ RUNS = {
     "magnitude": (["--method", "magnitude"], "drop the smallest weights"),
     "wanda": (["--method", "wanda"], "drop those that matter least to the inputs"),
     "sparsegpt": (["--method", "sparsegpt"], "let the kept weights make up for it"),
-    "admm": (["--method", "sparsegpt", "--refine", "admm"], "choose again which to keep, all at once"),
-    "armor": (["--method", "armor", "--set", "iterations=20", "--set", "finish=3"], "2:4 between two small dense factors"),
+    "admm": (
+        ["--method", "sparsegpt", "--refine", "admm"],
+        "choose again which to keep, all at once",
+    ),
+    "armor": (
+        ["--method", "armor", "--set", "iterations=20", "--set", "finish=3"],
+        "2:4 between two small dense factors",
+    ),
 }
 
 
 def compress(*arguments: object) -> str:
     """Run one `compress` command, shown as a user would type it; returns what it prints."""
-    shown = [str(Path(part).relative_to(HERE.parent)) if isinstance(part, Path) else str(part) for part in arguments]
+    shown = [
+        str(Path(part).relative_to(HERE.parent)) if isinstance(part, Path) else str(part)
+        for part in arguments
+    ]
     print("$ compress " + " ".join(shown), flush=True)
     command = [sys.executable, "-m", "compressor", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -51,18 +60,41 @@ def main() -> None:
     for name, (options, _) in RUNS.items():
         compress("prune", MODEL, "-o", OUT / name, *options, "--pattern", "2:4", "-q")
     outputs = [OUT / name for name in RUNS]
-    scored = json.loads(compress("eval", *outputs, "--baseline", MODEL, "--dataset", "self", "--dtype", "float32", "--json", "-q"))
+    scored = json.loads(
+        compress(
+            "eval",
+            *outputs,
+            "--baseline",
+            MODEL,
+            "--dataset",
+            "self",
+            "--dtype",
+            "float32",
+            "--json",
+            "-q",
+        )
+    )
     rows = [("the original", MODEL, scored["baseline"], "")]
     rows += [(out.name, out, scored["models"][str(out)], RUNS[out.name][1]) for out in outputs]
-    table = Table(title="\nHalf of the weights removed (2:4), and the price in quality", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="\nHalf of the weights removed (2:4), and the price in quality",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
     for heading in ("", "linears on disk", "perplexity", "how"):
-        table.add_column(heading, justify="right" if heading in ("linears on disk", "perplexity") else "left")
+        table.add_column(
+            heading, justify="right" if heading in ("linears on disk", "perplexity") else "left"
+        )
     for name, folder, result, how in rows:
         perplexity = result["results"]["self"]["token_perplexity,none"]
         table.add_row(name, f"{linear_bytes(folder) / 1e6:.2f} MB", f"{perplexity:.1f}", how)
     Console().print(table)
-    print("perplexity: how surprised a model is by text (lower is better); here held-out text that the original model wrote.")
-    print(f"The compressed models are in {OUT.relative_to(HERE.parent)}/; look at one with: compress inspect .demo/sparsegpt")
+    print(
+        "perplexity: how surprised a model is by text (lower is better); here held-out text that the original model wrote."
+    )
+    print(
+        f"The compressed models are in {OUT.relative_to(HERE.parent)}/; look at one with: compress inspect .demo/sparsegpt"
+    )
     print(f"{time.time() - started:.0f} s")
 
 

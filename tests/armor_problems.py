@@ -19,10 +19,14 @@ P24 = Pattern.parse("2:4")
 FAST = {"iterations": 6, "finish": 2}
 
 
-def layer(rows: int = 48, columns: int = 64, seed: int = 0, tokens: int = 1024) -> tuple[Tensor, InputStats]:
+def layer(
+    rows: int = 48, columns: int = 64, seed: int = 0, tokens: int = 1024
+) -> tuple[Tensor, InputStats]:
     """A heavy-tailed weight and the statistics of correlated inputs."""
     g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=g) * torch.exp(0.5 * torch.randn(rows, columns, generator=g))
+    weight = torch.randn(rows, columns, generator=g) * torch.exp(
+        0.5 * torch.randn(rows, columns, generator=g)
+    )
     common = torch.randn(tokens, 8, generator=g) @ torch.randn(8, columns, generator=g) / 8**0.5
     x = common + torch.randn(tokens, columns, generator=g)
     stats = InputStats(columns, gram=True)
@@ -30,7 +34,9 @@ def layer(rows: int = 48, columns: int = 64, seed: int = 0, tokens: int = 1024) 
     return weight, stats
 
 
-def state(rows: int, columns: int, block_a: int, block_b: int, seed: int) -> tuple[Tensor, Tensor, Factors]:
+def state(
+    rows: int, columns: int, block_a: int, block_b: int, seed: int
+) -> tuple[Tensor, Tensor, Factors]:
     """A weight, a positive definite Hessian and factors away from the identity, all float64."""
     weight, stats = layer(rows, columns, seed)
     g = torch.Generator().manual_seed(seed + 1)

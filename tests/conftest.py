@@ -98,9 +98,22 @@ def made(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("made") / "out"
     prune(Recipe(str(DEMO), method="magnitude"), out)
-    (out / "recipe.toml").write_text((out / "recipe.toml").read_text().replace(str(DEMO), "tester/base"))
-    store(out, "books", "data/books.jsonl", {"token_perplexity,none": 121.9375, "token_perplexity_stderr,none": 0.5})
-    store(out, "arc_easy", "allenai/ai2_arc", {"acc,none": 0.25, "acc_norm,none": 0.5}, dataset_name="ARC-Easy")
+    (out / "recipe.toml").write_text(
+        (out / "recipe.toml").read_text().replace(str(DEMO), "tester/base")
+    )
+    store(
+        out,
+        "books",
+        "data/books.jsonl",
+        {"token_perplexity,none": 121.9375, "token_perplexity_stderr,none": 0.5},
+    )
+    store(
+        out,
+        "arc_easy",
+        "allenai/ai2_arc",
+        {"acc,none": 0.25, "acc_norm,none": 0.5},
+        dataset_name="ARC-Easy",
+    )
     return out
 
 
@@ -122,7 +135,9 @@ def store(out, task, dataset, results, **config):
         }
 
     baseline = {**record({key: value / 2 for key, value in results.items()}), "digest": "b"}
-    store_scores(out, {**record(results), "digest": checkpoint_digest(Reader(out)), "baseline": baseline})
+    store_scores(
+        out, {**record(results), "digest": checkpoint_digest(Reader(out)), "baseline": baseline}
+    )
 
 
 @pytest.fixture

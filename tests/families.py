@@ -35,7 +35,13 @@ CORE: dict[str, dict[str, Any]] = {
         max_position_embeddings=256,
         pad_token_id=1,
     ),
-    "gpt_neox": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256),
+    "gpt_neox": dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
     "falcon": {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
     "gpt2": _GPT,
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -45,13 +51,33 @@ CORE: dict[str, dict[str, Any]] = {
 """Tested every time."""
 
 MORE: dict[str, dict[str, Any]] = {
-    "qwen2 sliding": {**_LLAMA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen2 sliding": {
+        **_LLAMA,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+    },
     "gemma": _HEADS,
-    "gemma3_text": {**_HEADS, "sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        **_HEADS,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 16,
+    },
     "phi": _LLAMA,
-    "qwen2_moe": {**_LLAMA, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "qwen2_moe": {
+        **_LLAMA,
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
     "olmoe": {**_LLAMA, **_EXPERTS},
-    "falcon alibi": {**_FALCON, "alibi": True, "multi_query": False, "new_decoder_architecture": False},
+    "falcon alibi": {
+        **_FALCON,
+        "alibi": True,
+        "multi_query": False,
+        "new_decoder_architecture": False,
+    },
     "bloom": dict(hidden_size=64, n_layer=3, n_head=4),
     "gptj": dict(n_embd=64, n_layer=3, n_head=4, rotary_dim=8, n_positions=256),
     "gpt_bigcode": dict(n_embd=64, n_layer=3, n_head=4, n_positions=256),
@@ -112,9 +138,25 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {**_LLAMA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "hunyuan_v1_moe": {**_HEADS, "num_experts": 4, "moe_topk": 2},
-    "qwen3_next": {**_HEADS, **_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
-    "llama4_text": {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
-    "jamba": {**_LLAMA, **_EXPERTS, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    "qwen3_next": {
+        **_HEADS,
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "llama4_text": {
+        **_HEADS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+    },
+    "jamba": {
+        **_LLAMA,
+        **_EXPERTS,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
 }
 """Tested on request, with `pytest -m slow`."""
 

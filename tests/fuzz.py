@@ -30,7 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from tests.mutate import damage, damaged_recipe  # noqa: E402  # found by the line above
 
 LIMIT_SECONDS = 60  # of processor time; ten times that by the clock, for the machine may be busy
-LIMIT_BYTES = 1 << 30  # of address space beyond what the process began with; the models have a few hundred kilobytes
+LIMIT_BYTES = (
+    1 << 30
+)  # of address space beyond what the process began with; the models have a few hundred kilobytes
 TARGETS = ("inspect", "plan", "prune", "recipe", "unpack", "pack", "import", "load")
 _MODEL = dict(
     hidden_size=32,
@@ -63,23 +65,47 @@ def make_bases(folder: Path) -> dict[str, list[Path]]:
     from compressor.run.pipeline import prune
     from tests.test_pack import legacy
 
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"input_ids": [row] * 8}) + "\n" for row in range(3, 7)))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"input_ids": [row] * 8}) + "\n" for row in range(3, 7))
+    )
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
-    small = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=64, bos_token_id=1, eos_token_id=1)
+    small = dict(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        vocab_size=64,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     plain = []
-    for family, settings in [("llama", _MODEL), ("gpt2", small), ("qwen3_moe", {**_MODEL, **experts})]:
+    for family, settings in [
+        ("llama", _MODEL),
+        ("gpt2", small),
+        ("qwen3_moe", {**_MODEL, **experts}),
+    ]:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **settings), dtype=torch.bfloat16
+        )
         model.save_pretrained(folder / family, max_shard_size="20KB" if family != "gpt2" else "1GB")
         plain.append(folder / family)
 
     def pruned(name: str, model: Path, **settings: Any) -> Path:
-        settings = {"dataset": str(folder / "rows.jsonl"), "num_samples": 4, "seq_len": 8, **settings}
+        settings = {
+            "dataset": str(folder / "rows.jsonl"),
+            "num_samples": 4,
+            "seq_len": 8,
+            **settings,
+        }
         prune(Recipe(str(model), **settings), folder / name)
         return folder / name
 
     llama, gpt2, moe = plain
-    armor = {"method": "armor", "options": {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}}
+    armor = {
+        "method": "armor",
+        "options": {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0},
+    }
     packed = [
         pruned("packed", llama, method="magnitude"),
         pruned("packed-gpt2", gpt2, method="magnitude"),
@@ -96,11 +122,27 @@ def make_bases(folder: Path) -> dict[str, list[Path]]:
 def command(random: Random, target: str, case: Path, rows: Path) -> list[str] | None:
     """The command line of a case; None where a Python function is called."""
     model, out = str(case / "in"), str(case / "out")
-    calibrated = ["--method", random.choice(["wanda", "sparsegpt"]), "--dataset", str(rows), "--num-samples", "2", "--seq-len", "8"]
+    calibrated = [
+        "--method",
+        random.choice(["wanda", "sparsegpt"]),
+        "--dataset",
+        str(rows),
+        "--num-samples",
+        "2",
+        "--seq-len",
+        "8",
+    ]
     return {
         "inspect": ["inspect", model, *random.choice([[], ["--json"]])],
         "plan": ["prune", model, "-o", out, "--dry-run"],
-        "prune": ["prune", model, "-o", out, "-q", *random.choice([["--method", "magnitude"], calibrated])],
+        "prune": [
+            "prune",
+            model,
+            "-o",
+            out,
+            "-q",
+            *random.choice([["--method", "magnitude"], calibrated]),
+        ],
         "recipe": ["prune", model, "-o", out, "-q", "--recipe", str(case / "in" / "recipe.toml")],
         "unpack": ["unpack", model, "-o", out],
         "pack": ["pack", model, "-o", out, *random.choice([[], ["--json"]])],
@@ -159,7 +201,12 @@ def address_space(pid: int | str = "self", field: str = "VmSize") -> int:
 
 
 def run_case(
-    seed: int, number: int, bases: dict[str, list[Path]], targets: list[str], place: Path, rows: Path
+    seed: int,
+    number: int,
+    bases: dict[str, list[Path]],
+    targets: list[str],
+    place: Path,
+    rows: Path,
 ) -> tuple[dict[str, Any], str]:
     """One case; returns what it was and how it ended, and what it printed. `problem` is None where all is well."""
     random = Random(f"{seed}-{number}")
@@ -205,17 +252,27 @@ def run_case(
 
 
 def judge(
-    status: int, most: int, printed: str, case: Path, before: dict[Path, bytes], after: dict[Path, bytes]
+    status: int,
+    most: int,
+    printed: str,
+    case: Path,
+    before: dict[Path, bytes],
+    after: dict[Path, bytes],
 ) -> tuple[str | None, str]:
     """What is wrong with how a case ended, if anything, and `success` or `error`."""
-    if status == -1 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
+    if status == -1 or (
+        os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+    ):
         return f"no end within {LIMIT_SECONDS} s", "hang"
     if os.WIFSIGNALED(status):
         return f"killed by signal {os.WTERMSIG(status)}", "crash"
     code = os.WEXITSTATUS(status)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     if "Traceback" in printed or code not in (0, 1, 2):
-        return f"exit {code}: {printed.strip().splitlines()[-1][:300] if printed.strip() else ''}", "traceback"
+        return (
+            f"exit {code}: {printed.strip().splitlines()[-1][:300] if printed.strip() else ''}",
+            "traceback",
+        )
     if code and len(errors) != 1 and "Usage: " not in printed:
         return f"exit {code} with {len(errors)} lines of error", "error"
     if errors and (not code or printed.rstrip().splitlines()[-1] != errors[0].rstrip()):
@@ -227,7 +284,11 @@ def judge(
     if any(after.get(path) != data for path, data in before.items()):
         return "the input was changed", "files"
     own = (case / "out", case / "out.report.json")
-    strange = [path for path in after if path not in before and path not in own and own[0] not in path.parents]
+    strange = [
+        path
+        for path in after
+        if path not in before and path not in own and own[0] not in path.parents
+    ]
     if strange or (code and any(path.exists() for path in own)):
         return f"left behind: {strange[:3] or own[0]}", "files"
     return None, "error" if code else "success"
@@ -235,7 +296,9 @@ def judge(
 
 def main() -> int:
     """Run cases until the time is over; exit code 1 if any ended badly."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--cases", type=int, default=1 << 60, help="at most so many")
     parser.add_argument("--seed", type=int, default=0)

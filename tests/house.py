@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"compressor": ROOT / "compressor", "compressor_kernels": ROOT / "kernels" / "compressor_kernels"}
+PACKAGES = {
+    "compressor": ROOT / "compressor",
+    "compressor_kernels": ROOT / "kernels" / "compressor_kernels",
+}
 Graph = Mapping[str, set[str]]
 
 
@@ -65,7 +68,9 @@ def package_graph() -> dict[str, set[str]]:
 def circles(graph: Graph) -> list[list[str]]:
     """The groups of nodes that reach each other (strongly connected components of two or more)."""
     reach = {node: _reachable(graph, node) for node in graph}
-    groups = {tuple(sorted(other for other in reach[node] if node in reach[other])) for node in graph}
+    groups = {
+        tuple(sorted(other for other in reach[node] if node in reach[other])) for node in graph
+    }
     return sorted([list(group) for group in groups if len(group) > 1])
 
 
@@ -93,7 +98,9 @@ def function_lengths() -> list[tuple[int, str]]:
                 body = node.body[1:] if ast.get_docstring(node) is not None else node.body
                 if body:
                     lines = text[body[0].lineno - 1 : body[-1].end_lineno]
-                    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+                    code = [
+                        line for line in lines if line.strip() and not line.strip().startswith("#")
+                    ]
                     found.append((len(code), f"{name}.{node.name}"))
     return sorted(found, reverse=True)
 
@@ -117,7 +124,9 @@ def main() -> None:
     """Print all of it."""
     files, packages = file_graph(), package_graph()
     print(f"{len(files)} files, {sum(map(len, files.values()))} imports between them")
-    print(f"{len(packages)} packages and flat files, {sum(map(len, packages.values()))} arrows between them")
+    print(
+        f"{len(packages)} packages and flat files, {sum(map(len, packages.values()))} arrows between them"
+    )
     print(f"{len(flat_files())} files flat in compressor/: {', '.join(flat_files())}")
     for kind, graph in (("files", files), ("packages", packages)):
         found = circles(graph)

@@ -38,7 +38,9 @@ class Fault:
 @dataclass
 class Repo:
     private: bool = False
-    commits: list[dict[str, Any]] = field(default_factory=lambda: [{"sha": "0" * 40, "files": {}, "message": "initial"}])
+    commits: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"sha": "0" * 40, "files": {}, "message": "initial"}]
+    )
     pulls: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -48,14 +50,18 @@ class Repo:
     def at(self, revision: str) -> dict[str, Any] | None:
         if revision in ("main", "HEAD"):
             return self.commits[-1]
-        return next((commit for commit in self.commits + self.pulls if commit["sha"] == revision), None)
+        return next(
+            (commit for commit in self.commits + self.pulls if commit["sha"] == revision), None
+        )
 
 
 @dataclass
 class Hub:
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)  # large files that have arrived, by SHA-256
+    objects: dict[str, bytes] = field(
+        default_factory=dict
+    )  # large files that have arrived, by SHA-256
     requests: list[tuple[str, str]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     lock: Any = field(default_factory=threading.RLock)
@@ -89,7 +95,11 @@ def blob_id(content: bytes) -> str:
 def described(name: str, content: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob_id(content)}
     if is_large(name, len(content)):
-        entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "pointerSize": 130,
+        }
     return entry
 
 
@@ -114,7 +124,11 @@ class Handler(BaseHTTPRequestHandler):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(data)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -147,13 +161,22 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = self.read_body()
         if fault:
-            self.answer(fault.status, {"error": f"as asked: {fault.status}"}, X_Error_Message=f"as asked: {fault.status}")
+            self.answer(
+                fault.status,
+                {"error": f"as asked: {fault.status}"},
+                X_Error_Message=f"as asked: {fault.status}",
+            )
             return
         with self.hub.lock:
             try:
                 self.route(path, parse_qs(address.query), body)
             except RefusalError as refusal:
-                self.answer(refusal.status, {"error": str(refusal)}, X_Error_Code=refusal.code, X_Error_Message=str(refusal))
+                self.answer(
+                    refusal.status,
+                    {"error": str(refusal)},
+                    X_Error_Code=refusal.code,
+                    X_Error_Message=str(refusal),
+                )
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_one  # noqa: N815  # the names that http.server calls
 
@@ -184,7 +207,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def repo(self, name: str) -> Repo:
         repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if repo is None or (
+            repo.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             raise RefusalError(404, "RepoNotFound", "Repository not found")
         return repo
 
@@ -206,11 +231,20 @@ class Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or USER
         name = f"{owner}/{asked['name']}"
         if owner != USER:
-            raise RefusalError(403, "Forbidden", f'You don\'t have the rights to create a model under the namespace "{owner}"')
+            raise RefusalError(
+                403,
+                "Forbidden",
+                f'You don\'t have the rights to create a model under the namespace "{owner}"',
+            )
         if name in self.hub.repos:
-            self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
+            self.answer(
+                409,
+                {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"},
+            )
             return
-        self.hub.repos[name] = Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.hub.repos[name] = Repo(
+            private=asked.get("visibility") == "private" or bool(asked.get("private"))
+        )
         self.answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def info(self, name: str, revision: str = "main", *, query: Any, body: bytes) -> None:
@@ -219,8 +253,22 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             raise RefusalError(404, "RevisionNotFound", "Invalid rev id")
         siblings = [described(file, content) for file, content in sorted(commit["files"].items())]
-        found = {"_id": name, "id": name, "modelId": name, "author": USER, "sha": commit["sha"], "private": repo.private}
-        found |= {"disabled": False, "gated": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+        found = {
+            "_id": name,
+            "id": name,
+            "modelId": name,
+            "author": USER,
+            "sha": commit["sha"],
+            "private": repo.private,
+        }
+        found |= {
+            "disabled": False,
+            "gated": False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+            "siblings": siblings,
+        }
         self.answer(200, {**found, "cardData": card_data(commit["files"])})
 
     def tree(self, name: str, revision: str, *, query: Any, body: bytes) -> None:
@@ -230,8 +278,14 @@ class Handler(BaseHTTPRequestHandler):
         rows = []
         for file, content in sorted(commit["files"].items()):
             row = described(file, content)
-            lfs = {"lfs": {"oid": row["lfs"]["sha256"], "size": row["size"], "pointerSize": 130}} if "lfs" in row else {}
-            rows.append({"type": "file", "path": file, "size": row["size"], "oid": row["blobId"], **lfs})
+            lfs = (
+                {"lfs": {"oid": row["lfs"]["sha256"], "size": row["size"], "pointerSize": 130}}
+                if "lfs" in row
+                else {}
+            )
+            rows.append(
+                {"type": "file", "path": file, "size": row["size"], "oid": row["blobId"], **lfs}
+            )
         self.answer(200, rows)
 
     def preupload(self, name: str, *, query: Any, body: bytes) -> None:
@@ -241,8 +295,16 @@ class Handler(BaseHTTPRequestHandler):
         for entry in json.loads(body)["files"]:
             here = files.get(entry["path"])
             mode = "lfs" if is_large(entry["path"], entry["size"]) else "regular"
-            oid = None if here is None else hashlib.sha256(here).hexdigest() if mode == "lfs" else blob_id(here)
-            modes.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            oid = (
+                None
+                if here is None
+                else hashlib.sha256(here).hexdigest()
+                if mode == "lfs"
+                else blob_id(here)
+            )
+            modes.append(
+                {"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+            )
         self.answer(200, {"files": modes})
 
     def batch(self, name: str, *, query: Any, body: bytes) -> None:
@@ -251,7 +313,9 @@ class Handler(BaseHTTPRequestHandler):
         answers = []
         for wanted in json.loads(body)["objects"]:
             upload = {"upload": {"href": f"{self.hub.url}/objects/{wanted['oid']}", "header": {}}}
-            answers.append({**wanted, **({} if wanted["oid"] in self.hub.objects else {"actions": upload})})
+            answers.append(
+                {**wanted, **({} if wanted["oid"] in self.hub.objects else {"actions": upload})}
+            )
         self.answer(200, {"transfer": "basic", "objects": answers})
 
     def store(self, oid: str, *, query: Any, body: bytes) -> None:
@@ -281,21 +345,33 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(412, "PreconditionFailed", "A commit has happened since.")
         pull = bool(query.get("create_pr"))
         sha = hashlib.sha1(f"{name} {len(repo.commits)} {len(repo.pulls)}".encode()).hexdigest()
-        (repo.pulls if pull else repo.commits).append({"sha": sha, "files": files, "message": head.get("summary", "")})
+        (repo.pulls if pull else repo.commits).append(
+            {"sha": sha, "files": files, "message": head.get("summary", "")}
+        )
         url = f"{self.hub.url}/{name}/discussions/{len(repo.pulls)}" if pull else None
         commit_url = f"{self.hub.url}/{name}/commit/{sha}"
-        self.answer(200, {"success": True, "commitOid": sha, "commitUrl": commit_url, "pullRequestUrl": url})
+        self.answer(
+            200, {"success": True, "commitOid": sha, "commitUrl": commit_url, "pullRequestUrl": url}
+        )
 
     def resolve(self, name: str, revision: str, file: str, *, query: Any, body: bytes) -> None:
         commit = self.repo(name).at(revision)
         if commit is None:
             raise RefusalError(404, "RevisionNotFound", "Invalid rev id")
         if file not in commit["files"]:
-            self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit["sha"])
+            self.answer(
+                404,
+                {"error": "Entry not found"},
+                X_Error_Code="EntryNotFound",
+                X_Repo_Commit=commit["sha"],
+            )
             return
         content = commit["files"][file]
         row = described(file, content)
-        headers = {"ETag": f'"{row["lfs"]["sha256"] if "lfs" in row else row["blobId"]}"', "X-Repo-Commit": commit["sha"]}
+        headers = {
+            "ETag": f'"{row["lfs"]["sha256"] if "lfs" in row else row["blobId"]}"',
+            "X-Repo-Commit": commit["sha"],
+        }
         headers |= {"Accept-Ranges": "bytes", "X-Linked-Size": str(len(content))}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)

@@ -25,7 +25,13 @@ def nodes(value: Any) -> list[tuple[Any, ...]]:
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
     while waiting:
         path, outer = waiting.pop()
-        items = outer.items() if isinstance(outer, dict) else enumerate(outer) if isinstance(outer, list) else ()
+        items = (
+            outer.items()
+            if isinstance(outer, dict)
+            else enumerate(outer)
+            if isinstance(outer, list)
+            else ()
+        )
         for key, inner in items:
             found.append((*path, key))
             waiting.append(((*path, key), inner))
@@ -44,15 +50,31 @@ def mutate_json(random: Random, value: Any) -> str:
         for step in outer:
             parent = parent[step]
         touched = ".".join(map(str, [*outer, key]))
-        action = random.choice(["replace"] * 6 + ["nudge"] * 3 + ["delete", "rename", "swap", "add"])
+        action = random.choice(
+            ["replace"] * 6 + ["nudge"] * 3 + ["delete", "rename", "swap", "add"]
+        )
         if action == "replace":
             parent[key] = random.choice(NASTY)
-        elif action == "nudge" and isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
-            parent[key] = random.choice([parent[key] + 1, parent[key] - 1, parent[key] * 2, -parent[key], parent[key] * 10**6])
+        elif (
+            action == "nudge"
+            and isinstance(parent[key], int | float)
+            and not isinstance(parent[key], bool)
+        ):
+            parent[key] = random.choice(
+                [
+                    parent[key] + 1,
+                    parent[key] - 1,
+                    parent[key] * 2,
+                    -parent[key],
+                    parent[key] * 10**6,
+                ]
+            )
         elif action == "delete":
             del parent[key]
         elif isinstance(parent, dict) and action == "rename":
-            parent[random.choice([name for name in NASTY if isinstance(name, str)])] = parent.pop(key)
+            parent[random.choice([name for name in NASTY if isinstance(name, str)])] = parent.pop(
+                key
+            )
         elif action == "swap":
             *outer, other = random.choice(paths)
             source = value
@@ -78,7 +100,18 @@ def mutate_bytes(random: Random, data: bytes) -> bytes:
         elif action == 1:
             del data[at : at + random.choice([1, 8, 500])]
         elif action == 2:
-            data[at:at] = random.choice([b"\x00", b"[" * 3000, b'{"a":' * 2000, b"\xff\xfe", b"9" * 5000, b'"', b"NaN", b"1e999"])
+            data[at:at] = random.choice(
+                [
+                    b"\x00",
+                    b"[" * 3000,
+                    b'{"a":' * 2000,
+                    b"\xff\xfe",
+                    b"9" * 5000,
+                    b'"',
+                    b"NaN",
+                    b"1e999",
+                ]
+            )
         elif action == 3:
             data[at:at] = data[at : at + 64]
         else:
@@ -123,7 +156,9 @@ def _mutate_shard(random: Random, path: Path) -> str:
         path.write_bytes(mutate_bytes(random, data[: 8 + length]) + data[8 + length :])
         return "header bytes"
     if action < 0.9:
-        path.write_bytes(struct.pack("<Q", random.choice([0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])) + data[8:])
+        path.write_bytes(
+            struct.pack("<Q", random.choice([0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])) + data[8:]
+        )
         return "header length"
     path.write_bytes(data[: random.randrange(len(data))])
     return "cut"
@@ -133,9 +168,16 @@ def _mutate_tensors(random: Random, path: Path) -> str:
     """Leave the file well-formed and lie in it: metadata words, values, dtypes of the same width, shapes, exchanged tensors."""
     header, body = split(path.read_bytes())
     names = [
-        name for name in header if name != "__metadata__" and header[name]["data_offsets"][1] > header[name]["data_offsets"][0]
+        name
+        for name in header
+        if name != "__metadata__"
+        and header[name]["data_offsets"][1] > header[name]["data_offsets"][0]
     ]
-    special = [name for name in names if name.endswith(("weight_metadata", "bitmask", "shape", "weight_a", "weight_b"))]
+    special = [
+        name
+        for name in names
+        if name.endswith(("weight_metadata", "bitmask", "shape", "weight_a", "weight_b"))
+    ]
     name = random.choice(special if special and random.random() < 0.7 else names)
     entry = header[name]
     start, stop = entry["data_offsets"]
@@ -148,12 +190,16 @@ def _mutate_tensors(random: Random, path: Path) -> str:
         data[start:stop] = bytes([random.choice([0, 0xFF, 0x7F, 0x44, 0xEE])]) * (stop - start)
     elif action == 2:
         entry["dtype"] = random.choice(
-            ["F16", "BF16", "I16", "U16"] if entry["dtype"] in ("F16", "BF16", "I16") else ["U8", "I8", "BOOL"]
+            ["F16", "BF16", "I16", "U16"]
+            if entry["dtype"] in ("F16", "BF16", "I16")
+            else ["U8", "I8", "BOOL"]
         )
         width = 2 if entry["dtype"] in ("F16", "BF16", "I16", "U16") else 1
         entry["shape"] = [(stop - start) // width] if random.random() < 0.3 else entry["shape"]
     elif action == 3:
-        entry["shape"] = random.choice([entry["shape"][::-1], [1, *entry["shape"]], [*entry["shape"], 1]])
+        entry["shape"] = random.choice(
+            [entry["shape"][::-1], [1, *entry["shape"]], [*entry["shape"], 1]]
+        )
     else:
         other = random.choice(names)
         header[name], header[other] = header[other], header[name]
@@ -203,9 +249,13 @@ def damaged_recipe(random: Random) -> bytes:
     mutate_json(random, value)
     value.pop("model", None)
     if isinstance(value.get("tune"), int):
-        value["tune"] = min(value["tune"], 2)  # a thousand epochs may be asked for, and take as long as they do
+        value["tune"] = min(
+            value["tune"], 2
+        )  # a thousand epochs may be asked for, and take as long as they do
     try:
-        text = tomli_w.dumps({key: inner for key, inner in value.items() if inner is not None}).encode("utf-8", "surrogatepass")
+        text = tomli_w.dumps(
+            {key: inner for key, inner in value.items() if inner is not None}
+        ).encode("utf-8", "surrogatepass")
     except (TypeError, ValueError):
         text = b"pattern = 24\n"
     return mutate_bytes(random, text) if random.random() < 0.3 else text

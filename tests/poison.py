@@ -11,4 +11,6 @@ def poison(patch):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
 
     patch.setattr(torch, "empty", lambda *args, **options: filled(plain(*args, **options)))
-    patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: filled(plain_new(*args, **options)))
+    patch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **options: filled(plain_new(*args, **options))
+    )

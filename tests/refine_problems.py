@@ -10,7 +10,10 @@ def case(seed, rows, columns, tokens, pattern, dtype=torch.float32, dead=0):
     """A weight, a Wanda-pruned copy and the statistics of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    x = torch.randn(tokens, columns, generator=generator) @ mix + torch.randn(columns, generator=generator) * 0.3
+    x = (
+        torch.randn(tokens, columns, generator=generator) @ mix
+        + torch.randn(columns, generator=generator) * 0.3
+    )
     x[:, :dead] = 0
     stats = InputStats(columns, gram=True)
     stats.update(x)

@@ -33,8 +33,13 @@ def literal(weight, start, stats, pattern, stages, steps, damping):
         for stage in range(stages):
             rho = 0.1 * 30 ** (stage / (stages - 1))
             for _ in range(steps):
-                X = torch.linalg.solve(H + rho * torch.eye(columns, dtype=torch.float64), H @ w - v + rho * Z)
-                Z = torch.tensor(nearest((X + v / rho).tolist(), pattern.n, pattern.m, quota), dtype=torch.float64)
+                X = torch.linalg.solve(
+                    H + rho * torch.eye(columns, dtype=torch.float64), H @ w - v + rho * Z
+                )
+                Z = torch.tensor(
+                    nearest((X + v / rho).tolist(), pattern.n, pattern.m, quota),
+                    dtype=torch.float64,
+                )
                 v = v + rho * (X - Z)
         out.append(Z * d)
     return torch.stack(out)
@@ -62,10 +67,16 @@ def test_finds_the_masks_of_a_literal_transcription(pattern):
     damping=st.sampled_from([0.0, 1e-2]),
     dead=st.integers(0, 5),
 )
-def test_masks_stay_legal_and_no_row_gets_worse(seed, rows, groups, tokens, pattern, dtype, damping, dead):
+def test_masks_stay_legal_and_no_row_gets_worse(
+    seed, rows, groups, tokens, pattern, dtype, damping, dead
+):
     parsed = Pattern.parse(pattern)
-    weight, pruned, stats, _ = case(seed, rows, groups * (parsed.m or 4), tokens, pattern, dtype, dead=min(dead, groups))
-    refined = refine(weight, pruned, stats, parsed, stages=3, steps=3, iterations=10, damping=damping)
+    weight, pruned, stats, _ = case(
+        seed, rows, groups * (parsed.m or 4), tokens, pattern, dtype, dead=min(dead, groups)
+    )
+    refined = refine(
+        weight, pruned, stats, parsed, stages=3, steps=3, iterations=10, damping=damping
+    )
     assert refined.dtype == dtype
     assert bool(torch.isfinite(refined).all())
     assert parsed.is_legal(refined)

@@ -27,7 +27,9 @@ from compressor.run.check import make_job
 from compressor.run.pipeline import prune
 
 CPU = torch.device("cpu")
-IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))  # those of the fixture `rows`
+IDS = torch.randint(
+    3, 128, (8, 32), generator=torch.Generator().manual_seed(1)
+)  # those of the fixture `rows`
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,18 @@ def _small_batches(monkeypatch):
 
 def begin(folder, rows, **settings):
     """A job and its calibration states."""
-    job = make_job(Recipe(**{"model": str(folder), "pattern": "50%", "dataset": str(rows), "seq_len": 32, **settings}), None)
+    job = make_job(
+        Recipe(
+            **{
+                "model": str(folder),
+                "pattern": "50%",
+                "dataset": str(rows),
+                "seq_len": 32,
+                **settings,
+            }
+        ),
+        None,
+    )
     return job, capture.capture(job.skeleton, IDS, CPU)
 
 
@@ -60,7 +73,10 @@ def test_first_order_scores_are_those_of_automatic_differentiation(tiny, rows):
         for task in job.every:
             weight = model.get_submodule(task.linear.name).weight
             norms[task.linear.name] = norms.get(task.linear.name, 0) + weight.grad.norm().item() / 4
-            products[task.linear.name] = products.get(task.linear.name, 0) + (weight.abs() * weight.grad.abs()).sum().item() / 4
+            products[task.linear.name] = (
+                products.get(task.linear.name, 0)
+                + (weight.abs() * weight.grad.abs()).sum().item() / 4
+            )
     assert found == pytest.approx(norms, rel=1e-4)
     assert weighted == pytest.approx(products, rel=1e-4)
 
@@ -74,7 +90,9 @@ def test_zeroth_order_scores_estimate_the_norm_of_the_gradient(tiny, rows):
     tokens, predicted = part.ids[0].numel(), part.ids[0][:, 1:].numel()
     for name, both in halves.items():
         estimate = sum(both) / evaluations / (tokens / predicted)
-        assert estimate == pytest.approx(math.sqrt(2 / math.pi) * exact[name], rel=4 * 0.756 / math.sqrt(evaluations)), name
+        assert estimate == pytest.approx(
+            math.sqrt(2 / math.pi) * exact[name], rel=4 * 0.756 / math.sqrt(evaluations)
+        ), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +102,10 @@ def test_a_moved_weight_comes_back_bit_for_bit(tiny, rows, dtype):
     skeleton.load_block(0, CPU)
     linear = skeleton.linears(0)[0]
     before, state = linear.get().clone(), torch.get_rng_state()
-    moved = [linear.get().clone() for _ in ecoflap.there_and_back(linear, 1e-3, torch.Generator().manual_seed(0))]
+    moved = [
+        linear.get().clone()
+        for _ in ecoflap.there_and_back(linear, 1e-3, torch.Generator().manual_seed(0))
+    ]
     assert torch.equal(linear.get(), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(moved[0], before)
@@ -111,11 +132,18 @@ def test_outlier_ratios_are_their_definition(tiny, rows):
     model, norms = whole(tiny("llama")), {}
     for task in job.every:
         model.get_submodule(task.linear.name).register_forward_pre_hook(
-            lambda _, args, name=task.linear.name: norms.__setitem__(name, args[0].flatten(0, 1).norm(dim=0))
+            lambda _, args, name=task.linear.name: norms.__setitem__(
+                name, args[0].flatten(0, 1).norm(dim=0)
+            )
         )
     model(input_ids=IDS)
     for tasks, ratio in zip(job.tasks, found, strict=True):
-        scores = torch.cat([(model.get_submodule(t.linear.name).weight.abs() * norms[t.linear.name]).flatten() for t in tasks])
+        scores = torch.cat(
+            [
+                (model.get_submodule(t.linear.name).weight.abs() * norms[t.linear.name]).flatten()
+                for t in tasks
+            ]
+        )
         assert ratio == pytest.approx((scores > 2 * scores.mean()).float().mean().item(), abs=2e-4)
 
 
@@ -126,8 +154,12 @@ def test_error_curves_are_their_formula(tiny, rows):
     model, inputs, gradients, expected = whole(tiny("llama")), {}, {}, {}
     for task in job.every:
         module = model.get_submodule(task.linear.name)
-        module.register_forward_pre_hook(lambda _, args, name=task.linear.name: inputs.__setitem__(name, args[0].detach()))
-        module.register_full_backward_hook(lambda _, __, out, name=task.linear.name: gradients.__setitem__(name, out[0]))
+        module.register_forward_pre_hook(
+            lambda _, args, name=task.linear.name: inputs.__setitem__(name, args[0].detach())
+        )
+        module.register_full_backward_hook(
+            lambda _, __, out, name=task.linear.name: gradients.__setitem__(name, out[0])
+        )
     next_token_loss(model(input_ids=IDS).logits, IDS).backward()
     for name, x in inputs.items():
         weight = model.get_submodule(name).weight.detach()
@@ -146,21 +178,29 @@ def test_divergence_curves_are_those_of_the_whole_model(tiny, rows):
         p = model(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
         for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.k_proj"):
             weight, seen = model.get_submodule(name).weight, []
-            handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            handle = model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0])
+            )
             model(input_ids=IDS)
             handle.remove()
             original = weight.detach().clone()
             for goal, value in zip(goals, found[name], strict=True):
-                weight.copy_(original * goal.mask(original.abs() * seen[0].flatten(0, 1).norm(dim=0)))
+                weight.copy_(
+                    original * goal.mask(original.abs() * seen[0].flatten(0, 1).norm(dim=0))
+                )
                 q = model(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
-                assert value == pytest.approx(kl_div(q, p, log_target=True, reduction="sum").item() / IDS.numel(), rel=1e-3)
+                assert value == pytest.approx(
+                    kl_div(q, p, log_target=True, reduction="sum").item() / IDS.numel(), rel=1e-3
+                )
             weight.copy_(original)
 
 
 def test_labels_of_the_model_follow_its_predictions():
     logits = torch.tensor([[[0.0, 3.0, 1.0]]]).expand(1, 4000, 3).clone().requires_grad_()
     sampled_label_loss(0)(logits, torch.zeros(1, 4000, dtype=torch.long)).backward()
-    drawn = (logits.grad - logits.detach().softmax(-1) < -1e-6).float().mean((0, 1))  # softmax - one-hot
+    drawn = (
+        (logits.grad - logits.detach().softmax(-1) < -1e-6).float().mean((0, 1))
+    )  # softmax - one-hot
     assert drawn == pytest.approx(logits[0, 0].detach().softmax(-1), abs=0.03)
 
 
@@ -183,7 +223,10 @@ def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings,
     assert all(0 <= shares[task.linear.name] <= task.linear.size for task in job.every)
     if settings["ratios"] == "ecoflap":
         most = zeros / weights + 0.1
-        blocks = [(sum(shares[t.linear.name] for t in tasks), sum(t.linear.size for t in tasks)) for tasks in job.tasks]
+        blocks = [
+            (sum(shares[t.linear.name] for t in tasks), sum(t.linear.size for t in tasks))
+            for tasks in job.tasks
+        ]
         assert all(count <= most * size + 1 for count, size in blocks)
     assert all(torch.equal(was, now) for was, now in zip(before, states.hidden, strict=True))
 
@@ -193,7 +236,10 @@ def test_other_families(tiny, rows, family):
     job, states = begin(tiny(family), rows)
     zeros = sum(task.linear.size for task in job.every) // 2
     zeroth = ecoflap.allocate(job, zeros, states, CPU, silent, score="zeroth")[0]
-    plans = [zeroth, *(module.allocate(job, zeros, states, CPU, silent)[0] for module in (owl, ecoflap, curve))]
+    plans = [
+        zeroth,
+        *(module.allocate(job, zeros, states, CPU, silent)[0] for module in (owl, ecoflap, curve)),
+    ]
     assert [sum(plan.values()) for plan in plans] == [zeros] * 4
     assert len({tuple(plan.values()) for plan in plans}) == 4
 
@@ -202,7 +248,9 @@ def test_other_families(tiny, rows, family):
 def test_no_group_is_sparser_than_allowed(tiny, rows, module):
     job, states = begin(tiny("llama"), rows)
     zeros = sum(task.linear.size for task in job.every) // 2
-    shares, _ = module.allocate(job, zeros, states, CPU, silent, granularity="linear", max_sparsity=0.55)
+    shares, _ = module.allocate(
+        job, zeros, states, CPU, silent, granularity="linear", max_sparsity=0.55
+    )
     assert sum(shares.values()) == zeros
     assert all(shares[task.linear.name] <= 0.55 * task.linear.size + 1 for task in job.every)
 
@@ -219,11 +267,15 @@ def test_dense_fraction_stays_within_its_budget(tiny, rows):
 # --- the guard
 
 
-@pytest.mark.parametrize(("second", "taken"), [(0.1, "curve"), (0.3, "uniform"), (0.2, "uniform"), (math.nan, "uniform")])
+@pytest.mark.parametrize(
+    ("second", "taken"), [(0.1, "curve"), (0.3, "uniform"), (0.2, "uniform"), (math.nan, "uniform")]
+)
 def test_only_a_better_plan_is_taken(tiny, rows, second, taken):
     even, _ = begin(tiny("llama"), rows)
     other, _ = begin(tiny("llama"), rows)
-    trial = SimpleNamespace(tokens=7, divergence=lambda job, progress: 0.2 if job is even else second)
+    trial = SimpleNamespace(
+        tokens=7, divergence=lambda job, progress: 0.2 if job is even else second
+    )
     job = better(trial, {"uniform": even, "curve": other}, {"by": "curve"}, silent)
     assert job.skeleton is (other if taken == "curve" else even).skeleton
     assert job.allocation["taken"] == taken
@@ -233,16 +285,32 @@ def test_only_a_better_plan_is_taken(tiny, rows, second, taken):
 def test_a_trial_is_the_divergence_of_the_model_that_prune_writes(tiny, rows, tmp_path):
     job, states = begin(tiny("llama"), rows, dtype="float32", method="sparsegpt")
     found = Trial(job, states, CPU).divergence(job)
-    settings = dict(method="sparsegpt", pattern="50%", dtype="float32", dataset=str(rows), num_samples=8, seq_len=32)
+    settings = dict(
+        method="sparsegpt",
+        pattern="50%",
+        dtype="float32",
+        dataset=str(rows),
+        num_samples=8,
+        seq_len=32,
+    )
     prune(Recipe(str(tiny("llama")), **settings), tmp_path / "out")
     with torch.no_grad():
-        p, q = (whole(path)(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1) for path in (tiny("llama"), tmp_path / "out"))
-    assert found == pytest.approx(kl_div(q, p, log_target=True, reduction="sum").item() / IDS.numel(), rel=1e-3)
+        p, q = (
+            whole(path)(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
+            for path in (tiny("llama"), tmp_path / "out")
+        )
+    assert found == pytest.approx(
+        kl_div(q, p, log_target=True, reduction="sum").item() / IDS.numel(), rel=1e-3
+    )
 
 
 def test_a_plan_that_is_refused_leaves_the_uniform_one(tiny, rows, monkeypatch):
     job, states = begin(tiny("llama"), rows, ratios="owl")
-    monkeypatch.setattr(Trial, "divergence", lambda self, job, progress: float(len({str(t.goal) for t in job.every}) > 1))
+    monkeypatch.setattr(
+        Trial,
+        "divergence",
+        lambda self, job, progress: float(len({str(t.goal) for t in job.every}) > 1),
+    )
     chosen = allocate(job, states, CPU, silent)
     zeros = sum(task.linear.size for task in job.every) // 2
     assert {task.linear.name: task.goal.zeros for task in chosen.every} == uniform(job, zeros)
@@ -262,11 +330,19 @@ def test_the_total_is_exact_to_one_weight(cli, tiny, rows, tmp_path, method, ref
     cli("prune", tiny("llama"), "-o", tmp_path / "out", "--method", method, "--pattern", "57.3%", "--ratios", "uniform",
         *refining, "--dataset", rows, *COMMON)  # fmt: skip
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    zeros = sum(round(row["sparsity"] * row["shape"][0] * row["shape"][1]) for row in report["linears"])
-    assert zeros == int(Fraction(573, 1000) * report["totals"]["weights"]) == report["allocation"]["zeros"]
+    zeros = sum(
+        round(row["sparsity"] * row["shape"][0] * row["shape"][1]) for row in report["linears"]
+    )
+    assert (
+        zeros
+        == int(Fraction(573, 1000) * report["totals"]["weights"])
+        == report["allocation"]["zeros"]
+    )
 
 
-def test_both_divergences_are_printed_and_reported_and_the_output_reproduces(cli, tiny, rows, tmp_path):
+def test_both_divergences_are_printed_and_reported_and_the_output_reproduces(
+    cli, tiny, rows, tmp_path
+):
     done = cli("prune", tiny("llama"), "-o", tmp_path / "a", "--pattern", "60%", "--ratios", "curve", "--max-sparsity", "75%",
                "--dataset", rows, *COMMON[:-1])  # fmt: skip
     assert "KL to the dense model on 256 calibration tokens: uniform " in done.stdout
@@ -274,14 +350,35 @@ def test_both_divergences_are_printed_and_reported_and_the_output_reproduces(cli
     allocation = json.loads((tmp_path / "a" / "report.json").read_text())["allocation"]
     assert set(allocation["divergence"]) == {"uniform", "curve"}
     assert allocation["sparsities"][-1] == 0.75
-    cli("prune", tiny("llama"), "-o", tmp_path / "b", "--recipe", tmp_path / "a" / "recipe.toml", "-q")
+    cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "b",
+        "--recipe",
+        tmp_path / "a" / "recipe.toml",
+        "-q",
+    )
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert "plan.toml" in names
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in names
+    )
 
 
 def test_dense_fraction_leaves_linears_dense_and_says_so(cli, tiny, rows, tmp_path):
-    cli("prune", tiny("llama"), "-o", tmp_path / "out", "--dense-fraction", "20%", "--dataset", rows, *COMMON)
+    cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "out",
+        "--dense-fraction",
+        "20%",
+        "--dataset",
+        rows,
+        *COMMON,
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     if report["allocation"]["taken"] == "dense-fraction":
         left = [row["name"] for row in report["left_dense"] if row["reason"] == "--dense-fraction"]
@@ -309,7 +406,17 @@ def test_dense_fraction_leaves_linears_dense_and_says_so(cli, tiny, rows, tmp_pa
     (["--plan", "nowhere.toml"], "plan nowhere.toml does not exist"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused(cli, tiny, rows, tmp_path, arguments, match):
-    done = cli("prune", tiny("llama"), "-o", tmp_path / "out", "--dataset", rows, *COMMON, *arguments, code=2)
+    done = cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "out",
+        "--dataset",
+        rows,
+        *COMMON,
+        *arguments,
+        code=2,
+    )
     assert match in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -324,8 +431,23 @@ def test_refine_only_leaves_the_others_as_pruned(cli, tiny, rows, tmp_path):
         "all": ["--refine", "lsq"],
         "some": ["--refine", "lsq", "--refine-only", "*self_attn*"],
     }.items():
-        cli("prune", tiny("llama"), "-o", tmp_path / name, "--pattern", "50%", "--dataset", rows, *COMMON, *more)
-        read[name] = {key: value for file in (tmp_path / name).glob("*.safetensors") for key, value in load_file(file).items()}
+        cli(
+            "prune",
+            tiny("llama"),
+            "-o",
+            tmp_path / name,
+            "--pattern",
+            "50%",
+            "--dataset",
+            rows,
+            *COMMON,
+            *more,
+        )
+        read[name] = {
+            key: value
+            for file in (tmp_path / name).glob("*.safetensors")
+            for key, value in load_file(file).items()
+        }
     q, gate = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
     assert torch.equal(read["some"][q], read["all"][q])
     assert torch.equal(read["some"][gate], read["plain"][gate])
@@ -333,7 +455,19 @@ def test_refine_only_leaves_the_others_as_pruned(cli, tiny, rows, tmp_path):
 
 
 def test_uniform_ratios_of_magnitude_need_no_calibration(cli, tiny, tmp_path):
-    cli("prune", tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "--pattern", "50%", "--ratios", "uniform", "-q")
+    cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "magnitude",
+        "--pattern",
+        "50%",
+        "--ratios",
+        "uniform",
+        "-q",
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["calibration_tokens"] == 0
 
@@ -341,10 +475,15 @@ def test_uniform_ratios_of_magnitude_need_no_calibration(cli, tiny, tmp_path):
 def test_a_trial_tunes_where_the_run_does(cli, tiny, rows, tmp_path):
     asked = ["--pattern", "50%", "--ratios", "owl", "--tune", 1]
     cli("prune", tiny("llama"), "-o", tmp_path / "out", *asked, "--dataset", rows, *COMMON)
-    divergence = json.loads((tmp_path / "out" / "report.json").read_text())["allocation"]["divergence"]
+    divergence = json.loads((tmp_path / "out" / "report.json").read_text())["allocation"][
+        "divergence"
+    ]
     cli("prune", tiny("llama"), "-o", tmp_path / "bare", *asked[:-2], "--dataset", rows, *COMMON)
     assert (
-        divergence["uniform"] < json.loads((tmp_path / "bare" / "report.json").read_text())["allocation"]["divergence"]["uniform"]
+        divergence["uniform"]
+        < json.loads((tmp_path / "bare" / "report.json").read_text())["allocation"]["divergence"][
+            "uniform"
+        ]
     )
 
 
@@ -356,7 +495,10 @@ def test_a_linear_that_nothing_reaches_is_named(tiny, rows, module, monkeypatch)
     real = type(job.skeleton).linears
 
     def linears(self, index):
-        return [replace(one, module=silent_module) if one.name == lost.name else one for one in real(self, index)]
+        return [
+            replace(one, module=silent_module) if one.name == lost.name else one
+            for one in real(self, index)
+        ]
 
     monkeypatch.setattr(type(job.skeleton), "linears", linears)
     job.tasks[1][0] = replace(job.tasks[1][0], linear=replace(lost, module=silent_module))

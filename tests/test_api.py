@@ -40,7 +40,12 @@ def test_keywords_win_over_the_recipe(demo_model, rows, tmp_path):
         steps.append(step)
 
     report = compressor.prune(
-        demo_model, tmp_path / "out", recipe="sparsegpt-24", method="magnitude", dataset=rows, progress=progress
+        demo_model,
+        tmp_path / "out",
+        recipe="sparsegpt-24",
+        method="magnitude",
+        dataset=rows,
+        progress=progress,
     )
     assert report.recipe["method"] == "magnitude"
     assert "blocks" in steps

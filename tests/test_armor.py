@@ -20,7 +20,13 @@ def test_annealing_beats_greedy() -> None:
     weight, stats = layer(96, 96)
     losses = []
     for anneal in (0.0, 2.0):
-        options = {"iterations": 30, "proxy": "diagonal", "finish": 0, "block_size": 16, "overhead": 1.0}
+        options = {
+            "iterations": 30,
+            "proxy": "diagonal",
+            "finish": 0,
+            "block_size": 16,
+            "overhead": 1.0,
+        }
         form = armor.compress(weight, stats, P24, **options, anneal=anneal)
         losses.append(nowag.normalised_loss(weight, form.dense(), stats.norm.square()).item())
     assert losses[1] < 0.95 * losses[0]
@@ -30,7 +36,10 @@ def test_annealing_beats_greedy() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{"proxy": "diagonal", "finish": 0}, {"proxy": "block"}, {"proxy": "full", "finish": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"proxy": "diagonal", "finish": 0}, {"proxy": "block"}, {"proxy": "full", "finish": 0}],
+)
 def test_never_worse_than_nowag_after_the_cast(dtype: torch.dtype, options: dict) -> None:
     weight, stats = layer()
     weight = weight.to(dtype)
@@ -41,7 +50,10 @@ def test_never_worse_than_nowag_after_the_cast(dtype: torch.dtype, options: dict
     assert P24.is_legal(form.core())
     assert extra(form) <= 0.2 * weight.numel()
     if options["proxy"] == "diagonal":
-        ours, base = (nowag.normalised_loss(weight.float(), w.float(), stats.norm.square()) for w in (form.dense(), plain))
+        ours, base = (
+            nowag.normalised_loss(weight.float(), w.float(), stats.norm.square())
+            for w in (form.dense(), plain)
+        )
     else:
         ours, base = (output_loss(weight, w, stats) for w in (form.dense(), plain))
     assert ours < 0.6 * base
@@ -56,13 +68,19 @@ def test_never_worse_than_nowag_after_the_cast(dtype: torch.dtype, options: dict
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     proxy=st.sampled_from(["diagonal", "block", "full"]),
 )
-def test_guarantee_holds_for_any_layer(seed: int, rows: int, columns: int, scale: float, dtype: torch.dtype, proxy: str) -> None:
-    weight, stats = layer(rows, columns, seed, tokens=32)  # fewer tokens than columns: a singular Gram matrix
+def test_guarantee_holds_for_any_layer(
+    seed: int, rows: int, columns: int, scale: float, dtype: torch.dtype, proxy: str
+) -> None:
+    weight, stats = layer(
+        rows, columns, seed, tokens=32
+    )  # fewer tokens than columns: a singular Gram matrix
     weight = (weight * scale).to(dtype)
     form = armor.compress(weight, stats, P24, proxy=proxy, overhead=0.5, **FAST)
     plain = nowag.compress(weight, stats, P24).weight
     assert torch.isfinite(form.dense()).all()
-    assert output_loss(weight, form.dense(), stats) <= output_loss(weight, plain, stats) * (1 + 1e-5)
+    assert output_loss(weight, form.dense(), stats) <= output_loss(weight, plain, stats) * (
+        1 + 1e-5
+    )
 
 
 def test_better_objectives_give_smaller_output_errors() -> None:
@@ -83,7 +101,10 @@ def test_seed_decides_and_the_global_generator_is_untouched() -> None:
     torch.rand(5)
     second = armor.compress(weight, stats, P24, **FAST, seed=3)
     other = armor.compress(weight, stats, P24, **FAST, seed=4)
-    assert all(torch.equal(x, y) for x, y in zip(first.pack().values(), second.pack().values(), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(first.pack().values(), second.pack().values(), strict=True)
+    )
     assert not torch.equal(first.dense(), other.dense())
     torch.manual_seed(1)
     armor.compress(weight, stats, P24, **FAST)
@@ -100,7 +121,9 @@ def test_inputs_are_left_alone() -> None:
 
 def test_nothing_found_gives_nowag() -> None:
     weight, stats = layer()
-    sparse = nowag.compress(weight, stats, P24).weight  # already 2:4: NoWag-P is exact and nothing can beat it
+    sparse = nowag.compress(
+        weight, stats, P24
+    ).weight  # already 2:4: NoWag-P is exact and nothing can beat it
     form = armor.compress(sparse, stats, P24, **FAST)
     assert torch.equal(form.dense(), sparse)
 
@@ -109,7 +132,9 @@ def test_linear_too_small_for_wrappers_is_plain_and_still_better_than_nowag() ->
     weight, stats = layer()
     form = armor.compress(weight, stats, P24, **FAST, overhead=0.01)
     assert isinstance(form, Sparse24)
-    assert output_loss(weight, form.dense(), stats) < 0.9 * output_loss(weight, nowag.compress(weight, stats, P24).weight, stats)
+    assert output_loss(weight, form.dense(), stats) < 0.9 * output_loss(
+        weight, nowag.compress(weight, stats, P24).weight, stats
+    )
     by_diagonal = armor.compress(weight, stats, P24, proxy="diagonal", finish=0, overhead=0.01)
     assert torch.equal(by_diagonal.dense(), nowag.compress(weight, stats, P24).weight)
 
@@ -130,13 +155,23 @@ def test_linear_too_small_for_wrappers_is_plain_and_still_better_than_nowag() ->
         ((7, 64), 128, 1.0, None),
     ],
 )
-def test_block_sizes(shape: tuple[int, int], block_size: int, overhead: float, expected: tuple[int, int] | None) -> None:
+def test_block_sizes(
+    shape: tuple[int, int], block_size: int, overhead: float, expected: tuple[int, int] | None
+) -> None:
     assert armor.block_sizes(*shape, block_size, overhead) == expected
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"proxy": "no"}, {"iterations": -1}, {"finish": -1}, {"block_size": 2}, {"anneal": -1.0}, {"overhead": -0.1}, {"damp": -1.0}],
+    [
+        {"proxy": "no"},
+        {"iterations": -1},
+        {"finish": -1},
+        {"block_size": 2},
+        {"anneal": -1.0},
+        {"overhead": -0.1},
+        {"damp": -1.0},
+    ],
 )
 def test_bad_options_are_refused(options: dict) -> None:
     weight, stats = layer()
@@ -154,7 +189,10 @@ def test_other_patterns_are_refused(pattern: str) -> None:
 def test_gram_is_asked_for_only_where_it_is_used() -> None:
     weight, stats = layer()
     stats.gram = None
-    assert isinstance(armor.compress(weight, stats, P24, proxy="diagonal", iterations=3, finish=0, overhead=0.3), Armor)
+    assert isinstance(
+        armor.compress(weight, stats, P24, proxy="diagonal", iterations=3, finish=0, overhead=0.3),
+        Armor,
+    )
     with pytest.raises(UsageError, match="Gram"):
         armor.compress(weight, stats, P24)
 
@@ -163,7 +201,9 @@ def test_gram_is_asked_for_only_where_it_is_used() -> None:
 
 
 @pytest.mark.parametrize("proxy", ["diagonal", "block", "full"])
-@pytest.mark.parametrize("odd", ["zero row", "zero column", "dead channel", "zero block", "rank one", "ties", "outlier"])
+@pytest.mark.parametrize(
+    "odd", ["zero row", "zero column", "dead channel", "zero block", "rank one", "ties", "outlier"]
+)
 def test_odd_layers(odd: str, proxy: str) -> None:
     weight, stats = layer()
     scale = torch.ones(64)
@@ -192,7 +232,9 @@ def test_odd_layers(odd: str, proxy: str) -> None:
     assert torch.isfinite(result).all()
     if proxy == "diagonal":
         h = stats.norm.double().square()
-        ours, base = (nowag.normalised_loss(weight.double(), w.double(), h).item() for w in (result, plain))
+        ours, base = (
+            nowag.normalised_loss(weight.double(), w.double(), h).item() for w in (result, plain)
+        )
         assert ours <= 0.9 * base
     else:
         assert output_loss(weight, result, stats) <= output_loss(weight, plain, stats) * 0.7

@@ -26,9 +26,18 @@ def test_form_round_trips(form: Armor) -> None:
     assert sorted(tensors) == ["weight_a", "weight_b", "weight_metadata", "weight_values"]
     again = form_class("armor").unpack({k: v.clone() for k, v in tensors.items()})
     assert all(torch.equal(x, again.pack()[k]) for k, x in tensors.items())
-    exact = torch.block_diag(*form.a.double()) @ form.core().double() @ torch.block_diag(*form.b.double())
+    exact = (
+        torch.block_diag(*form.a.double())
+        @ form.core().double()
+        @ torch.block_diag(*form.b.double())
+    )
     assert torch.equal(again.dense(), form.dense())
-    assert torch.allclose(form.dense().double(), exact, rtol=2**-8 if form.a.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert torch.allclose(
+        form.dense().double(),
+        exact,
+        rtol=2**-8 if form.a.dtype == torch.bfloat16 else 1e-5,
+        atol=1e-5,
+    )
 
 
 def test_form_refuses_what_does_not_belong_together(form: Armor) -> None:
@@ -46,7 +55,9 @@ def test_form_refuses_what_does_not_belong_together(form: Armor) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_module_computes_what_the_form_stands_for(form: Armor, bias: bool) -> None:
     dtype = form.a.dtype
-    module = ArmorLinear(32, 24, block_a=form.a.shape[1], block_b=form.b.shape[1], bias=bias, dtype=dtype)
+    module = ArmorLinear(
+        32, 24, block_a=form.a.shape[1], block_b=form.b.shape[1], bias=bias, dtype=dtype
+    )
     stored = form.pack() | ({"bias": torch.randn(24).to(dtype)} if bias else {})
     module.load_state_dict(stored)
     x = torch.randn(2, 5, 32).to(dtype)
@@ -56,7 +67,9 @@ def test_module_computes_what_the_form_stands_for(form: Armor, bias: bool) -> No
     assert packed.shape == (2, 5, 24)
     assert packed.dtype == dtype
     assert (packed.double() - expected).norm() <= tolerance * expected.norm()
-    assert torch.equal(packed, reference.armor(x, form.values, form.metadata, form.a, form.b, stored.get("bias")))
+    assert torch.equal(
+        packed, reference.armor(x, form.values, form.metadata, form.a, form.b, stored.get("bias"))
+    )
     module.unpack_()
     assert module.weight_values is None
     assert (module(x).double() - expected).norm() <= tolerance * expected.norm()

@@ -42,7 +42,11 @@ def test_blocks_multiply_like_the_matrices_they_stand_for() -> None:
 @given(seed=st.integers(0, 10**6))
 def test_best_pair_is_the_best_of_six_least_squares(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    root, target, scale = torch.randn(4, 6, generator=g).double(), torch.randn(4, generator=g).double(), 0.7
+    root, target, scale = (
+        torch.randn(4, 6, generator=g).double(),
+        torch.randn(4, generator=g).double(),
+        0.7,
+    )
     gram = root @ root.T
     losses, solutions = [], []
     for pair in itertools.combinations(range(4), 2):
@@ -63,12 +67,21 @@ def test_best_pair_noise_draws_from_the_boltzmann_distribution() -> None:
     target = torch.tensor([1.0, 0.8, 0.5, 0.1])
     gains = torch.tensor([target[list(p)].square().sum() for p in PAIRS])
     noise = 0.5 * gumbel((6, 20000), target, g)
-    _, index = best_pair(target[:, None].expand(4, 20000), pair_inverses(torch.eye(4))[..., None], torch.ones(1), noise)
+    _, index = best_pair(
+        target[:, None].expand(4, 20000),
+        pair_inverses(torch.eye(4))[..., None],
+        torch.ones(1),
+        noise,
+    )
     assert torch.allclose(index.bincount(minlength=6) / 20000, (gains / 0.5).softmax(0), atol=0.015)
 
 
 def test_singular_groups_give_finite_values() -> None:
-    for gram in (torch.zeros(4, 4), torch.ones(4, 4), torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0]))):
+    for gram in (
+        torch.zeros(4, 4),
+        torch.ones(4, 4),
+        torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0])),
+    ):
         values, _ = best_pair(torch.ones(4), pair_inverses(gram), torch.tensor(1.0), None)
         assert torch.isfinite(values).all()
 
@@ -85,9 +98,15 @@ def test_balance_keeps_the_product() -> None:
 def test_proximal_solve_where_cholesky_fails() -> None:
     g = torch.Generator().manual_seed(0)
     root = torch.randn(4, 4, generator=g)
-    good, singular, indefinite = root @ root.T + torch.eye(4), torch.ones(4, 4), torch.diag(torch.tensor([1.0, 1.0, 1.0, -2.0]))
+    good, singular, indefinite = (
+        root @ root.T + torch.eye(4),
+        torch.ones(4, 4),
+        torch.diag(torch.tensor([1.0, 1.0, 1.0, -2.0])),
+    )
     rhs, current = torch.randn(4, 4, 3, generator=g), torch.randn(4, 4, 3, generator=g)
-    solution = proximal_solve(torch.stack([good, singular, indefinite, torch.full((4, 4), torch.nan)]), rhs, current)
+    solution = proximal_solve(
+        torch.stack([good, singular, indefinite, torch.full((4, 4), torch.nan)]), rhs, current
+    )
     assert torch.allclose(solution[0], torch.linalg.solve(good, rhs[0]), atol=1e-3)
     assert torch.isfinite(solution).all()
     assert torch.equal(solution[2:], current[2:])
@@ -97,7 +116,9 @@ def test_proximal_solve_where_cholesky_fails() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), blocks=st.sampled_from([(4, 4), (8, 4), (4, 8), (16, 16), (12, 8)]))
+@given(
+    seed=st.integers(0, 10**6), blocks=st.sampled_from([(4, 4), (8, 4), (4, 8), (16, 16), (12, 8)])
+)
 def test_no_step_raises_the_loss_without_annealing(seed: int, blocks: tuple[int, int]) -> None:
     weight, gram, f = state(48, 32, *blocks, seed)
     target, g = absorbed(weight, gram, f)
@@ -156,7 +177,9 @@ def test_full_sweep_is_gauss_seidel_over_groups() -> None:
 
 def test_separable_sweep_with_one_group_per_block_is_exact() -> None:
     weight, gram, f = state(4, 16, 4, 4, 2)
-    f = f._replace(a=eye_blocks(4, 4, weight))  # rows do not interact: one sweep is the exact optimum
+    f = f._replace(
+        a=eye_blocks(4, 4, weight)
+    )  # rows do not interact: one sweep is the exact optimum
     target, g = absorbed(weight, gram, f)
     result = armor_separable.sweep(target, g, None, torch.Generator().manual_seed(0))
     for row, group in itertools.product(range(4), range(4)):
@@ -164,7 +187,12 @@ def test_separable_sweep_with_one_group_per_block_is_exact() -> None:
         losses = []
         for pair in PAIRS:
             basis, goal = block[list(pair)].T, target[row, columns]
-            losses.append((goal - basis @ torch.linalg.lstsq(basis, goal[:, None]).solution[:, 0]).square().sum().item())
+            losses.append(
+                (goal - basis @ torch.linalg.lstsq(basis, goal[:, None]).solution[:, 0])
+                .square()
+                .sum()
+                .item()
+            )
         ours = (target[row, columns] - result.s[row, columns] @ block).square().sum().item()
         assert ours == pytest.approx(min(losses), rel=1e-6)
 
@@ -192,7 +220,9 @@ def test_full_solves_reach_the_least_squares_solution(part: str) -> None:
         "s": lambda: armor_full.solve_values(weight @ gram, gram, f, 200),
     }[part]()
     best = f._replace(**{part: torch.zeros_like(tensor).index_put_(tuple(places.T), expected)})
-    assert armor_full.loss(weight, gram, solved).item() == pytest.approx(armor_full.loss(weight, gram, best).item(), rel=1e-4)
+    assert armor_full.loss(weight, gram, solved).item() == pytest.approx(
+        armor_full.loss(weight, gram, best).item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("part", ["a", "b"])
@@ -205,15 +235,24 @@ def test_separable_solves_are_exact(part: str) -> None:
         unit = torch.zeros_like(tensor)
         unit[tuple(place)] = 1
         basis.append(g._replace(**{part: unit}).dense())
-    best = g._replace(**{part: weighted_lstsq(target, torch.eye(8).double(), basis).view(tensor.shape)})
+    best = g._replace(
+        **{part: weighted_lstsq(target, torch.eye(8).double(), basis).view(tensor.shape)}
+    )
     solved = (armor_separable.solve_a if part == "a" else armor_separable.solve_b)(target, g)
-    assert armor_separable.loss(target, solved).item() == pytest.approx(armor_separable.loss(target, best).item(), rel=1e-5)
+    assert armor_separable.loss(target, solved).item() == pytest.approx(
+        armor_separable.loss(target, best).item(), rel=1e-5
+    )
 
 
 def test_both_optimisers_agree_where_the_hessian_is_block_diagonal() -> None:
     weight, gram, f = state(16, 16, 4, 8, 4)
     gram = torch.block_diag(*diagonal_blocks(gram, 8))
     target, g = absorbed(weight, gram, f)
-    assert armor_full.loss(weight, gram, f).item() == pytest.approx(armor_separable.loss(target, g).item())
-    by_full, by_separable = armor_full.solve_a(weight @ gram, gram, f), armor_separable.solve_a(target, g)
+    assert armor_full.loss(weight, gram, f).item() == pytest.approx(
+        armor_separable.loss(target, g).item()
+    )
+    by_full, by_separable = (
+        armor_full.solve_a(weight @ gram, gram, f),
+        armor_separable.solve_a(target, g),
+    )
     assert torch.allclose(by_full.a, by_separable.a, atol=1e-6)

@@ -48,7 +48,9 @@ def test_wrong_options(cli, arguments, said):
 
 
 def test_report_writes_tables_and_a_plot(tmp_path):
-    report.write(tmp_path / "out", {"environment": {"gpu": "a GPU"}, "kernels": KERNELS, "decode": DECODE})
+    report.write(
+        tmp_path / "out", {"environment": {"gpu": "a GPU"}, "kernels": KERNELS, "decode": DECODE}
+    )
     rows = list(csv.DictReader((tmp_path / "out" / "kernels.csv").open()))
     assert [row["ratio"] for row in rows] == ["1", "1", "1.5", "0.9", "0.7", "0.8", ""]
     picture = ElementTree.parse(tmp_path / "out" / "ratio.svg").getroot()
@@ -74,8 +76,16 @@ def test_random_weights_are_full():
 def test_the_step_decodes_what_generate_does():
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     decoder = Decoder(model, batch=2, prompt=5, tokens=8)
-    ids = torch.randint(3, model.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    ids = torch.randint(
+        3, model.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0)
+    )
+    expected = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+    )
     tokens = [decoder.token.clone()]
     for _ in range(4):
         decoder.step()

@@ -27,8 +27,14 @@ CASES = {
 
 
 def scores(model, canaries):
-    tests = [str(canaries / "data" / "canary" / f"babyllama105-{name}-test.jsonl") for name in ("self", "tinystories")]
-    return [result[METRIC] for result in evaluate(str(model), datasets=tests, dtype="float32")["results"].values()]
+    tests = [
+        str(canaries / "data" / "canary" / f"babyllama105-{name}-test.jsonl")
+        for name in ("self", "tinystories")
+    ]
+    return [
+        result[METRIC]
+        for result in evaluate(str(model), datasets=tests, dtype="float32")["results"].values()
+    ]
 
 
 def test_dense(canaries):
@@ -38,7 +44,15 @@ def test_dense(canaries):
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_quality_equals_the_reference(method, pattern, canaries, tmp_path):
     calibration = str(canaries / "data" / "canary" / "babyllama105-calib.jsonl")
-    prune(Recipe(str(canaries / "models" / "babyllama105"), method=method, pattern=pattern, dataset=calibration), tmp_path / "out")
+    prune(
+        Recipe(
+            str(canaries / "models" / "babyllama105"),
+            method=method,
+            pattern=pattern,
+            dataset=calibration,
+        ),
+        tmp_path / "out",
+    )
     *expected, tolerance = CASES[method, pattern]
     assert scores(tmp_path / "out", canaries) == pytest.approx(expected, rel=tolerance)
 
@@ -48,7 +62,12 @@ def test_factors_that_see_gradients_halve_the_rise_of_the_loss(canaries, tmp_pat
     calibration = str(canaries / "data" / "canary" / "babyllama105-calib.jsonl")
     found = {}
     for method in ("svd_llm", "kfac"):
-        recipe = Recipe(str(canaries / "models" / "babyllama105"), method=method, keep="50%", dataset=calibration)
+        recipe = Recipe(
+            str(canaries / "models" / "babyllama105"),
+            method=method,
+            keep="50%",
+            dataset=calibration,
+        )
         prune(recipe, tmp_path / method)
         found[method] = math.log(scores(tmp_path / method, canaries)[1] / DENSE[1])
     assert found["kfac"] <= found["svd_llm"] / 2
@@ -57,7 +76,9 @@ def test_factors_that_see_gradients_halve_the_rise_of_the_loss(canaries, tmp_pat
 @pytest.mark.parametrize("name", ["babyllama105", "stories260K", "books-1m"])
 def test_armor_is_never_worse_than_nowag(name, canaries):
     """Every linear, in every dtype it may be stored in. `benchmarks/armor.py guarantee` does it with the defaults."""
-    model = AutoModelForCausalLM.from_pretrained(canaries / "models" / name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        canaries / "models" / name, dtype=torch.float32
+    ).eval()
     rows = token_rows(str(canaries / "data" / "canary" / f"{name}-calib.jsonl"))[:8]
     pattern, worse = Pattern.parse("2:4"), []
     for block in model.model.layers:
@@ -66,6 +87,8 @@ def test_armor_is_never_worse_than_nowag(name, canaries):
                 weight = linear.weight.detach().to(dtype)
                 found = armor.compress(weight, stats, pattern, iterations=2, finish=1)
                 plain = nowag.compress(weight, stats, pattern)
-                if not output_loss(weight, found.dense(), stats) <= output_loss(weight, plain.dense(), stats):
+                if not output_loss(weight, found.dense(), stats) <= output_loss(
+                    weight, plain.dense(), stats
+                ):
                     worse.append((linear, dtype))
     assert not worse

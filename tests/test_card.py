@@ -21,9 +21,16 @@ PLAN = """version = 1
         (
             dict(method="armor", options={"iterations": 1, "finish": 0, "overhead": 0.125}),
             "",
-            ["packed 2:4 between block-diagonal factors (50.0% zeros in the 2:4 core)", "by compress-llm"],
+            [
+                "packed 2:4 between block-diagonal factors (50.0% zeros in the 2:4 core)",
+                "by compress-llm",
+            ],
         ),
-        (dict(method="magnitude", pattern="60%"), "", ["28 linears, dense with zeros in place (60.0% zeros)", "not smaller than"]),
+        (
+            dict(method="magnitude", pattern="60%"),
+            "",
+            ["28 linears, dense with zeros in place (60.0% zeros)", "not smaller than"],
+        ),
         (
             dict(method="svd"),
             PLAN,
@@ -39,7 +46,11 @@ PLAN = """version = 1
         (
             dict(method="magnitude"),
             'version = 1\n[linears]\n"*.q_proj" = { rank = 8 }\n"*" = { dense = true }\n',
-            ["4 linears, of low rank (rank 8,", "as its plan.toml says with svd_llm, by", "| method | `svd_llm`. SVD-LLM"],
+            [
+                "4 linears, of low rank (rank 8,",
+                "as its plan.toml says with svd_llm, by",
+                "| method | `svd_llm`. SVD-LLM",
+            ],
         ),
     ],
     ids=["armor", "dense", "mixed", "low rank of a plan"],
@@ -52,7 +63,12 @@ def test_the_card_of_every_form_says_what_it_leaves(tmp_path, rows, settings, pl
     if plan:
         (tmp_path / "plan.toml").write_text(plan)
     recipe = Recipe(
-        str(DEMO), dataset=str(rows), num_samples=4, seq_len=32, plan=str(tmp_path / "plan.toml") if plan else "", **settings
+        str(DEMO),
+        dataset=str(rows),
+        num_samples=4,
+        seq_len=32,
+        plan=str(tmp_path / "plan.toml") if plan else "",
+        **settings,
     )
     prune(recipe, tmp_path / "out")
     card = str(prepare(tmp_path / "out", "me/it", "", lambda name: (False, None)).card)
@@ -120,4 +136,6 @@ def test_a_baseline_without_a_number_is_a_dash(out):
     found = json.loads(path.read_text())
     found["baseline"]["results"]["books"]["token_perplexity,none"] = "x"
     path.write_text(json.dumps(found))
-    assert "first 7 of 9 samples | – | 121.9 |" in str(prepare(out, "me/it", "", lambda name: (False, None)).card)
+    assert "first 7 of 9 samples | – | 121.9 |" in str(
+        prepare(out, "me/it", "", lambda name: (False, None)).card
+    )

@@ -67,10 +67,16 @@ def test_index_must_stay_in_the_folder_and_tell_the_truth(folder):
     name = next(name for name, shard in original["weight_map"].items() if shards.count(shard) > 1)
     for shard, match in [("../evil.safetensors", "plain"), ("/etc/passwd", "plain"), ("a/b.safetensors", "plain"), (7, "plain"),
                          ("model-99.safetensors", "not there")]:  # fmt: skip
-        (folder / INDEX).write_text(json.dumps({**original, "weight_map": {**original["weight_map"], name: shard}}))
+        (folder / INDEX).write_text(
+            json.dumps({**original, "weight_map": {**original["weight_map"], name: shard}})
+        )
         refused(folder, match)
-    other = next(shard for shard in original["weight_map"].values() if shard != original["weight_map"][name])
-    (folder / INDEX).write_text(json.dumps({**original, "weight_map": {**original["weight_map"], name: other}}))
+    other = next(
+        shard for shard in original["weight_map"].values() if shard != original["weight_map"][name]
+    )
+    (folder / INDEX).write_text(
+        json.dumps({**original, "weight_map": {**original["weight_map"], name: other}})
+    )
     refused(folder, "but it is not")
     short = {key: value for key, value in original["weight_map"].items() if key != name}
     (folder / INDEX).write_text(json.dumps({**original, "weight_map": short}))
@@ -123,7 +129,10 @@ def test_resolve_refuses_what_is_neither_folder_nor_hub_id():
 def test_writer_keeps_names_order_bytes_and_replaces(folder, tmp_path):
     reader = Reader(folder)
     name = "model.layers.1.mlp.up_proj.weight"
-    parts = {"weight_values": torch.randn(96, 32), "weight_metadata": torch.zeros(96, 4, dtype=torch.int16)}
+    parts = {
+        "weight_values": torch.randn(96, 32),
+        "weight_metadata": torch.zeros(96, 4, dtype=torch.int16),
+    }
     with Writer(reader, tmp_path / "out", {name}) as writer:
         writer.replace(name, parts)
         writer.finish(reader.config, {"note.txt": "hello"})
@@ -133,10 +142,15 @@ def test_writer_keeps_names_order_bytes_and_replaces(folder, tmp_path):
     for shard in reader.shards:
         before, after = load_file(folder / shard), load_file(tmp_path / "out" / shard)
         if name in before:
-            assert all(torch.equal(after.pop(f"model.layers.1.mlp.up_proj.{suffix}"), tensor) for suffix, tensor in parts.items())
+            assert all(
+                torch.equal(after.pop(f"model.layers.1.mlp.up_proj.{suffix}"), tensor)
+                for suffix, tensor in parts.items()
+            )
             del before[name]
         else:
-            assert (folder / shard).read_bytes()[-64:] == (tmp_path / "out" / shard).read_bytes()[-64:]
+            assert (folder / shard).read_bytes()[-64:] == (tmp_path / "out" / shard).read_bytes()[
+                -64:
+            ]
         assert list(before) == list(after)
         assert all(torch.equal(before[key], after[key]) for key in before)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -166,7 +180,10 @@ def test_wide_items_come_first_so_that_all_are_aligned(tmp_path):
 
 def test_failure_leaves_nothing(folder, tmp_path):
     before = set(tmp_path.iterdir())
-    with pytest.raises(RuntimeError), Writer(Reader(folder), tmp_path / "new" / "parents" / "out", set()):
+    with (
+        pytest.raises(RuntimeError),
+        Writer(Reader(folder), tmp_path / "new" / "parents" / "out", set()),
+    ):
         raise RuntimeError
     assert set(tmp_path.iterdir()) == before
 
@@ -182,7 +199,10 @@ def test_output_is_checked_first(folder, tmp_path, monkeypatch):
     ]:
         with pytest.raises(OutputError, match=match):
             check_output(output, reader)
-    monkeypatch.setattr("compressor.checkpoint.writer.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr(
+        "compressor.checkpoint.writer.shutil.disk_usage",
+        lambda path: shutil._ntuple_diskusage(10, 5, 5),
+    )
     with pytest.raises(OutputError, match=r"may need .* 5 free"):
         check_output(tmp_path / "out", reader)
     monkeypatch.setattr("compressor.checkpoint.writer.os.access", lambda path, mode: False)

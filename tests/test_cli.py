@@ -34,7 +34,20 @@ def copy(tiny, tmp_path):
 
 def test_prune_inspect_eval_unpack(cli, demo_model, rows, tmp_path):
     out = tmp_path / "out"
-    done = cli("prune", demo_model, "-o", out, "--method", "sparsegpt", "--dataset", rows, "--num-samples", 8, "--seq-len", 32)
+    done = cli(
+        "prune",
+        demo_model,
+        "-o",
+        out,
+        "--method",
+        "sparsegpt",
+        "--dataset",
+        rows,
+        "--num-samples",
+        8,
+        "--seq-len",
+        32,
+    )
     assert done.stdout.rstrip().endswith(str(out))
     assert "0.5625" in done.stdout
     assert "block 4/4" in done.stderr
@@ -47,7 +60,9 @@ def test_prune_inspect_eval_unpack(cli, demo_model, rows, tmp_path):
     found = json.loads(cli("inspect", out, "--json").stdout)
     linears = [row for row in found["linears"] if row["format"] == "sparse24"]
     assert len(linears) == inside["totals"]["linears"] == 28
-    assert sum(row["bytes"] for row in linears) / sum(row["dense_bytes"] for row in linears) == 0.5625
+    assert (
+        sum(row["bytes"] for row in linears) / sum(row["dense_bytes"] for row in linears) == 0.5625
+    )
     assert found["bytes"] == inside["output_bytes"]
     table = cli("eval", out, "--baseline", demo_model, "--dataset", rows, "-q").stdout
     assert table.splitlines()[0].split("|")[2:4] != []
@@ -58,7 +73,19 @@ def test_prune_inspect_eval_unpack(cli, demo_model, rows, tmp_path):
 
 def test_recipe_reproduces_the_output(cli, demo_model, rows, tmp_path):
     common = ["--dataset", rows, "--num-samples", 8, "--seq-len", 32, "-q"]
-    cli("prune", demo_model, "-o", tmp_path / "a", "--method", "sparsegpt", "--set", "damp=0.1", "--ignore", "*k_proj", *common)
+    cli(
+        "prune",
+        demo_model,
+        "-o",
+        tmp_path / "a",
+        "--method",
+        "sparsegpt",
+        "--set",
+        "damp=0.1",
+        "--ignore",
+        "*k_proj",
+        *common,
+    )
     cli("prune", demo_model, "-o", tmp_path / "b", "--recipe", tmp_path / "a" / "recipe.toml", "-q")
     for name in sorted(path.name for path in (tmp_path / "a").iterdir()):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -75,10 +102,23 @@ def test_dry_run_writes_nothing(cli, tiny, tmp_path):
 
 def test_unstructured_says_that_the_size_stays(cli, tiny, rows, tmp_path):
     done = cli(
-        "prune", tiny("llama"), "-o", tmp_path / "out", "--pattern", "60%", "--dataset", rows, "--num-samples", 4, "--seq-len", 32
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "out",
+        "--pattern",
+        "60%",
+        "--dataset",
+        rows,
+        "--num-samples",
+        4,
+        "--seq-len",
+        32,
     )
     assert "no packed form" in done.stdout
-    assert not {"quantization_config", "transformers_weights"} & set(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert not {"quantization_config", "transformers_weights"} & set(
+        json.loads((tmp_path / "out" / "config.json").read_text())
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +129,10 @@ def test_unstructured_says_that_the_size_stays(cli, tiny, rows, tmp_path):
         (["--pattern", "0:4"], "keeps 0 of every 4"),
         (["--pattern", "1.5"], "sparsity of 1.5"),
         (["--pattern=-0.2"], "sparsity of -0.2"),
-        (["--pattern", "2:5"], "in_features 64 of model.layers.0.self_attn.q_proj is not a multiple of 5 (pattern 2:5)"),
+        (
+            ["--pattern", "2:5"],
+            "in_features 64 of model.layers.0.self_attn.q_proj is not a multiple of 5 (pattern 2:5)",
+        ),
         (["--method", "wandaa"], "did you mean 'wanda'"),
         (["--method", "WANDA"], "did you mean 'wanda'"),
         (["--set", "damp=1"], "method wanda has no option 'damp'"),
@@ -119,7 +162,9 @@ def test_bad_output(refuse, copy, tmp_path):
         assert "names no folder to make" in refuse("prune", copy, "-o", nameless, "-q")
     assert "is inside the input folder" in refuse("prune", copy, "-o", copy / "out", "-q")
     (tmp_path / "file").touch()
-    assert "is not a folder you may write to" in refuse("prune", copy, "-o", tmp_path / "file" / "x", "-q")
+    assert "is not a folder you may write to" in refuse(
+        "prune", copy, "-o", tmp_path / "file" / "x", "-q"
+    )
     assert "give the folder" in refuse("prune", copy, "-q", code=2)
 
 
@@ -144,10 +189,14 @@ def test_bad_models(refuse, copy, tmp_path):
         if message:
             assert message in prune()
     (copy / "config.json").write_text(
-        json.dumps({**json.loads(config), "model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}})
+        json.dumps(
+            {**json.loads(config), "model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+        )
     )
     assert "add --trust-remote-code if you trust it" in prune()
-    (copy / "config.json").write_text(json.dumps({**json.loads(config), "quantization_config": {"quant_method": "gptq"}}))
+    (copy / "config.json").write_text(
+        json.dumps({**json.loads(config), "quantization_config": {"quant_method": "gptq"}})
+    )
     assert "quantised or compressed already (gptq)" in prune()
     (copy / "config.json").write_text(config)
     index = json.loads((copy / INDEX).read_text())
@@ -183,17 +232,27 @@ def test_bad_data(refuse, tiny, rows, tmp_path):
     assert "is a .csv file" in prune("a.csv", "x")
     assert "no tokenizer" in prune("a.txt", "words")
     assert "line 2 is no JSON object" in prune("a.jsonl", '{"input_ids": [1, 2]}\nnonsense\n')
-    assert "rows of 2 input_ids, --seq-len asks for 32" in prune("a.jsonl", '{"input_ids": [1, 2]}\n')
+    assert "rows of 2 input_ids, --seq-len asks for 32" in prune(
+        "a.jsonl", '{"input_ids": [1, 2]}\n'
+    )
     assert "integers in 0..127" in prune("a.jsonl", json.dumps({"input_ids": [500] * 32}))
-    assert "1 samples of 32 tokens, 2 were asked for" in prune("a.jsonl", json.dumps({"input_ids": [5] * 32}))
+    assert "1 samples of 32 tokens, 2 were asked for" in prune(
+        "a.jsonl", json.dumps({"input_ids": [5] * 32})
+    )
     assert "cannot be read as parquet" in prune("a.parquet", "nonsense")
-    assert "does not exist" in refuse("prune", tiny("llama"), "-o", tmp_path / "out", "-q", "--dataset", "none.txt")
-    assert "did you mean 'self'" in refuse("prune", tiny("llama"), "-o", tmp_path / "out", "-q", "--dataset", "slef")
+    assert "does not exist" in refuse(
+        "prune", tiny("llama"), "-o", tmp_path / "out", "-q", "--dataset", "none.txt"
+    )
+    assert "did you mean 'self'" in refuse(
+        "prune", tiny("llama"), "-o", tmp_path / "out", "-q", "--dataset", "slef"
+    )
 
 
 def test_eval_says_what_is_missing(refuse, tiny, rows):
     assert "give something to score" in refuse("eval", tiny("llama"), code=2)
-    assert "longer than the 256 tokens" in refuse("eval", tiny("llama"), "--dataset", rows, "--seq-len", 999, "-q", code=2)
+    assert "longer than the 256 tokens" in refuse(
+        "eval", tiny("llama"), "--dataset", rows, "--seq-len", 999, "-q", code=2
+    )
 
 
 def test_recipes_are_checked(refuse, tiny, tmp_path):
@@ -203,7 +262,16 @@ def test_recipes_are_checked(refuse, tiny, tmp_path):
         ("x = [", "not readable TOML"),
     ]:
         (tmp_path / "recipe.toml").write_text(text)
-        assert match in refuse("prune", tiny("llama"), "-o", tmp_path / "out", "--recipe", tmp_path / "recipe.toml", "-q", code=2)
+        assert match in refuse(
+            "prune",
+            tiny("llama"),
+            "-o",
+            tmp_path / "out",
+            "--recipe",
+            tmp_path / "recipe.toml",
+            "-q",
+            code=2,
+        )
 
 
 def test_infinite_activations_are_named(refuse, copy, rows, tmp_path):
@@ -213,7 +281,19 @@ def test_infinite_activations_are_named(refuse, copy, rows, tmp_path):
             if "layernorm" in name:
                 tensors[name] = torch.full_like(tensors[name], 3e38)
         save_file(tensors, path, metadata={"format": "pt"})
-    message = refuse("prune", copy, "-o", tmp_path / "out", "-q", "--dataset", rows, "--num-samples", 4, "--seq-len", 32)
+    message = refuse(
+        "prune",
+        copy,
+        "-o",
+        tmp_path / "out",
+        "-q",
+        "--dataset",
+        rows,
+        "--num-samples",
+        4,
+        "--seq-len",
+        32,
+    )
     assert "are not finite (NaN or Inf activations)" in message
 
 
@@ -233,9 +313,13 @@ def test_refinement_and_tuning_lower_the_error(cli, demo_model, rows, tmp_path, 
     pattern = options[2:4] if "--pattern" in options else []
     cli("prune", demo_model, "-o", tmp_path / "plain", "--method", *plain, *pattern, *common)
     cli("prune", demo_model, "-o", tmp_path / "better", *options, *common)
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("plain", "better")]
+    reports = [
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("plain", "better")
+    ]
     assert reports[0]["totals"]["bytes"] == reports[1]["totals"]["bytes"]
-    assert reports[1]["totals"]["sparsity"] == pytest.approx(reports[0]["totals"]["sparsity"], abs=0.01)
+    assert reports[1]["totals"]["sparsity"] == pytest.approx(
+        reports[0]["totals"]["sparsity"], abs=0.01
+    )
     if "dsnot" not in options:  # it works on the mean of the outputs, not on their square
         assert reports[1]["blocks"][-1]["error"] < (reports[0]["blocks"][-1]["error"] or 1)
 
@@ -243,7 +327,19 @@ def test_refinement_and_tuning_lower_the_error(cli, demo_model, rows, tmp_path, 
 def test_armor_is_stored_loads_and_unpacks(cli, demo_model, rows, tmp_path):
     import compressor
 
-    common = ["--dataset", rows, "--num-samples", 8, "--seq-len", 32, "-q", "--set", "iterations=3", "--set", "finish=1"]
+    common = [
+        "--dataset",
+        rows,
+        "--num-samples",
+        8,
+        "--seq-len",
+        32,
+        "-q",
+        "--set",
+        "iterations=3",
+        "--set",
+        "finish=1",
+    ]
     cli("prune", demo_model, "-o", tmp_path / "out", "--method", "armor", *common)
     found = json.loads(cli("inspect", tmp_path / "out", "--json").stdout)
     linears = [row for row in found["linears"] if row["format"] == "armor"]
@@ -255,10 +351,16 @@ def test_armor_is_stored_loads_and_unpacks(cli, demo_model, rows, tmp_path):
         logits = model(ids).logits
     model.save_pretrained(tmp_path / "again")
     cli("unpack", tmp_path / "out", "-o", tmp_path / "dense")
-    for folder, tolerance in (("again", 0), ("dense", 0.2)):  # the dense weight is rounded to bfloat16 once more
+    for folder, tolerance in (
+        ("again", 0),
+        ("dense", 0.2),
+    ):  # the dense weight is rounded to bfloat16 once more
         with torch.no_grad():
             torch.testing.assert_close(
-                compressor.load(tmp_path / folder, dtype=torch.float32)(ids).logits, logits, rtol=0, atol=tolerance
+                compressor.load(tmp_path / folder, dtype=torch.float32)(ids).logits,
+                logits,
+                rtol=0,
+                atol=tolerance,
             )
 
 
@@ -286,9 +388,14 @@ def test_layers_that_the_config_does_not_know_are_listed(cli, copy):
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     plan = json.loads(cli("prune", copy, "--dry-run", "--json").stdout)
     left = {entry["name"]: entry["reason"] for entry in plan["left_dense"]}
-    assert left["model.layers.2.mlp.up_proj.weight"] == "not part of the model that config.json describes"
+    assert (
+        left["model.layers.2.mlp.up_proj.weight"]
+        == "not part of the model that config.json describes"
+    )
 
 
 def test_an_old_report_is_not_overwritten(refuse, tiny, tmp_path):
     (tmp_path / "out.report.json").touch()
-    assert "out.report.json exists already" in refuse("prune", tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "-q")
+    assert "out.report.json exists already" in refuse(
+        "prune", tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "-q"
+    )

@@ -43,8 +43,16 @@ def test_a_change_that_keeps_size_and_time_of_modification_is_seen(tiny, tmp_pat
 
 
 def record(task, value, digest, dtype="float32"):
-    by_task = {key: {task: {}} for key in ("configs", "versions", "n-shot", "higher_is_better", "n-samples")}
-    return {**by_task, "results": {task: {"acc,none": value}}, "digest": digest, "config": {"dtype": dtype, "device": "cpu"}}
+    by_task = {
+        key: {task: {}}
+        for key in ("configs", "versions", "n-shot", "higher_is_better", "n-samples")
+    }
+    return {
+        **by_task,
+        "results": {task: {"acc,none": value}},
+        "digest": digest,
+        "config": {"dtype": dtype, "device": "cpu"},
+    }
 
 
 def test_scores_accumulate_by_task_for_the_same_bytes(tmp_path):

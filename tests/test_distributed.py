@@ -70,8 +70,16 @@ def in_processes(size, function):
         if not (child := os.fork()):
             code = 9
             try:
-                torch.set_num_threads(torch.get_num_threads())  # makes the thread pool that a fork loses: two threads would race
-                os.environ |= dict(zip(PORTS, ("127.0.0.1", str(port), str(rank), str(size), str(size)), strict=True))
+                torch.set_num_threads(
+                    torch.get_num_threads()
+                )  # makes the thread pool that a fork loses: two threads would race
+                os.environ |= dict(
+                    zip(
+                        PORTS,
+                        ("127.0.0.1", str(port), str(rank), str(size), str(size)),
+                        strict=True,
+                    )
+                )
                 function(rank)
                 code = 0
             except CompressError as error:
@@ -99,8 +107,12 @@ def test_two_processes_write_the_bytes_of_one(recipe, tmp_path, case):
 def test_two_processes_with_too_little_memory_write_the_bytes_of_one(monkeypatch, recipe, tmp_path):
     job = recipe("sparsegpt")
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "_left", lambda job, device, limit: 100)  # hidden states on disk, Gram matrices one by one
-        codes, said = in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "two", max_memory="100GB"))
+        patch.setattr(
+            memory, "_left", lambda job, device, limit: 100
+        )  # hidden states on disk, Gram matrices one by one
+        codes, said = in_processes(
+            2, lambda rank: pipeline.prune(job, tmp_path / "two", max_memory="100GB")
+        )
     assert codes == [0, 0], said
     pipeline.prune(job, tmp_path / "one")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -116,7 +128,9 @@ def test_factors_of_a_plan_are_made_by_several_processes(recipe, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_an_error_in_one_process_is_that_error_in_all_and_nothing_is_left(monkeypatch, recipe, tmp_path):
+def test_an_error_in_one_process_is_that_error_in_all_and_nothing_is_left(
+    monkeypatch, recipe, tmp_path
+):
     job, real = recipe("sparsegpt"), blocks._compress
 
     def failing(job, task, weight, stats):
@@ -138,7 +152,10 @@ def test_an_error_of_the_first_process_is_one_in_all(monkeypatch, recipe, tmp_pa
 
     monkeypatch.setattr(pipeline, "allocate", refused)
     job = recipe("ratios")
-    assert in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "out")) == ([3, 3], ["no goals", "no goals"])
+    assert in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "out")) == (
+        [3, 3],
+        ["no goals", "no goals"],
+    )
 
 
 def test_a_disk_that_is_full_ends_all_and_can_be_resumed(monkeypatch, recipe, tmp_path):
@@ -165,15 +182,22 @@ def test_a_disk_that_is_full_ends_all_and_can_be_resumed(monkeypatch, recipe, tm
 def test_everything_is_owned_and_the_dearest_weigh_no_more_than_one_too_much(costs, size):
     owners = Group(0, size).owners(costs)
     assert len(owners) == len(costs)
-    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+    loads = [
+        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank)
+        for rank in range(size)
+    ]
     assert max(loads) - min(loads) <= max(costs, default=0)
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("case", ["wanda", "sparsegpt"])
-def test_one_dies_the_others_say_so_and_the_same_command_goes_on(monkeypatch, recipe, tmp_path, case, on_disk):
+def test_one_dies_the_others_say_so_and_the_same_command_goes_on(
+    monkeypatch, recipe, tmp_path, case, on_disk
+):
     if on_disk:
-        monkeypatch.setattr(pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder)
+        monkeypatch.setattr(
+            pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder
+        )
     job, output, real = recipe(case), tmp_path / "out", pipeline.compress_blocks
 
     def dying(rank):
@@ -226,14 +250,42 @@ main()
 def test_torchrun_ends_with_one_line_and_the_run_goes_on(recipe, tmp_path):
     (tmp_path / "run.py").write_text(KILLED)
     job, output = recipe("sparsegpt"), tmp_path / "out"
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "run.py", "prune", job.model, "-o", output]
-    options = ["--method", "sparsegpt", "--dataset", job.dataset, "--num-samples", 8, "--seq-len", 32, "--quiet"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "run.py",
+        "prune",
+        job.model,
+        "-o",
+        output,
+    ]
+    options = [
+        "--method",
+        "sparsegpt",
+        "--dataset",
+        job.dataset,
+        "--num-samples",
+        8,
+        "--seq-len",
+        32,
+        "--quiet",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(list(map(str, [sys.executable, *command, *options])), env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        list(map(str, [sys.executable, *command, *options])),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, ran.stderr
-    assert re.match(r"error: another process of this run is gone: .*; 1 blocks of \S+ are done: the same command, or", lines[0])
+    assert re.match(
+        r"error: another process of this run is gone: .*; 1 blocks of \S+ are done: the same command, or",
+        lines[0],
+    )
     codes, said = in_processes(2, lambda rank: pipeline.prune(job, output))
     assert codes == [0, 0], said
     pipeline.prune(job, tmp_path / "one")

@@ -44,7 +44,11 @@ def test_commands_in_blocks_parse(page):
 def test_commands_in_sentences_have_their_options(page):
     for line in re.findall(r"`compress ([a-z][^`\n]*)`", page.read_text(encoding="utf-8")):
         name, *words = words_of(line)
-        options = {option for part in COMMANDS[name].params for option in (*part.opts, *part.secondary_opts)} | {"--help"}
+        options = {
+            option
+            for part in COMMANDS[name].params
+            for option in (*part.opts, *part.secondary_opts)
+        } | {"--help"}
         assert {word for word in words if word.startswith("-")} <= options, line
 
 
@@ -52,7 +56,10 @@ def test_examples_of_the_help_and_of_the_recipes_parse():
     texts = {command.name: command.callback.__doc__ for command in app.registered_commands}
     for name, text in texts.items():
         assert name in {words[0] for words in written_out(text)}, name
-    for text in (*texts.values(), *(path.read_text(encoding="utf-8") for path in bundled().values())):
+    for text in (
+        *texts.values(),
+        *(path.read_text(encoding="utf-8") for path in bundled().values()),
+    ):
         for words in written_out(text):
             parse(words)
 
@@ -68,6 +75,11 @@ def test_links_lead_to_files_and_headings(page):
         assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
-    for name in re.findall(r"(?<![\w/.-])(?:docs|tests|benchmarks|compressor|scripts|demo)/[\w/]+\.(?:py|md|sh|toml)\b", text):
+            assert anchor in {
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }, target
+    for name in re.findall(
+        r"(?<![\w/.-])(?:docs|tests|benchmarks|compressor|scripts|demo)/[\w/]+\.(?:py|md|sh|toml)\b",
+        text,
+    ):
         assert (ROOT / name).is_file(), name

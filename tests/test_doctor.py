@@ -11,12 +11,27 @@ def test_one_screen(cli):
     lines = cli("doctor").stdout.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 160
-    assert [line for line in lines if not line.startswith(" ")] == ["versions", "devices", "kernels", "room", "Hub"]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "versions",
+        "devices",
+        "kernels",
+        "room",
+        "Hub",
+    ]
 
 
 def test_json(cli):
     found = {finding["name"]: finding for finding in json.loads(cli("doctor", "--json").stdout)}
-    assert {"python", "torch", "transformers", "cpu", "2:4 on cpu", "triton", "memory", "here"} <= set(found)
+    assert {
+        "python",
+        "torch",
+        "transformers",
+        "cpu",
+        "2:4 on cpu",
+        "triton",
+        "memory",
+        "here",
+    } <= set(found)
     assert found["torch"]["state"] == found["2:4 on cpu"]["state"] == "ok"
 
 
@@ -35,16 +50,27 @@ def test_a_package_that_breaks_is_one_finding(cli, monkeypatch):
     monkeypatch.setattr(doctor, "_kernel", fail)
     found = json.loads(cli("doctor", "--json", code=1).stdout)
     assert [finding for finding in found if finding["state"] == "broken"] == [
-        {"group": "kernels", "name": "packed linears", "state": "broken", "text": "RuntimeError: no kernel image is available"}
+        {
+            "group": "kernels",
+            "name": "packed linears",
+            "state": "broken",
+            "text": "RuntimeError: no kernel image is available",
+        }
     ]
     assert found[-1]["group"] == "Hub"
 
 
-@pytest.mark.parametrize(("version", "state"), [("5.20.0", "ok"), ("5.14.9", "broken"), ("6.0.0", "broken")])
+@pytest.mark.parametrize(
+    ("version", "state"), [("5.20.0", "ok"), ("5.14.9", "broken"), ("6.0.0", "broken")]
+)
 def test_versions_outside_the_tested_range(monkeypatch, version, state):
     import importlib.metadata
 
     real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "transformers" else real(name))
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: version if name == "transformers" else real(name),
+    )
     (finding,) = [finding for finding in doctor.examine() if finding.name == "transformers"]
     assert finding.state == state

@@ -12,7 +12,9 @@ from compressor.stats import InputStats
 
 def case(seed, rows, columns, pattern, tokens=500, dead=0, method="wanda", dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, columns, generator=generator) * (0.5 + torch.rand(columns, generator=generator))
+    x = torch.randn(tokens, columns, generator=generator) * (
+        0.5 + torch.rand(columns, generator=generator)
+    )
     x += torch.randn(columns, generator=generator) * 0.3
     if dead:
         x[:, torch.randperm(columns, generator=generator)[:dead]] = 0
@@ -77,7 +79,12 @@ def literal_row(w, kept, mean, variance, norm, m, cycles, threshold, power, same
 )
 def test_equals_a_literal_transcription(pattern, method, options):
     weight, pruned, stats, parsed = case(0, 48, 512, pattern, method=method)
-    settings_ = {"cycles": 50, "threshold": 5e-5, "variance_power": 1.0, "same_sign": False} | options
+    settings_ = {
+        "cycles": 50,
+        "threshold": 5e-5,
+        "variance_power": 1.0,
+        "same_sign": False,
+    } | options
     refined = refine(weight, pruned, stats, parsed, **settings_)
     variance = (stats.m2 / stats.tokens).tolist()
     put_back = 0
@@ -116,9 +123,13 @@ def test_equals_a_literal_transcription(pattern, method, options):
     method=st.sampled_from(["wanda", "magnitude"]),
     same_sign=st.booleans(),
 )
-def test_stays_legal_and_never_raises_its_objective(seed, rows, groups, pattern, tokens, dead, cycles, power, method, same_sign):
+def test_stays_legal_and_never_raises_its_objective(
+    seed, rows, groups, pattern, tokens, dead, cycles, power, method, same_sign
+):
     weight, pruned, stats, parsed = case(seed, rows, groups * 8, pattern, tokens, dead, method)
-    refined = refine(weight, pruned, stats, parsed, cycles=cycles, variance_power=power, same_sign=same_sign)
+    refined = refine(
+        weight, pruned, stats, parsed, cycles=cycles, variance_power=power, same_sign=same_sign
+    )
     assert parsed.is_legal(refined)
     assert torch.equal((refined != 0).sum(1), (pruned != 0).sum(1))
     if parsed.m:
@@ -154,7 +165,9 @@ def test_the_result_does_not_depend_on_how_tokens_come_in_sequences():
         stats = InputStats(128)
         for part in x.split(length):
             stats.update(part)
-        refined.append(refine(weight, weight * pattern.mask(weight.abs()), stats, pattern, cycles=5))
+        refined.append(
+            refine(weight, weight * pattern.mask(weight.abs()), stats, pattern, cycles=5)
+        )
     assert torch.equal(refined[0], refined[1])
     assert torch.equal(refined[0], refined[2])
 
@@ -165,4 +178,9 @@ def test_updated_values_of_kept_weights_survive():
     refined = refine(weight, updated, stats, pattern)
     stayed = (refined != 0) & (updated != 0)
     assert torch.equal(refined[stayed], updated[stayed])
-    assert bool((missing(weight, refined, stats) <= missing(weight, updated, stats).clamp_min(5e-5) * (1 + 1e-9)).all())
+    assert bool(
+        (
+            missing(weight, refined, stats)
+            <= missing(weight, updated, stats).clamp_min(5e-5) * (1 + 1e-9)
+        ).all()
+    )

@@ -28,7 +28,9 @@ from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem  # noqa:
 from tests.interpreted.tolerance import assert_close  # noqa: E402
 from tests.test_packing import sparse  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
 
 FP16, BF16 = DTYPES
 SHAPES = [(40, 132), (128, 192)]  # out, in: no tile filled, and all
@@ -36,7 +38,13 @@ GEMV = {"kernel": "gemv", "warps": 2}
 SKINNY = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 64, "warps": 4, "stages": 3}
 ARMOR = {"warps": 4, "row_tiles": 2, "unroll": 2}
 ALONG = {}  # all warps along K
-STACKED = {"stack": 4, "row_tiles": 2, "split": 3, "unroll": 1, "ordered": True}  # all warps along the rows
+STACKED = {
+    "stack": 4,
+    "row_tiles": 2,
+    "split": 3,
+    "unroll": 1,
+    "ordered": True,
+}  # all warps along the rows
 BOTH = {"stack": 2, "row_tiles": 2, "split": 2, "unroll": 1}
 
 
@@ -54,19 +62,31 @@ def device(request, folder):
 def run_mma(rows, shape, dtype, **settings):
     x, weight, bias = problem(rows, shape, dtype)
     fragments, config = to_fragments(*pack24(weight)), {**MMA, **settings}
-    return check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
+    return check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config),
+    )
 
 
 def run_stored(rows, shape, dtype, split):
     x, weight, bias = problem(rows, shape, dtype)
     packed, config = pack24(weight), {**DOT, "split": split}
-    return check(x, weight, bias, lambda semaphore: ops.run_stored(x, *packed, bias, semaphore, config))
+    return check(
+        x, weight, bias, lambda semaphore: ops.run_stored(x, *packed, bias, semaphore, config)
+    )
 
 
 def run_skinny(rows, shape, dtype, split):
     x, weight, bias = problem(rows, shape, dtype)
     config = {**SKINNY, "split": split}
-    return check(x, weight, bias, lambda semaphore: lowrank_ops.run_skinny(x, weight, bias, semaphore, config))
+    return check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: lowrank_ops.run_skinny(x, weight, bias, semaphore, config),
+    )
 
 
 def run_armor(rows, shape, dtype, **settings):
@@ -79,7 +99,9 @@ def run_armor(rows, shape, dtype, **settings):
 
 
 @pytest.mark.parametrize(
-    ("device", "rows", "dtype"), [(80, 1, BF16), (80, 3, FP16), (80, 8, BF16), (80, 17, BF16), (90, 3, BF16)], indirect=["device"]
+    ("device", "rows", "dtype"),
+    [(80, 1, BF16), (80, 3, FP16), (80, 8, BF16), (80, 17, BF16), (90, 3, BF16)],
+    indirect=["device"],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("settings", [ALONG, STACKED, BOTH], ids=["along", "stacked", "both"])
@@ -132,7 +154,14 @@ def test_as_the_rule_chooses(device, rows):
     x, weight, bias = problem(rows, (160, 256), BF16)
     packed = pack24(weight)
     check(x, weight, bias, lambda semaphore: ops.sparse24(x, *packed, bias, semaphore))
-    check(x, weight, bias, lambda semaphore: ops.sparse24_fragments(x, to_fragments(*packed), len(weight), bias, semaphore))
+    check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: ops.sparse24_fragments(
+            x, to_fragments(*packed), len(weight), bias, semaphore
+        ),
+    )
     u, v = torch.randn(160, 48).to(BF16) / 7, torch.randn(48, 256).to(BF16) / 16
     y = lowrank_ops.lowrank(x, u, v, bias, ops.new_semaphore(160, "cpu"))
     assert_close(y, x.double() @ v.double().T @ u.double().T + bias.double())
@@ -156,7 +185,9 @@ def test_what_was_compiled_ahead_is_launched(device, monkeypatch):
     fragments, semaphore = to_fragments(*pack24(weight)), ops.new_semaphore(48, "cpu")
     config = {**MMA, "warps": 2, "split": 2, "ordered": True}
     run = partial(ops.run_fragments, x, fragments, 48, bias, semaphore, config)
-    compile_ahead([run, partial(ops.run_fragments, x, fragments, 48, bias, semaphore, {"kernel": "none"})])
+    compile_ahead(
+        [run, partial(ops.run_fragments, x, fragments, 48, bias, semaphore, {"kernel": "none"})]
+    )
     assert made
     assert not device.launches
     made.clear()
@@ -196,7 +227,14 @@ def test_shared_memory_without_bank_conflicts(device, rows):
     """With the arrangement for a large weight, whose warps share out K."""
     x, weight, bias = problem(rows, (128, 256), BF16)
     config = {**choice.rule("fragments", 4096, 4096, rows, 132), "split": 2}
-    check(x, weight, bias, lambda semaphore: ops.run_fragments(x, to_fragments(*pack24(weight)), 128, bias, semaphore, config))
+    check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: ops.run_fragments(
+            x, to_fragments(*pack24(weight)), 128, bias, semaphore, config
+        ),
+    )
     requests, cycles = device.launches[-1].shared
     assert 0 < requests == cycles
 
@@ -204,18 +242,30 @@ def test_shared_memory_without_bank_conflicts(device, rows):
 # What would go wrong if the code were a little different: each edit of the PTX must be noticed.
 
 SPLIT = [
-    (r"(bar\.sync 0;\n)+(?=[^@]*@\S+ atom)", ""),  # the stores of other threads are not ordered before the atomic
+    (
+        r"(bar\.sync 0;\n)+(?=[^@]*@\S+ atom)",
+        "",
+    ),  # the stores of other threads are not ordered before the atomic
     (r"acq_rel", "relaxed"),
     (r"acq_rel", "acquire"),
     (r"acq_rel", "release"),
-    (r"(@\S+ st\.shared[^;]*;\n)bar\.sync 0;", r"\1"),  # the others read what the atomic gave before it is there
-    (r"(ld\.shared\.b32 %r\d+, \[global_smem\];\n[^@]*setp)\.ne", r"\1.eq"),  # all go on but the last
+    (
+        r"(@\S+ st\.shared[^;]*;\n)bar\.sync 0;",
+        r"\1",
+    ),  # the others read what the atomic gave before it is there
+    (
+        r"(ld\.shared\.b32 %r\d+, \[global_smem\];\n[^@]*setp)\.ne",
+        r"\1.eq",
+    ),  # all go on but the last
 ]
 MMA_SP = [
     (r"0x1;", "0x0;"),  # the metadata of the other step
     (r"(mma\.sp.*\{)(%r\d+),(%r\d+),(.*0x0;)", r"\1\3,\2,\4"),
 ]
-ASYNC = [(r"cp\.async\.wait_group \d+;", ""), (r"(cp\.async\.wait_group \d+;\n)bar\.sync 0;", r"\1")]
+ASYNC = [
+    (r"cp\.async\.wait_group \d+;", ""),
+    (r"(cp\.async\.wait_group \d+;\n)bar\.sync 0;", r"\1"),
+]
 WARP_GROUP = [(r"fence\.proxy\.async\S*;", ""), (r"wgmma\.wait_group\S* 0;", "")]
 
 
@@ -264,7 +314,10 @@ def test_a_broken_product_of_a_warp_group_is_noticed(pattern, replacement, folde
 
 @pytest.mark.parametrize(
     ("pattern", "replacement"),
-    [(r"griddepcontrol\.wait ?;", ""), (r"(griddepcontrol\.wait ?;)([\s\S]*?\n)(?=.*st\.global)", r"\2\1")],  # never; too late
+    [
+        (r"griddepcontrol\.wait ?;", ""),
+        (r"(griddepcontrol\.wait ?;)([\s\S]*?\n)(?=.*st\.global)", r"\2\1"),
+    ],  # never; too late
 )
 def test_a_launch_that_does_not_wait_is_noticed(pattern, replacement, folder):
     with emulated(Device(90), folder) as device:

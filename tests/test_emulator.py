@@ -46,11 +46,24 @@ def run(body, inputs=None, threads=32, shared=64, grid=(1, 1, 1), seed=0):
     inputs = np.zeros((threads, 4), np.uint32) if inputs is None else inputs
     outputs = np.full(threads, -1, np.int64).view(np.uint64)
     regions = [
-        Region(name, array.ctypes.data, array.ctypes.data + array.nbytes, array.view(np.uint8).reshape(-1))
+        Region(
+            name,
+            array.ctypes.data,
+            array.ctypes.data + array.nbytes,
+            array.view(np.uint8).reshape(-1),
+        )
         for name, array in (("in", inputs), ("out", outputs))
     ]
     kernel = ptx.parse(ptx.plain(MODULE % (threads, body)))
-    execute(kernel, decode(kernel), grid, [region.start for region in regions], Memory(regions), shared, seed)
+    execute(
+        kernel,
+        decode(kernel),
+        grid,
+        [region.start for region in regions],
+        Memory(regions),
+        shared,
+        seed,
+    )
     return outputs
 
 
@@ -73,7 +86,10 @@ def byte_permute(a, b, selector):
 def bit_field(a, start, length, sign):
     """As the PTX ISA has it, bit by bit."""
     filler = a >> min(start + length - 1, 31) & 1 if sign and length else 0
-    return sum((a >> start + place & 1 if place < length and start + place < 32 else filler) << place for place in range(32))
+    return sum(
+        (a >> start + place & 1 if place < length and start + place < 32 else filler) << place
+        for place in range(32)
+    )
 
 
 def truncated(a, b):
@@ -107,14 +123,38 @@ INSTRUCTIONS = {
     "mad.wide.u32 %rd5, %r1, %r2, %rd5": lambda a, b, c, d: a * b,
     "cvt.s64.s32 %rd5, %r1": lambda a, b, c, d: signed(a),
     "{ .reg .b16 h; cvt.u16.u32 h, %r1; cvt.s32.s16 %r5, h; }": lambda a, b, c, d: signed(a, 16),
-    "cvt.s8.s32 %rs1, %r1; cvt.s16.s8 %rs2, %rs1; mov.b32 %r5, {%rs2, %rs1}": lambda a, b, c, d: (signed(a, 8) & 0xFFFF) * 0x10001,
+    "cvt.s8.s32 %rs1, %r1; cvt.s16.s8 %rs2, %rs1; mov.b32 %r5, {%rs2, %rs1}": lambda a, b, c, d: (
+        (signed(a, 8) & 0xFFFF) * 0x10001
+    ),
     "mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r5, {%rs2, %rs1}": lambda a, b, c, d: a >> 16 | a << 16,
     "mov.b64 %rd5, {%r1, %r2}": lambda a, b, c, d: a | b << 32,
-    "setp.lt.s32 %p1, %r1, %r2; selp.b32 %r5, %r3, %r4, %p1": lambda a, b, c, d: c if signed(a) < signed(b) else d,
-    "setp.gt.u32 %p1, %r1, %r2; mov.b32 %r5, 7; @!%p1 mov.b32 %r5, %r3": lambda a, b, c, d: 7 if a > b else c,
-    "add.s16x2 %r5, %r1, %r2": lambda a, b, c, d: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16,
+    "setp.lt.s32 %p1, %r1, %r2; selp.b32 %r5, %r3, %r4, %p1": lambda a, b, c, d: (
+        c if signed(a) < signed(b) else d
+    ),
+    "setp.gt.u32 %p1, %r1, %r2; mov.b32 %r5, 7; @!%p1 mov.b32 %r5, %r3": lambda a, b, c, d: (
+        7 if a > b else c
+    ),
+    "add.s16x2 %r5, %r1, %r2": lambda a, b, c, d: (
+        (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16
+    ),
 }
-WORDS = [0, 1, 2, 3, 31, 32, 33, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678, 0xBA987654]
+WORDS = [
+    0,
+    1,
+    2,
+    3,
+    31,
+    32,
+    33,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    0x12345678,
+    0xBA987654,
+]
 
 
 @pytest.mark.parametrize("line", INSTRUCTIONS)
@@ -127,16 +167,28 @@ def test_an_instruction(line):
     wide = "%rd5" in line
     found = run(f"{line};" + ("" if wide else WIDEN), inputs, threads=256)
     mask = (1 << 64 if wide else 1 << 32) - 1
-    assert [int(value) for value in found] == [INSTRUCTIONS[line](*map(int, row)) & mask for row in inputs]
+    assert [int(value) for value in found] == [
+        INSTRUCTIONS[line](*map(int, row)) & mask for row in inputs
+    ]
 
 
 def test_floats():
-    values = torch.cat((torch.randn(1000), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -0.0, float("inf"), 1e-40])))
-    assert torch.equal(torch.from_numpy(to_bf16(values.numpy()).view(np.int16)), values.bfloat16().view(torch.int16))
+    values = torch.cat(
+        (
+            torch.randn(1000),
+            torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -0.0, float("inf"), 1e-40]),
+        )
+    )
+    assert torch.equal(
+        torch.from_numpy(to_bf16(values.numpy()).view(np.int16)),
+        values.bfloat16().view(torch.int16),
+    )
     inputs = np.array([[1.5, 2.25, -3.0, 0.1]] * 32, np.float32).view(np.uint32)
     added = run("fma.rn.f32 %r5, %r1, %r2, %r3;" + WIDEN, inputs)
     assert added.astype(np.uint32).view(np.float32)[0] == 1.5 * 2.25 - 3
-    packed = run("cvt.rn.f16x2.f32 %r5, %r1, %r2;" + WIDEN, inputs).astype(np.uint32).view(np.float16)
+    packed = (
+        run("cvt.rn.f16x2.f32 %r5, %r1, %r2;" + WIDEN, inputs).astype(np.uint32).view(np.float16)
+    )
     assert packed[:2].tolist() == [2.25, 1.5]  # the first operand is the upper half
 
 
@@ -168,7 +220,9 @@ def test_threads_part_and_come_together():
         run(body.replace("bra.uni", "bar.sync 0; bra.uni"))
 
 
-TO_SHARED = "shl.b32 %r6, %r0, 2; mov.b32 %r7, smem; add.s32 %r6, %r6, %r7; st.shared.b32 [%r6], %r0;\n"
+TO_SHARED = (
+    "shl.b32 %r6, %r0, 2; mov.b32 %r7, smem; add.s32 %r6, %r6, %r7; st.shared.b32 [%r6], %r0;\n"
+)
 AGAIN = "xor.b32 %r6, %r6, 128; st.shared.b32 [%r6], 7;"
 FROM_OTHER = "xor.b32 %r6, %r6, 128; ld.shared.b32 %r5, [%r6];"  # what the other warp stored
 
@@ -176,12 +230,18 @@ FROM_OTHER = "xor.b32 %r6, %r6, 128; ld.shared.b32 %r5, [%r6];"  # what the othe
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("ld.global.b32 %r5, [%rd1+512]", "out of bounds: thread 32, 4 bytes at in [+] 1024 of 1024"),
+        (
+            "ld.global.b32 %r5, [%rd1+512]",
+            "out of bounds: thread 32, 4 bytes at in [+] 1024 of 1024",
+        ),
         ("add.s64 %rd1, %rd1, 2; ld.global.b32 %r5, [%rd1]", "not a multiple of 4"),
         ("ld.shared.b32 %r5, [smem+256]", "shared memory has 256 bytes"),
         ("ld.shared.b32 %r5, [smem]", "before anything was written"),
         (TO_SHARED + FROM_OTHER, "race: read where another warp writes"),
-        (TO_SHARED + "xor.b32 %r6, %r6, 128; st.shared.b32 [%r6], %r0", "race: written where another warp writes"),
+        (
+            TO_SHARED + "xor.b32 %r6, %r6, 128; st.shared.b32 [%r6], %r0",
+            "race: written where another warp writes",
+        ),
         (TO_SHARED + "bar.sync 0;" + FROM_OTHER + AGAIN, "race: written where another warp reads"),
         ("st.shared.b32 [smem], %r0", "different values at one place"),
         ("st.global.b32 [%rd0], %r0", "different values at one place"),
@@ -195,18 +255,28 @@ def test_what_must_be_found(body, message):
 
 
 def test_the_same_with_barriers_is_right():
-    found = run(TO_SHARED + "bar.sync 0;" + FROM_OTHER + "bar.sync 0;" + AGAIN + WIDEN, threads=64, shared=256)
+    found = run(
+        TO_SHARED + "bar.sync 0;" + FROM_OTHER + "bar.sync 0;" + AGAIN + WIDEN,
+        threads=64,
+        shared=256,
+    )
     assert found.tolist() == [thread ^ 32 for thread in range(64)]
 
 
 def test_copies_arrive_when_they_are_waited_for():
     start = "shl.b32 %r6, %r0, 2; mov.b32 %r7, smem; add.s32 %r6, %r6, %r7; st.shared.b32 [%r6], 5; mov.b32 %r8, 4;\n"
-    copy = start + "cp.async.ca.shared.global [ %r6 + 0 ], [ %rd1 + 0 ], 0x4, %r8; cp.async.commit_group;\n"
+    copy = (
+        start
+        + "cp.async.ca.shared.global [ %r6 + 0 ], [ %rd1 + 0 ], 0x4, %r8; cp.async.commit_group;\n"
+    )
     inputs = np.arange(128, dtype=np.uint32).reshape(32, 4)
     read = "ld.shared.b32 %r5, [%r6];" + WIDEN
     assert run(copy + read, inputs, shared=128).tolist() == [5] * 32
     assert run(copy + "cp.async.wait_group 1;" + read, inputs, shared=128).tolist() == [5] * 32
-    assert run(copy + "cp.async.wait_group 0;" + read, inputs, shared=128).tolist() == inputs[:, 0].tolist()
+    assert (
+        run(copy + "cp.async.wait_group 0;" + read, inputs, shared=128).tolist()
+        == inputs[:, 0].tolist()
+    )
     nothing = copy.replace("%r8, 4", "%r8, 0") + "cp.async.wait_group 0;" + read
     assert run(nothing, inputs, shared=128).tolist() == [0] * 32
 
@@ -233,7 +303,13 @@ HANDED_ON = """
 
 @pytest.mark.parametrize(
     ("order", "barriers", "seen"),
-    [("acq_rel", 3, 42), ("relaxed", 3, 0), ("release", 3, 0), ("acquire", 3, 0), ("acq_rel", 0, 0)],
+    [
+        ("acq_rel", 3, 42),
+        ("relaxed", 3, 0),
+        ("release", 3, 0),
+        ("acquire", 3, 0),
+        ("acq_rel", 0, 0),
+    ],
 )
 def test_what_another_program_sees(order, barriers, seen):
     """The second program waits for the first and reads what it stored: only with both halves of the order, and barriers."""
@@ -246,15 +322,24 @@ def test_what_another_program_sees(order, barriers, seen):
 
 
 def literal(left, right, acc, rows, columns, k):
-    return [[acc[i][j] + sum(left[i][t] * right[t][j] for t in range(k)) for j in range(columns)] for i in range(rows)]
+    return [
+        [acc[i][j] + sum(left[i][t] * right[t][j] for t in range(k)) for j in range(columns)]
+        for i in range(rows)
+    ]
 
 
 def test_mma():
     """The tables of mma.m16n8k16, written out lane by lane."""
     generator = np.random.default_rng(0)
-    left, right = (generator.integers(-8, 8, shape).astype(np.float16) for shape in ((16, 16), (16, 8)))
+    left, right = (
+        generator.integers(-8, 8, shape).astype(np.float16) for shape in ((16, 16), (16, 8))
+    )
     acc = generator.integers(-8, 8, (16, 8)).astype(np.float32)
-    a, b, c = np.zeros((32, 4, 2), np.float16), np.zeros((32, 2, 2), np.float16), np.zeros((32, 4), np.float32)
+    a, b, c = (
+        np.zeros((32, 4, 2), np.float16),
+        np.zeros((32, 2, 2), np.float16),
+        np.zeros((32, 4), np.float32),
+    )
     expected = np.zeros_like(c)
     product = literal(left.tolist(), right.tolist(), acc.tolist(), 16, 8, 16)
     for lane in range(32):
@@ -296,5 +381,7 @@ def test_an_access_that_no_mask_stops(tmp_path):
         copy[(triton.cdiv(100, 32),)](x, y, 100, BLOCK=32, MASKED=True, num_warps=1)
         assert torch.equal(x, y)
         assert device.launches[-1].traffic["x_ptr"] == (13, 13)
-        with pytest.raises(AssertionError, match=r"ld\.global.*\n.*out of bounds.* at x_ptr \+ 400 of 400"):
+        with pytest.raises(
+            AssertionError, match=r"ld\.global.*\n.*out of bounds.* at x_ptr \+ 400 of 400"
+        ):
             copy[(triton.cdiv(100, 32),)](x, y, 100, BLOCK=32, MASKED=False, num_warps=1)

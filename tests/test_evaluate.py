@@ -11,7 +11,17 @@ from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
-from compressor.evaluate import DIVERGENCE, METRIC, candidate, evaluate, evaluate_all, lmeval, run, table, windows
+from compressor.evaluate import (
+    DIVERGENCE,
+    METRIC,
+    candidate,
+    evaluate,
+    evaluate_all,
+    lmeval,
+    run,
+    table,
+    windows,
+)
 from compressor.evaluate.speed import measure_speed
 from compressor.records.scores import read_scores, scores_path
 
@@ -52,9 +62,12 @@ def loads(monkeypatch):
 def choice_task(tmp_path):
     """The folder of a little task of three questions."""
     questions = [
-        {"question": f"The {animal} is", "choices": [" an animal", " zzz qqq"], "label": 0} for animal in ("dog", "cat", "cow")
+        {"question": f"The {animal} is", "choices": [" an animal", " zzz qqq"], "label": 0}
+        for animal in ("dog", "cat", "cow")
     ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps(question) + "\n" for question in questions)
+    )
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(
         f"task: local_choice\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
@@ -71,8 +84,12 @@ def choice_task(tmp_path):
 def test_text_is_joined_and_cut_into_windows(demo_model, tmp_path):
     text = "It was a bright cold day in spring, and the clocks of the old town were striking. " * 30
     (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in (text[:500], text[500:])))
-    found = evaluate(str(demo_model), datasets=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], seq_len=64)
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"text": part}) + "\n" for part in (text[:500], text[500:]))
+    )
+    found = evaluate(
+        str(demo_model), datasets=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], seq_len=64
+    )
     from compressor.calibration.tokens import load_tokenizer
 
     for name, whole in (("a", text), ("b", text[:500] + "\n\n" + text[500:])):
@@ -101,10 +118,18 @@ def test_tasks_run_offline_through_lm_eval(demo_model, choice_task):
     def progress(step, done, total):
         steps.append((step, done, total))
 
-    found = evaluate(str(demo_model), tasks=["local_choice"], include_path=choice_task, batch_size=4, progress=progress)
+    found = evaluate(
+        str(demo_model),
+        tasks=["local_choice"],
+        include_path=choice_task,
+        batch_size=4,
+        progress=progress,
+    )
     assert steps == [("local_choice", *count) for count in ((0, 1), (4, 6), (6, 6), (1, 1))]
     assert found["results"]["local_choice"]["acc,none"] == 1.0
-    assert {"results", "configs", "versions", "n-samples", "config", "lm_eval_version"} <= set(found)
+    assert {"results", "configs", "versions", "n-samples", "config", "lm_eval_version"} <= set(
+        found
+    )
     json.dumps(found)
     assert "local_choice acc ↑" in table({"model": found})
 
@@ -142,7 +167,9 @@ def test_bytes_of_the_linears_are_those_of_the_headers(demo_model, rows, tmp_pat
 
     prune(Recipe(str(demo_model), method="magnitude"), tmp_path / "out")
     for folder in (demo_model, tmp_path / "out"):
-        found = [row["bytes"] for row in describe(Reader(folder))["linears"] if ".layers." in row["name"]]
+        found = [
+            row["bytes"] for row in describe(Reader(folder))["linears"] if ".layers." in row["name"]
+        ]
         assert candidate.Candidate(str(folder)).linear_bytes == sum(found)
 
 
@@ -165,7 +192,10 @@ def test_what_is_known_is_not_computed_again(demo_model, copy, rows, loads, tmp_
     evaluate(str(copy), datasets=[str(rows)], dtype="float32")
     assert len(loads) == 5
     worsen(copy)
-    assert evaluate(str(copy), datasets=[str(rows)])["results"]["rows"][METRIC] != first["results"]["rows"][METRIC]
+    assert (
+        evaluate(str(copy), datasets=[str(rows)])["results"]["rows"][METRIC]
+        != first["results"]["rows"][METRIC]
+    )
     assert len(loads) == 6
 
 
@@ -173,19 +203,28 @@ def test_other_text_under_the_same_name_is_scored(demo_model, rows, tmp_path):
     (tmp_path / "x.jsonl").write_text(rows.read_text())
     first = evaluate(str(demo_model), datasets=[str(tmp_path / "x.jsonl")])
     (tmp_path / "x.jsonl").write_text(rows.read_text().replace(" 3,", " 4,").replace(" 5,", " 6,"))
-    assert evaluate(str(demo_model), datasets=[str(tmp_path / "x.jsonl")])["results"] != first["results"]
+    assert (
+        evaluate(str(demo_model), datasets=[str(tmp_path / "x.jsonl")])["results"]
+        != first["results"]
+    )
 
 
 def test_a_task_is_known_by_its_documents(demo_model, choice_task, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     ran, real = [], lmeval.run_task
-    monkeypatch.setattr(lmeval, "run_task", lambda *arguments, **options: (ran.append(1), real(*arguments, **options))[1])
+    monkeypatch.setattr(
+        lmeval,
+        "run_task",
+        lambda *arguments, **options: (ran.append(1), real(*arguments, **options))[1],
+    )
     ask = dict(tasks=["local_choice"], include_path=choice_task)
     first = evaluate(str(demo_model), **ask)
     lmeval.task_digest.cache_clear()
     assert evaluate(str(demo_model), **ask, batch_size=1)["results"] == first["results"]
     assert len(ran) == 1
-    (tmp_path / "data.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace('"label": 0', '"label": 1'))
+    (tmp_path / "data.jsonl").write_text(
+        (tmp_path / "data.jsonl").read_text().replace('"label": 0', '"label": 1')
+    )
     lmeval.task_digest.cache_clear()
     assert evaluate(str(demo_model), **ask)["results"]["local_choice"]["acc,none"] == 0.0
     assert len(ran) == 2
@@ -193,7 +232,9 @@ def test_a_task_is_known_by_its_documents(demo_model, choice_task, tmp_path, mon
 
 def test_an_interrupted_evaluation_goes_on(demo_model, copy, rows, monkeypatch, loads):
     monkeypatch.setattr(windows, "_BATCH_TOKENS", 32)
-    uninterrupted = dict(evaluate_all([str(copy)], baseline=str(demo_model), datasets=[str(rows)], cached=False))
+    uninterrupted = dict(
+        evaluate_all([str(copy)], baseline=str(demo_model), datasets=[str(rows)], cached=False)
+    )
     shutil.rmtree(scores_path(copy).parent / "cache")
     loads.clear()
     steps = []
@@ -204,17 +245,34 @@ def test_an_interrupted_evaluation_goes_on(demo_model, copy, rows, monkeypatch, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(evaluate_all([str(copy)], baseline=str(demo_model), datasets=[str(rows)], progress=interrupt))
+        list(
+            evaluate_all(
+                [str(copy)], baseline=str(demo_model), datasets=[str(rows)], progress=interrupt
+            )
+        )
     progress = []
     found = dict(
         evaluate_all(
-            [str(copy)], baseline=str(demo_model), datasets=[str(rows)], progress=lambda step, done, total: progress.append(done)
+            [str(copy)],
+            baseline=str(demo_model),
+            datasets=[str(rows)],
+            progress=lambda step, done, total: progress.append(done),
         )
     )
     assert {name: result["results"] for name, result in found.items()} == {
         name: result["results"] for name, result in uninterrupted.items()
     }
-    assert progress == [8, 0, 3, 4, 5, 6, 7, 8, 8]  # the baseline is known, and two of the eight windows of the model
+    assert progress == [
+        8,
+        0,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        8,
+    ]  # the baseline is known, and two of the eight windows of the model
 
 
 def test_a_damaged_cache_is_no_harm(demo_model, rows, tmp_path):
@@ -241,13 +299,17 @@ def test_divergence_needs_the_same_windows(demo_model, tiny, rows, tmp_path):
 
 def test_divergence_needs_room_for_both(demo_model, copy, rows, monkeypatch):
     notes = []
-    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6})())
+    monkeypatch.setattr(
+        run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6})()
+    )
     found = evaluate(str(copy), baseline=str(demo_model), datasets=[str(rows)], note=notes.append)
     assert DIVERGENCE not in found["results"]["rows"]
     assert "both models in memory take 0.0 GB more" in notes[0]
 
 
-def test_one_model_is_in_memory_unless_both_are_compared(demo_model, copy, rows, choice_task, monkeypatch):
+def test_one_model_is_in_memory_unless_both_are_compared(
+    demo_model, copy, rows, choice_task, monkeypatch
+):
     import gc
     import weakref
 
@@ -272,7 +334,9 @@ def test_one_model_is_in_memory_unless_both_are_compared(demo_model, copy, rows,
 # --- many models
 
 
-def test_scores_are_stored_beside_the_folder_with_the_baselines(demo_model, copy, rows, choice_task):
+def test_scores_are_stored_beside_the_folder_with_the_baselines(
+    demo_model, copy, rows, choice_task
+):
     options = dict(baseline=str(demo_model))
     list(evaluate_all([str(copy)], datasets=[str(rows)], **options))
     list(evaluate_all([str(copy)], tasks=["local_choice"], include_path=choice_task, **options))
@@ -302,10 +366,15 @@ def test_command_line(cli, demo_model, copy, rows, tmp_path):
     shutil.copytree(copy, tmp_path / "worst")
     worsen(tmp_path / "worst")
     files = ["-o", tmp_path / "all.json", "--plot", tmp_path / "q.svg"]
-    done = cli("eval", copy, tmp_path / "worst", "--baseline", demo_model, "--dataset", rows, *files)
+    done = cli(
+        "eval", copy, tmp_path / "worst", "--baseline", demo_model, "--dataset", rows, *files
+    )
     head, _, *lines = done.stdout.splitlines()
     assert [cell.strip() for cell in head.split("|")[1:-1]] == ["", "books-1m", "worse", "worst"]
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in lines
+    }
     assert cells["checkpoint (MB)"] == ["2.62"] * 3
     assert cells["linears (MB)"] == ["1.57"] * 3
     assert cells["rows KL divergence ↓"][0] == "-"
@@ -313,9 +382,13 @@ def test_command_line(cli, demo_model, copy, rows, tmp_path):
     assert f"{copy}: rows token perplexity" in done.stderr
     scored = json.loads((tmp_path / "all.json").read_text())
     assert set(scored["models"]) == {str(copy), str(tmp_path / "worst")}
-    assert "books-1m" in (tmp_path / "q.svg").read_text() or "<svg" in (tmp_path / "q.svg").read_text()
+    assert (
+        "books-1m" in (tmp_path / "q.svg").read_text() or "<svg" in (tmp_path / "q.svg").read_text()
+    )
     single = json.loads(cli("eval", copy, "--dataset", rows, "--json", "-q").stdout)
-    assert single["results"]["rows"][METRIC] == scored["models"][str(copy)]["results"]["rows"][METRIC]
+    assert (
+        single["results"]["rows"][METRIC] == scored["models"][str(copy)]["results"]["rows"][METRIC]
+    )
 
 
 def test_the_card_has_the_numbers_that_eval_stored(cli, demo_model, rows, tmp_path):
@@ -338,11 +411,24 @@ def test_the_card_has_the_numbers_that_eval_stored(cli, demo_model, rows, tmp_pa
 
 def test_table_marks_what_is_missing():
     def result(**values):
-        return {"results": {"text": values}, "config": {"model_bytes": 10**6}, "higher_is_better": {}}
+        return {
+            "results": {"text": values},
+            "config": {"model_bytes": 10**6},
+            "higher_is_better": {},
+        }
 
-    lines = table({"a/x": result(**{METRIC: 12.345}), "b/y": result(**{"acc,none": 0.5, "acc_stderr,none": 0.1})}).splitlines()
+    lines = table(
+        {
+            "a/x": result(**{METRIC: 12.345}),
+            "b/y": result(**{"acc,none": 0.5, "acc_stderr,none": 0.1}),
+        }
+    ).splitlines()
     assert lines[0].split("|")[2].strip() == "x"
-    assert [cell.strip() for cell in lines[3].split("|")[1:4]] == ["text token perplexity ↑", "12.35", "-"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:4]] == [
+        "text token perplexity ↑",
+        "12.35",
+        "-",
+    ]
     assert len(lines) == 5
 
 
@@ -396,7 +482,9 @@ def test_speed_is_measured_on_a_gpu(demo_model, rows):
 def test_speed_counts_tokens(demo_model):
     model = candidate.load_model(str(demo_model), device="cpu")[0]
     lengths = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     hooked = measure_speed(model, limit=40, prompt=512, written=8)
     assert hooked["prompt"] == 32
     assert hooked["decode_tokens_per_second"] > 0

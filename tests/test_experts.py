@@ -15,7 +15,14 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import FEW_TOKENS
 from compressor.errors import CheckpointError, UsageError
-from compressor.model.experts import Matrix, attach, expert_modules, matrices, run_experts, seeing_all_tokens
+from compressor.model.experts import (
+    Matrix,
+    attach,
+    expert_modules,
+    matrices,
+    run_experts,
+    seeing_all_tokens,
+)
 from compressor.model.skeleton import Skeleton
 from compressor.run.check import make_job
 from compressor.run.pipeline import prune
@@ -27,7 +34,9 @@ CPU = torch.device("cpu")
 
 
 def recipe(folder, rows, **settings):
-    return Recipe(str(folder), **{"dataset": str(rows), "num_samples": 8, "seq_len": 32, **settings})
+    return Recipe(
+        str(folder), **{"dataset": str(rows), "num_samples": 8, "seq_len": 32, **settings}
+    )
 
 
 def entering_block(folder, index=0):
@@ -50,7 +59,8 @@ def literal(weights, module, hidden, index):
 
 
 @pytest.mark.parametrize(
-    ("family", "names"), [("mixtral", ("w1", "w3", "w2")), ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))]
+    ("family", "names"),
+    [("mixtral", ("w1", "w3", "w2")), ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))],
 )
 def test_statistics_are_those_of_each_expert(family, names, tiny):
     skeleton, block, states = entering_block(tiny(family))
@@ -75,7 +85,9 @@ def test_statistics_are_those_of_each_expert(family, names, tiny):
         torch.testing.assert_close(ours.norm, rows.norm(dim=0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
     first = next(name for name in stats if name.endswith(names[0]))
-    assert stats[first] is stats[first.replace(names[0], names[1])]  # gate and up read the same tokens
+    assert (
+        stats[first] is stats[first.replace(names[0], names[1])]
+    )  # gate and up read the same tokens
 
 
 def test_all_tokens_reach_every_expert_and_the_output_stays(tiny):
@@ -100,18 +112,24 @@ def test_run_experts_is_what_transformers_computes(dtype, implementation):
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     generator = torch.Generator().manual_seed(0)
-    config = AutoConfig.for_model("mixtral", hidden_size=32, intermediate_size=48, num_local_experts=5)
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=48, num_local_experts=5
+    )
     config._experts_implementation = "eager"
     module = MixtralExperts(config).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 6)
     hidden = torch.randn(20, 32, generator=generator).to(dtype)
-    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(20)])  # nothing for the fifth
+    index = torch.stack(
+        [torch.randperm(4, generator=generator)[:2] for _ in range(20)]
+    )  # nothing for the fifth
     weights = torch.rand(20, 2, generator=generator).to(dtype)
     pieces = {
         "gate_up_proj": [
-            Matrix(f"{e}.{part}", "", None, e, slice(48 * n, 48 * n + 48)) for e in range(5) for n, part in enumerate("gu")
+            Matrix(f"{e}.{part}", "", None, e, slice(48 * n, 48 * n + 48))
+            for e in range(5)
+            for n, part in enumerate("gu")
         ],
         "down_proj": [Matrix(f"{e}.d", "", None, e, slice(0, 32)) for e in range(5)],
     }
@@ -135,12 +153,21 @@ def test_layouts_that_are_not_understood_give_none():
         ("a.1.gate", 1, 0),
         ("a.1.up", 1, 3),
     ]
-    assert matrices((2, 7, 8), False, names, shapes, ["*.gate", "*.up"]) is None  # rows do not add up
-    assert matrices((3, 6, 8), False, names, shapes, ["*.gate", "*.up"]) is None  # an expert is missing
+    assert (
+        matrices((2, 7, 8), False, names, shapes, ["*.gate", "*.up"]) is None
+    )  # rows do not add up
+    assert (
+        matrices((3, 6, 8), False, names, shapes, ["*.gate", "*.up"]) is None
+    )  # an expert is missing
     assert matrices((2, 6, 9), False, names, shapes, ["*.gate", "*.up"]) is None
-    assert matrices((2, 6, 8), False, names, shapes, ["*.gate"]) is None  # a tensor of another conversion
+    assert (
+        matrices((2, 6, 8), False, names, shapes, ["*.gate"]) is None
+    )  # a tensor of another conversion
     assert matrices((2, 6, 8), True, names, shapes, ["*.gate", "*.up"]) is None
-    assert matrices((2, 6, 8), False, [("a.weight", None)], {"a.weight": (2, 6, 8)}, [])[1].name == "a.1"
+    assert (
+        matrices((2, 6, 8), False, [("a.weight", None)], {"a.weight": (2, 6, 8)}, [])[1].name
+        == "a.1"
+    )
     assert matrices((2, 6, 8), False, [("a.weight", None)], {"a.weight": (6, 8)}, []) is None
 
 
@@ -156,16 +183,27 @@ def never_route(folder):
     (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
 
 
-def test_an_expert_with_hardly_a_token_is_calibrated_on_all_of_them_and_listed(tiny, rows, tmp_path):
+def test_an_expert_with_hardly_a_token_is_calibrated_on_all_of_them_and_listed(
+    tiny, rows, tmp_path
+):
     shutil.copytree(tiny("qwen3_moe"), tmp_path / "model")
     never_route(tmp_path / "model")
-    report = prune(recipe(tmp_path / "model", rows, expert_tokens="routed", method="sparsegpt"), tmp_path / "out")
+    report = prune(
+        recipe(tmp_path / "model", rows, expert_tokens="routed", method="sparsegpt"),
+        tmp_path / "out",
+    )
     idle = {
-        row.name for row in report.linears if row.note == f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
+        row.name
+        for row in report.linears
+        if row.note == f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
     }
     assert "model.layers.1.mlp.experts.3.down_proj" in idle
     assert len(idle) < len(report.linears) / 2
-    assert all(row.tokens == 256 for row in report.linears if row.name in idle or ".experts." not in row.name)
+    assert all(
+        row.tokens == 256
+        for row in report.linears
+        if row.name in idle or ".experts." not in row.name
+    )
     few = [row.tokens for row in report.linears if ".experts." in row.name and row.name not in idle]
     assert FEW_TOKENS <= min(few) <= max(few) <= 256
     compressor.load(tmp_path / "out")
@@ -175,7 +213,11 @@ def test_an_expert_with_hardly_a_token_is_calibrated_on_all_of_them_and_listed(t
 
 
 @pytest.mark.parametrize(
-    ("family", "routers"), [("qwen2_moe", ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]), ("phimoe", ["mlp.router.weight"])]
+    ("family", "routers"),
+    [
+        ("qwen2_moe", ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]),
+        ("phimoe", ["mlp.router.weight"]),
+    ],
 )
 def test_routers_and_gates_stay_dense_and_are_listed(family, routers, tiny, rows):
     job = make_job(recipe(tiny(family), rows), None)
@@ -186,21 +228,33 @@ def test_routers_and_gates_stay_dense_and_are_listed(family, routers, tiny, rows
 
 
 def test_experts_are_packed_together_or_not_at_all(cli, tiny, rows, tmp_path):
-    report = prune(recipe(tiny("qwen3_moe"), rows, ignore=["model.layers.1.mlp.experts.2.*"]), tmp_path / "out")
+    report = prune(
+        recipe(tiny("qwen3_moe"), rows, ignore=["model.layers.1.mlp.experts.2.*"]), tmp_path / "out"
+    )
     forms = {row.name: (row.format, row.note) for row in report.linears}
     assert forms["model.layers.0.mlp.experts.1.up_proj"] == ("sparse24", "")
-    assert forms["model.layers.1.mlp.experts.1.up_proj"] == ("dense", "zeros in place: other experts of the block are not packed")
+    assert forms["model.layers.1.mlp.experts.1.up_proj"] == (
+        "dense",
+        "zeros in place: other experts of the block are not packed",
+    )
     assert forms["model.layers.1.self_attn.q_proj"] == ("sparse24", "")
     left = {entry.name: entry.reason for entry in report.left_dense}
     assert left["model.layers.1.mlp.experts.2.up_proj"] == "--ignore model.layers.1.mlp.experts.2.*"
-    plan = cli("prune", tiny("qwen3_moe"), "--dry-run", "--ignore", "model.layers.1.mlp.experts.2.*").stdout
+    plan = cli(
+        "prune", tiny("qwen3_moe"), "--dry-run", "--ignore", "model.layers.1.mlp.experts.2.*"
+    ).stdout
     assert (
-        f"{len(report.linears)} linears in 3 blocks would be pruned, {len(report.linears) - 9} stored packed 2:4, 9 dense" in plan
+        f"{len(report.linears)} linears in 3 blocks would be pruned, {len(report.linears) - 9} stored packed 2:4, 9 dense"
+        in plan
     )
     cli("unpack", tmp_path / "out", "-o", tmp_path / "dense")
     with torch.no_grad():
         ours = compressor.load(tmp_path / "out", dtype=torch.float32)(IDS).logits
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()(IDS).logits
+        plain = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+            .eval()(IDS)
+            .logits
+        )
     assert torch.equal(ours, plain)
 
 
@@ -212,7 +266,11 @@ def test_experts_are_packed_together_or_not_at_all(cli, tiny, rows, tmp_path):
             {"method": "armor", "ignore": ["*experts.2.*"]},
             "has some experts that stay dense, or biases: factors cannot",
         ),
-        ("gpt_oss", {"method": "armor"}, r"all experts in one tensor: .* leave them all dense with --ignore '\*gate_up_proj\.\*'"),
+        (
+            "gpt_oss",
+            {"method": "armor"},
+            r"all experts in one tensor: .* leave them all dense with --ignore '\*gate_up_proj\.\*'",
+        ),
         ("qwen3_moe", {"pattern": "2:5"}, "in_features 64 of"),
     ],
 )
@@ -221,15 +279,23 @@ def test_what_experts_cannot_do_is_said_before_any_work(family, settings, match,
         make_job(recipe(tiny(family), rows, **settings), None)
 
 
-@pytest.mark.parametrize(("family", "ignore"), [("qwen3_moe", []), ("qwen3_moe", ["*experts.2.up_proj"]), ("gpt_oss", [])])
+@pytest.mark.parametrize(
+    ("family", "ignore"),
+    [("qwen3_moe", []), ("qwen3_moe", ["*experts.2.up_proj"]), ("gpt_oss", [])],
+)
 def test_tuning_trains_experts_and_keeps_their_zeros(family, ignore, tiny, rows, tmp_path):
     plain = prune(recipe(tiny(family), rows, ignore=ignore), tmp_path / "plain")
     tuned = prune(recipe(tiny(family), rows, ignore=ignore, tune=1), tmp_path / "tuned")
     assert tuned.totals()["sparsity"] == plain.totals()["sparsity"]
     assert tuned.totals()["bytes"] == plain.totals()["bytes"]
     assert tuned.blocks[0].error < plain.blocks[0].error
-    errors = [{row.name: row.error for row in report.linears if ".0.mlp.experts" in row.name} for report in (plain, tuned)]
-    assert all(errors[0][name] != errors[1][name] for name in errors[0])  # every expert's matrix was trained
+    errors = [
+        {row.name: row.error for row in report.linears if ".0.mlp.experts" in row.name}
+        for report in (plain, tuned)
+    ]
+    assert all(
+        errors[0][name] != errors[1][name] for name in errors[0]
+    )  # every expert's matrix was trained
     compressor.load(tmp_path / "tuned")
 
 
@@ -258,26 +324,47 @@ def test_pack_takes_experts_together_or_lists_them(tiny, tmp_path):
     prune(Recipe(str(tiny("qwen3_moe")), method="magnitude"), tmp_path / "packed")
     done = pack(tmp_path / "dense", tmp_path / "out")
     assert {left.reason for left in done.left_dense} == {"router"}
-    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "packed" / "config.json").read_bytes()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        tmp_path / "packed" / "config.json"
+    ).read_bytes()
     prune(
-        Recipe(str(tiny("qwen3_moe")), method="magnitude", format="dense", ignore=["*.0.mlp.experts.1.up_proj"]), tmp_path / "part"
+        Recipe(
+            str(tiny("qwen3_moe")),
+            method="magnitude",
+            format="dense",
+            ignore=["*.0.mlp.experts.1.up_proj"],
+        ),
+        tmp_path / "part",
     )
     done = pack(tmp_path / "part", tmp_path / "out2")
     left = {entry.name: entry.reason for entry in done.left_dense}
     assert "more than two non-zeros" in left["model.layers.0.mlp.experts.1.up_proj"]
-    assert left["model.layers.0.mlp.experts.0.up_proj"] == "other experts beside it that are not 2:4"
+    assert (
+        left["model.layers.0.mlp.experts.0.up_proj"] == "other experts beside it that are not 2:4"
+    )
     assert "model.layers.1.mlp.experts.0.up_proj" in done.packed
     compressor.load(tmp_path / "out2")
 
 
-OFFLOAD = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+OFFLOAD = {
+    "model.embed_tokens": "cpu",
+    "model.layers": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
 
 
 @pytest.mark.parametrize("device_map", ["auto", OFFLOAD], ids=["auto", "disk"])
 def test_packed_experts_generate_and_are_offloaded(tiny, tmp_path, device_map):
     prune(Recipe(str(tiny("qwen3_moe")), method="magnitude"), tmp_path / "out")
     plain = compressor.load(tmp_path / "out", dtype=torch.float32)
-    moved = compressor.load(tmp_path / "out", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload")
+    moved = compressor.load(
+        tmp_path / "out",
+        dtype=torch.float32,
+        device_map=device_map,
+        offload_folder=tmp_path / "offload",
+    )
     expected = plain.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False)
     assert torch.equal(moved.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False), expected)
 
@@ -291,7 +378,8 @@ def test_a_table_with_some_experts_only_is_refused(tiny, tmp_path):
     entry = modules.pop(name)
     path.write_text(json.dumps(config))
     with pytest.raises(
-        CheckpointError, match=r"matrices of model\.layers\.0\.mlp\.experts as packed, but not those of all its experts"
+        CheckpointError,
+        match=r"matrices of model\.layers\.0\.mlp\.experts as packed, but not those of all its experts",
     ):
         compressor.load(tmp_path / "out")
     modules[name], modules[name.replace("experts.1", "experts.9")] = entry, entry
@@ -313,9 +401,13 @@ def with_products(folder, factored, experts, leaves):
     with torch.no_grad():
         for index, block in enumerate(model.model.layers):
             for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                getattr(block.self_attn, leaf).weight.copy_(weight(f"model.layers.{index}.self_attn.{leaf}"))
+                getattr(block.self_attn, leaf).weight.copy_(
+                    weight(f"model.layers.{index}.self_attn.{leaf}")
+                )
             for number in range(4):
-                gate, up, down = (weight(f"model.layers.{index}.{experts}.{number}.{leaf}") for leaf in leaves)
+                gate, up, down = (
+                    weight(f"model.layers.{index}.{experts}.{number}.{leaf}") for leaf in leaves
+                )
                 block.mlp.experts.gate_up_proj[number] = torch.cat([gate, up])
                 block.mlp.experts.down_proj[number] = down
     return model
@@ -329,15 +421,21 @@ def with_products(folder, factored, experts, leaves):
         ("qwen3_moe", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     ],
 )
-def test_factored_experts_reload_with_the_same_logits(family, experts, leaves, method, cli, tiny, rows, tmp_path):
+def test_factored_experts_reload_with_the_same_logits(
+    family, experts, leaves, method, cli, tiny, rows, tmp_path
+):
     out = tmp_path / "out"
     report = prune(recipe(tiny(family), rows, method=method, keep="60%"), out)
     forms = {row.name: row.format for row in report.linears}
     left = {one.name: one.reason for one in report.left_dense}
-    every = [linear for index in range(3) for linear in Skeleton(Reader(tiny(family))).linears(index)]
+    every = [
+        linear for index in range(3) for linear in Skeleton(Reader(tiny(family))).linears(index)
+    ]
     assert {linear.name for linear in every} <= forms.keys() | left.keys()
     assert all(left.values())
-    for module in {linear.experts for linear in every} - {""}:  # all the matrices of a module, or none
+    for module in {linear.experts for linear in every} - {
+        ""
+    }:  # all the matrices of a module, or none
         own = [linear.name for linear in every if linear.experts == module]
         assert {forms.get(name, "dense") for name in own} in ({"lowrank"}, {"dense"})
     assert "lowrank" in forms.values()
@@ -347,7 +445,9 @@ def test_factored_experts_reload_with_the_same_logits(family, experts, leaves, m
     packed.save_pretrained(tmp_path / "saved")
     again = compressor.load(tmp_path / "saved", dtype=torch.float32, runtime="packed")
     assert torch.equal(again(IDS).logits, logits)
-    torch.testing.assert_close(with_products(tiny(family), out, experts, leaves)(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        with_products(tiny(family), out, experts, leaves)(IDS).logits, logits, rtol=1e-4, atol=1e-4
+    )
     cli("verify", out)
     cli("unpack", out, "-o", tmp_path / "dense")
     assert Reader(tmp_path / "dense").tensors == Reader(tiny(family)).tensors
@@ -356,8 +456,21 @@ def test_factored_experts_reload_with_the_same_logits(family, experts, leaves, m
 @pytest.mark.parametrize(("family", "globs"), [
     ("gpt_oss", ["*experts.gate_up_proj.*", "*experts.down_proj.*"]), ("granitemoe", ["*input_linear.*", "*output_linear.*"]),
 ])  # fmt: skip
-def test_experts_in_one_tensor_cannot_be_factored_and_are_left_dense_on_request(family, globs, cli, tiny, rows, tmp_path):
-    asked = ["lowrank", tiny(family), "-o", tmp_path / "out", "--keep", "60%", "--dataset", rows, "--num-samples", 8]
+def test_experts_in_one_tensor_cannot_be_factored_and_are_left_dense_on_request(
+    family, globs, cli, tiny, rows, tmp_path
+):
+    asked = [
+        "lowrank",
+        tiny(family),
+        "-o",
+        tmp_path / "out",
+        "--keep",
+        "60%",
+        "--dataset",
+        rows,
+        "--num-samples",
+        8,
+    ]
     asked += ["--seq-len", 32, "-q"]
     done = cli(*asked, code=2)
     assert "keeps all experts in one tensor: factors cannot be stored" in done.stderr

@@ -5,13 +5,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.allocation.rank import Spectrum, allocator, largest_rank, parameters, step, threshold, uniform, welore
+from compressor.allocation.rank import (
+    Spectrum,
+    allocator,
+    largest_rank,
+    parameters,
+    step,
+    threshold,
+    uniform,
+    welore,
+)
 from compressor.allocation.rank.fisher_factors import marginals
 from compressor.calibration.gradients import Taps
 from compressor.engine.factor_store import Factored
 from compressor.errors import NumericalError, UsageError
 from compressor.formats.lowrank import LowRank
-from compressor.methods import FACTORIZATIONS, asvd, factors, kfac, method_module, options_of, svd, svd_llm
+from compressor.methods import (
+    FACTORIZATIONS,
+    asvd,
+    factors,
+    kfac,
+    method_module,
+    options_of,
+    svd,
+    svd_llm,
+)
 from compressor.methods.factor import root
 from compressor.stats import InputStats
 
@@ -20,7 +38,9 @@ def problem(rows, columns, tokens=400):
     """A weight, its inputs with correlated columns of very different sizes, and their statistics."""
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns, generator=generator)
-    x = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     x = x * torch.logspace(-1, 1, columns)
     stats = InputStats(columns, gram=True)
     stats.update(x)
@@ -36,7 +56,9 @@ def test_plain_factors_are_the_truncated_svd(shape, rank):
     weight, _, _ = problem(*shape)
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    torch.testing.assert_close(svd.compress(weight, None, rank).dense(), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        svd.compress(weight, None, rank).dense(), expected.float(), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(svd.spectrum(weight, None), s, rtol=1e-6, atol=1e-7)
 
 
@@ -44,22 +66,31 @@ def test_plain_factors_are_the_truncated_svd(shape, rank):
 @pytest.mark.parametrize("rank", [3, 12])
 def test_output_error_is_the_dropped_tail(shape, rank):
     weight, x, stats = problem(*shape)
-    found = svd_llm.compress(weight, stats, rank, damp=1e-10).dense()  # the damping is part of the metric
+    found = svd_llm.compress(
+        weight, stats, rank, damp=1e-10
+    ).dense()  # the damping is part of the metric
     measured = (x.double() @ (weight - found).double().T).square().sum()
     tail = svd_llm.spectrum(weight, stats, damp=1e-10)[rank:].square().sum()
     assert abs(measured / tail - 1) < 1e-4
-    blind = (x.double() @ (weight - svd.compress(weight, None, rank).dense()).double().T).square().sum()
+    blind = (
+        (x.double() @ (weight - svd.compress(weight, None, rank).dense()).double().T).square().sum()
+    )
     assert measured < blind
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_sided_error_is_the_dropped_tail(shape):
     weight, _, stats = problem(*shape)
-    g = torch.randn(300, shape[0], generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, shape[0])
+    g = torch.randn(300, shape[0], generator=torch.Generator().manual_seed(1)) * torch.logspace(
+        -1, 1, shape[0]
+    )
     gradients = g.T @ g
     form, values = kfac.decompose(weight, 9, stats.gram, gradients)
     found = weight - form.dense()
-    left, right = root(gradients, 1e-3), root(stats.gram.double() / stats.gram.double().trace(), 1e-6)
+    left, right = (
+        root(gradients, 1e-3),
+        root(stats.gram.double() / stats.gram.double().trace(), 1e-6),
+    )
     tail = values[9:].square().sum()
     assert abs((left.T @ found.double() @ right).square().sum() / tail - 1) < 1e-4
     literal = torch.linalg.svd(left.T @ weight.double() @ right)
@@ -83,10 +114,16 @@ def test_marginals_are_the_partial_traces_of_the_fisher_information():
 def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_of_the_loss():
     weight, x, _ = problem(24, 40)
     g = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
-    pairs = Taps([x.repeat_interleave(len(g), 0)], [g.repeat(len(x), 1)])  # every input with every gradient
+    pairs = Taps(
+        [x.repeat_interleave(len(g), 0)], [g.repeat(len(x), 1)]
+    )  # every input with every gradient
     form, values = kfac.decompose(weight, 5, *marginals(pairs), damp=1e-10, gradient_damp=1e-10)
     change = (form.dense() - weight).double()
-    rise = torch.einsum("to,oi,ti->t", pairs.gradients[0].double(), change, pairs.inputs[0].double()).square().sum()
+    rise = (
+        torch.einsum("to,oi,ti->t", pairs.gradients[0].double(), change, pairs.inputs[0].double())
+        .square()
+        .sum()
+    )
     assert abs(rise / values[5:].square().sum() - 1) < 1e-3
 
 
@@ -109,11 +146,15 @@ def test_a_linear_that_no_gradient_reaches_is_refused():
 
 def test_asvd_scales_columns_and_alpha_zero_is_plain():
     weight, x, stats = problem(24, 40)
-    torch.testing.assert_close(asvd.compress(weight, stats, 5, alpha=0.0).dense(), svd.compress(weight, None, 5).dense())
+    torch.testing.assert_close(
+        asvd.compress(weight, stats, 5, alpha=0.0).dense(), svd.compress(weight, None, 5).dense()
+    )
     scale = x.double().square().mean(0).sqrt() ** 0.5
     u, s, vh = torch.linalg.svd(weight.double() * scale, full_matrices=False)
     expected = (u[:, :5] * s[:5]) @ vh[:5] / scale
-    torch.testing.assert_close(asvd.compress(weight, stats, 5).dense(), expected.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        asvd.compress(weight, stats, 5).dense(), expected.float(), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_what_cannot_be_factored_is_refused():
@@ -147,7 +188,10 @@ def test_the_form_comes_apart_and_together():
     torch.testing.assert_close(LowRank.product(**form.factors()), form.dense())
     assert LowRank.from_factors(**form.factors()).entry == {"format": "lowrank", "rank": 6}
     assert torch.equal(LowRank.unpack(form.pack()).dense(), form.dense())
-    for bad in ({"weight_u": form.u, "weight_v": form.v[:5]}, {"weight_u": form.u.double(), "weight_v": form.v}):
+    for bad in (
+        {"weight_u": form.u, "weight_v": form.v[:5]},
+        {"weight_u": form.u.double(), "weight_v": form.v},
+    ):
         with pytest.raises(ValueError, match="weight_u"):
             LowRank.unpack(bad)
 
@@ -167,7 +211,12 @@ def spectra(seed, count=5):
     found = {}
     for number in range(count):
         shape = tuple(int(torch.randint(20, 90, (1,), generator=generator)) for _ in range(2))
-        values = torch.rand(min(shape), generator=generator, dtype=torch.float64).pow(-0.7).sort(descending=True).values
+        values = (
+            torch.rand(min(shape), generator=generator, dtype=torch.float64)
+            .pow(-0.7)
+            .sort(descending=True)
+            .values
+        )
         found[f"linear {number}"] = Spectrum(shape, values)
     return found
 
@@ -179,7 +228,11 @@ def total(found):
 def literal_welore(found, budget):
     """The paper's rule, thresholds swept one after another; ranks rounded up to the step, then the break-even gate."""
     cuts = sorted(
-        {float((v - one.values.min()) / (one.values.max() - one.values.min())) for one in found.values() for v in one.values}
+        {
+            float((v - one.values.min()) / (one.values.max() - one.values.min()))
+            for one in found.values()
+            for v in one.values
+        }
     )
     for cut in cuts:
         ranks, spent = {}, 0
@@ -211,16 +264,26 @@ def test_welore_ranks_are_those_of_the_literal_rule(seed, keep):
 def test_welore_guards_the_spike_and_the_constant_spectrum():
     spike = torch.linspace(1, 0.5, 64).double()
     spike[0] = 1e4
-    found = {"spike": Spectrum((64, 64), spike), "plain": Spectrum((64, 64), torch.linspace(1, 0, 64).double())}
+    found = {
+        "spike": Spectrum((64, 64), spike),
+        "plain": Spectrum((64, 64), torch.linspace(1, 0, 64).double()),
+    }
     flat = {**found, "flat": Spectrum((64, 64), torch.ones(64).double())}
     assert welore.allocate(flat, int(0.8 * total(flat)))["flat"] is None
-    loose = {"spike": Spectrum((64, 64), torch.cat([torch.tensor([8.0]), torch.ones(63)]).double()), "plain": found["plain"]}
+    loose = {
+        "spike": Spectrum((64, 64), torch.cat([torch.tensor([8.0]), torch.ones(63)]).double()),
+        "plain": found["plain"],
+    }
     assert welore.allocate(loose, int(0.5 * total(loose)), energy=0.0)["spike"] == step((64, 64))
     assert welore.allocate(loose, int(0.5 * total(loose)), energy=0.6)["spike"] > step((64, 64))
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10_000), keep=st.sampled_from([0.9, 0.7, 0.5, 0.3]), name=st.sampled_from(["uniform", "threshold"]))
+@given(
+    seed=st.integers(0, 10_000),
+    keep=st.sampled_from([0.9, 0.7, 0.5, 0.3]),
+    name=st.sampled_from(["uniform", "threshold"]),
+)
 def test_ranks_meet_the_budget_and_no_linear_grows(seed, keep, name):
     found = spectra(seed)
     budget = int(keep * total(found))
@@ -234,7 +297,10 @@ def test_ranks_meet_the_budget_and_no_linear_grows(seed, keep, name):
 
 
 def tail(found, ranks):
-    return sum(0.0 if ranks[name] is None else float(one.values[ranks[name] :].square().sum()) for name, one in found.items())
+    return sum(
+        0.0 if ranks[name] is None else float(one.values[ranks[name] :].square().sum())
+        for name, one in found.items()
+    )
 
 
 @settings(deadline=None, max_examples=15)

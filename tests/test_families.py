@@ -24,7 +24,9 @@ FAMILIES = [*CORE, *(pytest.param(family, marks=pytest.mark.slow) for family in 
 def blocks_output(model, path):
     """Hidden states leaving the last block of a whole model."""
     caught = []
-    handle = model.get_submodule(path)[-1].register_forward_hook(lambda module, args, output: caught.append(output))
+    handle = model.get_submodule(path)[-1].register_forward_hook(
+        lambda module, args, output: caught.append(output)
+    )
     with torch.no_grad():
         model(input_ids=IDS, use_cache=False)
     handle.remove()
@@ -37,7 +39,11 @@ def score(model):
 
 
 def tensors_of(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,16 +67,25 @@ def test_streams_to_the_same_bits(family, tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["wanda", "armor"])
 def test_prunes_packs_and_reloads(family, method, rows, tmp_path):
     """In float32: packed and dense models add up in different orders, and in bfloat16 a router may then choose otherwise."""
-    options = {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0} if method == "armor" else {}
+    options = (
+        {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}
+        if method == "armor"
+        else {}
+    )
     folder = build(family, tmp_path / "model", torch.float32)
-    recipe = Recipe(str(folder), method=method, options=options, dataset=str(rows), num_samples=8, seq_len=32)
+    recipe = Recipe(
+        str(folder), method=method, options=options, dataset=str(rows), num_samples=8, seq_len=32
+    )
     if method in REFUSED.get(family, {}):
         with pytest.raises(CompressError, match=REFUSED[family][method]):
             prune(recipe, tmp_path / "out")
         return
     report = prune(recipe, tmp_path / "out")
     together = {row.name for row in report.linears if "all experts share one tensor" in row.note}
-    assert {row.format for row in report.linears if row.name not in together} <= {"sparse24", "armor"}
+    assert {row.format for row in report.linears if row.name not in together} <= {
+        "sparse24",
+        "armor",
+    }
     assert all(row.sparsity == pytest.approx(0.5, abs=0.01) for row in report.linears)
     ours = compressor.runtime.load(tmp_path / "out")
     logits = score(ours)
@@ -95,10 +110,17 @@ def test_every_family_is_named():
 
 
 def test_unknown_stacks_are_refused_by_name_or_left_dense_on_request(tmp_path, rows):
-    recipe = Recipe(str(build("llama4_text", tmp_path / "moe")), dataset=str(rows), num_samples=8, seq_len=32)
-    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj has shape \[4, 64, 192\]: weights stacked in this way"):
+    recipe = Recipe(
+        str(build("llama4_text", tmp_path / "moe")), dataset=str(rows), num_samples=8, seq_len=32
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"experts\.gate_up_proj has shape \[4, 64, 192\]: weights stacked in this way",
+    ):
         prune(recipe, tmp_path / "out")
     report = prune(Recipe(**{**recipe.__dict__, "ignore": ["*experts*"]}), tmp_path / "out")
     reasons = {left.name: left.reason for left in report.left_dense}
     assert reasons["model.layers.0.feed_forward.experts.down_proj"] == "--ignore *experts*"
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][
+        "modules"
+    ]

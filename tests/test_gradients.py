@@ -47,7 +47,10 @@ def test_gradients_equal_those_of_the_whole_model(family, tiny):
             found = torch.cat(taps[linear.name].gradients).T @ torch.cat(taps[linear.name].inputs)
             exact = whole.get_submodule(linear.name).weight.grad
             torch.testing.assert_close(
-                found, exact.T if linear.transposed else exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item()
+                found,
+                exact.T if linear.transposed else exact,
+                rtol=1e-4,
+                atol=1e-5 * exact.abs().max().item(),
             )
     assert order == list(reversed(range(len(skeleton.blocks))))
     assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
@@ -69,17 +72,27 @@ def test_head_gives_the_logits_of_the_whole_model(family, tiny):
     whole = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     with head(skeleton, states, CPU) as logits, torch.no_grad():
         for number, ids in enumerate(states.ids):
-            torch.testing.assert_close(logits(number, last[number]), whole(input_ids=ids, use_cache=False).logits)
+            torch.testing.assert_close(
+                logits(number, last[number]), whole(input_ids=ids, use_cache=False).logits
+            )
 
 
 def test_divergence_is_the_mean_over_tokens(tiny):
     skeleton, states = streamed(tiny("llama"))
     last = through(skeleton, states)
-    moved = [hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)) for hidden in last]
+    moved = [
+        hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        for hidden in last
+    ]
     with head(skeleton, states, CPU) as logits, torch.no_grad():
         assert divergence(logits, last, last) == 0
-        p, q = (torch.cat([log_softmax(logits(n, h), -1) for n, h in enumerate(batches)]) for batches in (last, moved))
-        assert divergence(logits, last, moved) == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
+        p, q = (
+            torch.cat([log_softmax(logits(n, h), -1) for n, h in enumerate(batches)])
+            for batches in (last, moved)
+        )
+        assert divergence(logits, last, moved) == pytest.approx(
+            (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5
+        )
 
 
 def test_first_batches_leave_the_states_alone(tiny):

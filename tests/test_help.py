@@ -27,9 +27,16 @@ def test_examples_name_options_that_exist(command, width, cli, monkeypatch):
 
 def test_completion_offers_commands_and_options():
     def complete(words, position):
-        environment = {**os.environ, "_COMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        environment = {
+            **os.environ,
+            "_COMPRESS_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(position),
+        }
         code = "import sys; sys.argv[0] = 'compress'; from compressor.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
         return done.stdout.split()
 
     assert set(COMMANDS) <= set(complete("compress ", 1))

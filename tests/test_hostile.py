@@ -25,7 +25,11 @@ from tests.mutate import join, split
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 JSON = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
 )
 ENTRY = st.fixed_dictionaries(
     {},
@@ -35,7 +39,9 @@ ENTRY = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(-2, 64), min_size=2, max_size=2) | JSON,
     },
 )
-ENOUGH = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ENOUGH = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def answer(function, *arguments):
@@ -78,13 +84,22 @@ def test_any_header_is_true_to_its_file_or_refused(tmp_path, header, data):
         assert all(isinstance(value, str) for value in metadata.values())
         assert all(name.isprintable() for name in entries)
         spans = sorted((entry.start, entry.stop) for entry in entries.values())
-        assert [start for start, _ in spans] == [8 + len(text), *(stop for _, stop in spans)][: len(spans)]
+        assert [start for start, _ in spans] == [8 + len(text), *(stop for _, stop in spans)][
+            : len(spans)
+        ]
         assert sum(stop - start for start, stop in spans) == len(data)
 
 
 @ENOUGH
 @given(
-    JSON | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=8), st.just("a.safetensors") | JSON, max_size=3)})
+    JSON
+    | st.fixed_dictionaries(
+        {
+            "weight_map": st.dictionaries(
+                st.text(max_size=8), st.just("a.safetensors") | JSON, max_size=3
+            )
+        }
+    )
 )
 def test_any_index_stays_in_the_folder(tmp_path, index):
     (tmp_path / "config.json").write_text("{}")
@@ -97,17 +112,27 @@ def test_any_index_stays_in_the_folder(tmp_path, index):
 @ENOUGH
 @given(JSON, st.sampled_from([1, 2, "1", None]), JSON)
 def test_any_table_of_modules_is_understood_or_refused(modules, version, other):
-    for described in (other, {"quant_method": QUANT_METHOD, "version": version, "modules": modules}):
+    for described in (
+        other,
+        {"quant_method": QUANT_METHOD, "version": version, "modules": modules},
+    ):
         found = answer(packed_modules, {"quantization_config": described})
         assert found is None or all(isinstance(entry["format"], str) for entry in found.values())
 
 
 WORDS = st.text(max_size=8, alphabet=st.characters(codec="utf-8"))
-VALUES = st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | WORDS | st.lists(st.text(max_size=3, alphabet="a*"), max_size=2)
+VALUES = (
+    st.booleans()
+    | st.integers(-(1 << 63), (1 << 63) - 1)
+    | WORDS
+    | st.lists(st.text(max_size=3, alphabet="a*"), max_size=2)
+)
 
 
 @ENOUGH
-@given(st.dictionaries(st.sampled_from(list(Recipe.__dataclass_fields__)) | WORDS, VALUES, max_size=5))
+@given(
+    st.dictionaries(st.sampled_from(list(Recipe.__dataclass_fields__)) | WORDS, VALUES, max_size=5)
+)
 def test_any_recipe_is_checked_and_written_as_it_was_read(tmp_path, settings):
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     made = answer(lambda: merge(load(tmp_path / "recipe.toml"), {"model": "m"}, []))
@@ -120,21 +145,36 @@ def test_any_recipe_is_checked_and_written_as_it_was_read(tmp_path, settings):
 @given(st.lists(st.integers(-(1 << 15), (1 << 15) - 1), min_size=2, max_size=2), st.integers(1, 4))
 def test_metadata_is_checked_pair_by_pair(words, groups):
     """Duplicated, descending and out-of-order columns are refused; nothing can point outside its group of four."""
-    values, metadata = torch.randn(2, 2 * groups), torch.tensor([[word] for word in words], dtype=torch.int16)
-    legal = all((word >> 4 * group & 3) < (word >> 4 * group + 2 & 3) for word in words for group in range(groups))
+    values, metadata = (
+        torch.randn(2, 2 * groups),
+        torch.tensor([[word] for word in words], dtype=torch.int16),
+    )
+    legal = all(
+        (word >> 4 * group & 3) < (word >> 4 * group + 2 & 3)
+        for word in words
+        for group in range(groups)
+    )
     assert unpack24(values, metadata).shape == (2, 4 * groups)
     if legal:
         check24(values, metadata)
     else:
-        with pytest.raises(ValueError, match=r"metadata of row \d, group \d does not name two columns in ascending order"):
+        with pytest.raises(
+            ValueError,
+            match=r"metadata of row \d, group \d does not name two columns in ascending order",
+        ):
             check24(values, metadata)
 
 
 @ENOUGH
 @given(st.lists(st.integers(0, 255), min_size=2, max_size=2), st.sampled_from([4, 8]))
 def test_bitmasks_are_checked_group_by_group(masks, columns):
-    compressed, bitmask = torch.randn(2, columns // 2), torch.tensor([[mask] for mask in masks], dtype=torch.uint8)
-    if all((mask >> group & 15).bit_count() == 2 for mask in masks for group in range(0, columns, 4)):
+    compressed, bitmask = (
+        torch.randn(2, columns // 2),
+        torch.tensor([[mask] for mask in masks], dtype=torch.uint8),
+    )
+    if all(
+        (mask >> group & 15).bit_count() == 2 for mask in masks for group in range(0, columns, 4)
+    ):
         assert int((decode(compressed, bitmask, (2, columns)) != 0).sum()) == columns
     else:
         with pytest.raises(ValueError, match="does not keep two of the columns"):
@@ -195,7 +235,10 @@ def test_names_from_files_are_printed_as_they_are(cli, tmp_path):
             assert "[bold]x[/red], 1 tensors" in shown
             assert ["[/red]", "4×4", "dense"] in [line.split()[:3] for line in shown.splitlines()]
         else:
-            assert "names are up to 500 printable characters" in cli("inspect", tmp_path, code=1).stderr
+            assert (
+                "names are up to 500 printable characters"
+                in cli("inspect", tmp_path, code=1).stderr
+            )
 
 
 def test_a_short_run_of_the_fuzzer_finds_nothing():

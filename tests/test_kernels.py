@@ -16,7 +16,18 @@ def test_in_the_interpreter(name):
     if sys.platform != "linux":
         pytest.skip("Triton is for Linux")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", f"tests/interpreted/{name}.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "0",
+            f"tests/interpreted/{name}.py",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

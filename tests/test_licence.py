@@ -10,7 +10,10 @@ from compressor.publish.licence import Licence, from_card, from_file, from_folde
     [
         ({"license": "apache-2.0"}, Licence("apache-2.0", source="x")),
         ({"license": ["mit", "apache-2.0"]}, Licence("mit", source="x")),
-        ({"license": "other", "license_name": "own", "license_link": "LICENSE"}, Licence("other", "own", "LICENSE", "x")),
+        (
+            {"license": "other", "license_name": "own", "license_link": "LICENSE"},
+            Licence("other", "own", "LICENSE", "x"),
+        ),
         ({}, None),
         ({"license": 3}, None),
         ({"license": []}, None),
@@ -23,7 +26,10 @@ def test_card(metadata, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("                                 Apache License\n                           Version 2.0, January 2004\n", "apache-2.0"),
+        (
+            "                                 Apache License\n                           Version 2.0, January 2004\n",
+            "apache-2.0",
+        ),
         ("MIT License\n\nPermission is hereby granted, free of\ncharge, to any person", "mit"),
         ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date", "llama3.1"),
         ("All rights reserved.", "other"),

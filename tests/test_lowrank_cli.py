@@ -16,14 +16,29 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 
 def lowrank(cli, model, out, rows, *options, method="kfac", keep="60%"):
-    cli("lowrank", model, "-o", out, "--method", method, "--keep", keep, "--dataset", rows, *SMALL, *options)
+    cli(
+        "lowrank",
+        model,
+        "-o",
+        out,
+        "--method",
+        method,
+        "--keep",
+        keep,
+        "--dataset",
+        rows,
+        *SMALL,
+        *options,
+    )
     return json.loads((out / "report.json").read_text())
 
 
 def counted(folder):
     """Numbers in the tensors of a folder, and their bytes."""
     tensors = Reader(folder).tensors
-    return sum(torch.Size(entry.shape).numel() for entry in tensors.values()), sum(entry.nbytes for entry in tensors.values())
+    return sum(torch.Size(entry.shape).numel() for entry in tensors.values()), sum(
+        entry.nbytes for entry in tensors.values()
+    )
 
 
 @pytest.mark.parametrize("method", ["svd", "welore", "asvd", "svd-llm", "kfac"])
@@ -42,8 +57,12 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     assert before - numbers == found["dense_parameters"] - found["parameters"]
     assert size == report["output_bytes"] == dense - 2 * (before - numbers)
     shown = json.loads(cli("inspect", out, "--json").stdout)
-    assert {row["format"] for row in shown["linears"]} <= {"dense"} | {f"lowrank {r['entry']['rank']}" for r in report["linears"]}
-    assert all(row["sparsity"] is None for row in shown["linears"] if row["format"].startswith("lowrank"))
+    assert {row["format"] for row in shown["linears"]} <= {"dense"} | {
+        f"lowrank {r['entry']['rank']}" for r in report["linears"]
+    }
+    assert all(
+        row["sparsity"] is None for row in shown["linears"] if row["format"].startswith("lowrank")
+    )
     assert not problems(out)
     cli("verify", out)
     model = compressor.load(out, dtype=torch.float32)
@@ -53,7 +72,12 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(compressor.load(tmp_path / "saved", dtype=torch.float32)(ids).logits, logits)
     cli("unpack", out, "-o", tmp_path / "dense")
-    torch.testing.assert_close(compressor.load(tmp_path / "dense", dtype=torch.float32)(ids).logits, logits, rtol=0.1, atol=0.15)
+    torch.testing.assert_close(
+        compressor.load(tmp_path / "dense", dtype=torch.float32)(ids).logits,
+        logits,
+        rtol=0.1,
+        atol=0.15,
+    )
     assert counted(tmp_path / "dense") == (before, dense)
 
 
@@ -71,9 +95,15 @@ def test_the_data_free_methods_read_no_text(cli, demo_model, tmp_path):
 
 
 def test_spectra_that_ranks_were_chosen_from_are_reported(cli, demo_model, rows, tmp_path):
-    report = lowrank(cli, demo_model, tmp_path / "out", rows, "--set", "ranks.energy=0", method="welore")
+    report = lowrank(
+        cli, demo_model, tmp_path / "out", rows, "--set", "ranks.energy=0", method="welore"
+    )
     ranks = {row["name"]: row["entry"]["rank"] for row in report["linears"]}
-    linears = {linear.name: linear for index in range(4) for linear in Skeleton(Reader(demo_model)).linears(index)}
+    linears = {
+        linear.name: linear
+        for index in range(4)
+        for linear in Skeleton(Reader(demo_model)).linears(index)
+    }
     assert len(report["spectra"]) == len(linears)
     for found in report["spectra"]:
         name = f"model.layers.{found['block']}.{found['linear']}"
@@ -83,11 +113,16 @@ def test_spectra_that_ranks_were_chosen_from_are_reported(cli, demo_model, rows,
         assert found["index"][-1] == len(values) - 1
         assert len(found["index"]) <= 48
         torch.testing.assert_close(
-            torch.tensor(found["values"]).double(), (values / values.norm())[found["index"]], rtol=1e-3, atol=1e-8
+            torch.tensor(found["values"]).double(),
+            (values / values.norm())[found["index"]],
+            rtol=1e-3,
+            atol=1e-8,
         )
         assert found["rank"] == ranks.get(name)
         assert found["largest_rank"] == largest_rank(tuple(weight.shape))
-    assert lowrank(cli, demo_model, tmp_path / "even", rows, method="svd")["spectra"] == []  # only shapes were looked at
+    assert (
+        lowrank(cli, demo_model, tmp_path / "even", rows, method="svd")["spectra"] == []
+    )  # only shapes were looked at
     cli("report", tmp_path / "out", "-o", tmp_path / "out.html")
     assert "Singular values by linear" in (tmp_path / "out.html").read_text()
 
@@ -106,31 +141,58 @@ def test_the_plan_of_a_run_gives_the_same_bytes(cli, demo_model, rows, tmp_path)
 def test_a_plan_has_the_ranks_that_lowrank_would_choose(cli, demo_model, rows, tmp_path):
     lowrank(cli, demo_model, tmp_path / "out", rows)
     plan, again = tmp_path / "plan.toml", tmp_path / "again.toml"
-    found = json.loads(cli("plan", demo_model, "-o", plan, "--keep", "60%", "--dataset", rows, *SMALL, "--json").stdout)
+    found = json.loads(
+        cli(
+            "plan", demo_model, "-o", plan, "--keep", "60%", "--dataset", rows, *SMALL, "--json"
+        ).stdout
+    )
     assert plan.read_bytes() == (tmp_path / "out" / "plan.toml").read_bytes()
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())["allocation"]
-    shown = cli("plan", demo_model, "-o", again, "--keep", "60%", "--ranks", "uniform", "--method", "svd-llm").stdout
+    shown = cli(
+        "plan",
+        demo_model,
+        "-o",
+        again,
+        "--keep",
+        "60%",
+        "--ranks",
+        "uniform",
+        "--method",
+        "svd-llm",
+    ).stdout
     assert "Rank of every linear" in shown
     assert "by uniform" in shown
     assert again.read_text().count("rank = ") == 28
     for keep in (["--keep", "60%"], ["--recipe", "lowrank-70"]):
-        assert "give one of them" in cli("plan", demo_model, "-o", tmp_path / "x", *keep, "--pattern", "2:4", code=2).stderr
+        assert (
+            "give one of them"
+            in cli(
+                "plan", demo_model, "-o", tmp_path / "x", *keep, "--pattern", "2:4", code=2
+            ).stderr
+        )
 
 
 def test_a_dry_run_says_what_would_be_done(cli, demo_model, tmp_path):
     found = json.loads(cli("lowrank", demo_model, "--dry-run", "--keep", "60%", "--json").stdout)
     assert (found["method"], found["keep"], len(found["linears"])) == ("kfac", "60%", 28)
     assert {row["goal"] for row in found["linears"]} == {"keep 60%"}
-    found = json.loads(cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed", "--json").stdout)
+    found = json.loads(
+        cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed", "--json").stdout
+    )
     goals = {row["name"].rpartition(".")[2]: row["goal"] for row in found["linears"]}
     assert (goals["q_proj"], goals["up_proj"]) == ("rank 24", "2:4")
     assert [left["name"] for left in found["left_dense"]]
-    assert "sparsegpt 2:4  model.layers.0.mlp.up_proj" in cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed").stdout
+    assert (
+        "sparsegpt 2:4  model.layers.0.mlp.up_proj"
+        in cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed").stdout
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
-    settings = dict(method="kfac", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu")
+    settings = dict(
+        method="kfac", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu"
+    )
     compressor.prune(demo_model, tmp_path / "a", **settings)
 
     def stop(step, done, total, block=None, **_):
@@ -141,7 +203,9 @@ def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_
         compressor.prune(demo_model, tmp_path / "b", progress=stop, **settings)
     report = compressor.prune(demo_model, tmp_path / "b", **settings)
     assert report.run["resumed_at_block"] == 2
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in (tmp_path / "b").iterdir()}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        path.name for path in (tmp_path / "b").iterdir()
+    }
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -157,13 +221,19 @@ def test_biases_stay(family, cli, tiny, rows, tmp_path):
     model = compressor.load(tmp_path / "out")
     ids = torch.arange(3, 19)[None]
     cli("unpack", tmp_path / "out", "-o", tmp_path / "dense")
-    torch.testing.assert_close(model(ids).logits, compressor.load(tmp_path / "dense")(ids).logits, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        model(ids).logits, compressor.load(tmp_path / "dense")(ids).logits, rtol=0.1, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("command", ["prune", "lowrank"])
 def test_a_plan_mixes_formats(command, cli, demo_model, rows, tmp_path):
     entries = {
-        name: "{ dense = true }" if ".0." in name else "{ rank = 24 }" if "mlp" in name else '{ pattern = "2:4" }'
+        name: "{ dense = true }"
+        if ".0." in name
+        else "{ rank = 24 }"
+        if "mlp" in name
+        else '{ pattern = "2:4" }'
         for layer in range(4)
         for name in (
             *(f"model.layers.{layer}.{linear}" for linear in LINEARS),
@@ -171,11 +241,17 @@ def test_a_plan_mixes_formats(command, cli, demo_model, rows, tmp_path):
         )
     }
     plan = tmp_path / "plan.toml"
-    plan.write_text("version = 1\n[linears]\n" + "".join(f'"{name}" = {entry}\n' for name, entry in entries.items()))
+    plan.write_text(
+        "version = 1\n[linears]\n"
+        + "".join(f'"{name}" = {entry}\n' for name, entry in entries.items())
+    )
     out = tmp_path / "out"
     cli(command, demo_model, "-o", out, "--plan", plan, "--dataset", rows, *SMALL)
     report = json.loads((out / "report.json").read_text())
-    assert {(row["format"], "mlp" in row["name"]) for row in report["linears"]} == {("lowrank", True), ("sparse24", False)}
+    assert {(row["format"], "mlp" in row["name"]) for row in report["linears"]} == {
+        ("lowrank", True),
+        ("sparse24", False),
+    }
     cli("verify", out)
     assert torch.isfinite(compressor.load(out)(torch.arange(3, 19)[None]).logits).all()
 
@@ -193,7 +269,9 @@ def test_training_the_exported_parameters_lowers_the_loss(cli, demo_model, rows,
     model = compressor.load(tmp_path / "out", dtype=torch.float32)
     parameters = dict(model.named_parameters())
     assert set(names) == {name for name in parameters if name.endswith((".weight_u", ".weight_v"))}
-    frozen = {name: parameter.clone() for name, parameter in parameters.items() if name not in names}
+    frozen = {
+        name: parameter.clone() for name, parameter in parameters.items() if name not in names
+    }
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
     ids = torch.tensor([json.loads(line)["input_ids"] for line in rows.read_text().splitlines()])
@@ -220,18 +298,30 @@ def test_what_does_not_belong_together_is_refused_in_one_line(cli, demo_model, r
         return done.stderr
 
     assert "use compress lowrank" in refused("prune", demo_model, "-o", out, "--method", "svd_llm")
-    assert "use compress prune" in refused("lowrank", demo_model, "-o", out, "--method", "wanda", "--keep", "70%")
+    assert "use compress prune" in refused(
+        "lowrank", demo_model, "-o", out, "--method", "wanda", "--keep", "70%"
+    )
     assert "give --keep" in refused("lowrank", demo_model, "-o", out)
     assert "keep" in refused("lowrank", demo_model, "-o", out, "--keep", "170%")
-    assert "raise --keep" in refused("lowrank", demo_model, "-o", out, "--keep", "0.1%", "--method", "svd")
-    assert "unknown ranks 'x'" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--ranks", "x")
+    assert "raise --keep" in refused(
+        "lowrank", demo_model, "-o", out, "--keep", "0.1%", "--method", "svd"
+    )
+    assert "unknown ranks 'x'" in refused(
+        "lowrank", demo_model, "-o", out, "--keep", "70%", "--ranks", "x"
+    )
     wrong = ("--keep", "70%", "--ranks", "welore", "--set", "ranks.energy=2")
     assert "energy is 2" in refused("lowrank", demo_model, "--dry-run", *wrong)
     plan.write_text('version = 1\n[linears]\n"*" = { rank = 0 }\n')
-    assert "rank 0 of model.layers.0.self_attn.q_proj" in refused("lowrank", demo_model, "-o", out, "--plan", plan)
-    assert "align is -1" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--set", "ranks.align=-1")
+    assert "rank 0 of model.layers.0.self_attn.q_proj" in refused(
+        "lowrank", demo_model, "-o", out, "--plan", plan
+    )
+    assert "align is -1" in refused(
+        "lowrank", demo_model, "-o", out, "--keep", "70%", "--set", "ranks.align=-1"
+    )
     plan.write_text('version = 1\n[linears]\n"model.layers.0.mlp.up_proj" = { rank = 3 }\n')
-    assert "give one of them" in refused("lowrank", demo_model, "-o", out, "--keep", "70%", "--plan", plan)
+    assert "give one of them" in refused(
+        "lowrank", demo_model, "-o", out, "--keep", "70%", "--plan", plan
+    )
     assert "the plan lacks" in refused("lowrank", demo_model, "-o", out, "--plan", plan)
 
 
@@ -239,15 +329,25 @@ def test_a_plan_cannot_make_a_linear_larger(cli, demo_model, rows, tmp_path):
     lowrank(cli, demo_model, tmp_path / "a", rows, method="svd")
     plan = tmp_path / "plan.toml"
     text = (tmp_path / "a" / "plan.toml").read_text().splitlines()
-    plan.write_text("\n".join(line.replace("rank = ", "rank = 9") if "0.self_attn.q" in line else line for line in text))
+    plan.write_text(
+        "\n".join(
+            line.replace("rank = ", "rank = 9") if "0.self_attn.q" in line else line
+            for line in text
+        )
+    )
     done = cli("lowrank", demo_model, "-o", tmp_path / "out", "--plan", plan, "-q", code=2)
     assert "factors are smaller than it from rank 1 to 63" in done.stderr
 
 
 def test_what_cannot_be_kept_is_refused_before_any_work(cli, demo_model, tmp_path):
-    for command in (("lowrank", demo_model, "--dry-run"), ("plan", demo_model, "-o", tmp_path / "plan.toml")):
+    for command in (
+        ("lowrank", demo_model, "--dry-run"),
+        ("plan", demo_model, "-o", tmp_path / "plan.toml"),
+    ):
         done = cli(*command, "--keep", "1%", code=2)
-        assert "so few parameters leave model.layers.0.self_attn.k_proj without a rank" in done.stderr
+        assert (
+            "so few parameters leave model.layers.0.self_attn.k_proj without a rank" in done.stderr
+        )
         assert "calibration" not in done.stderr
 
 

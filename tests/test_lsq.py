@@ -27,7 +27,9 @@ def literal(weight, pruned, stats, damping):
 def test_equals_a_factorisation_of_every_row(pattern, tokens):
     weight, pruned, stats, parsed = case(0, 24, 96, tokens, pattern)
     refined = refine(weight, pruned, stats, parsed, iterations=300, damping=0.01)
-    torch.testing.assert_close(refined.double(), literal(weight, pruned, stats, 0.01), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        refined.double(), literal(weight, pruned, stats, 0.01), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_sixty_iterations_come_within_a_percent_of_the_minimum():
@@ -50,8 +52,12 @@ def test_sixty_iterations_come_within_a_percent_of_the_minimum():
     damping=st.sampled_from([0.0, 1e-3, 1e-2, 1.0]),
     dead=st.integers(0, 5),
 )
-def test_never_raises_the_output_error_of_a_row_and_keeps_the_zeros(seed, rows, groups, tokens, pattern, dtype, damping, dead):
-    weight, pruned, stats, parsed = case(seed, rows, groups * 4, tokens, pattern, dtype, dead=min(dead, groups))
+def test_never_raises_the_output_error_of_a_row_and_keeps_the_zeros(
+    seed, rows, groups, tokens, pattern, dtype, damping, dead
+):
+    weight, pruned, stats, parsed = case(
+        seed, rows, groups * 4, tokens, pattern, dtype, dead=min(dead, groups)
+    )
     refined = refine(weight, pruned, stats, parsed, iterations=20, damping=damping)
     assert refined.dtype == dtype
     assert bool(torch.isfinite(refined).all())
@@ -62,7 +68,10 @@ def test_never_raises_the_output_error_of_a_row_and_keeps_the_zeros(seed, rows, 
 
 def test_more_iterations_are_never_worse():
     weight, pruned, stats, pattern = case(2, 32, 128, 2000, "2:4")
-    totals = [errors(weight, refine(weight, pruned, stats, pattern, iterations=i, damping=0.0), stats) for i in (0, 1, 2, 4, 8, 16)]
+    totals = [
+        errors(weight, refine(weight, pruned, stats, pattern, iterations=i, damping=0.0), stats)
+        for i in (0, 1, 2, 4, 8, 16)
+    ]
     assert torch.equal(totals[0], errors(weight, pruned, stats))
     for before, after in pairwise(totals):
         assert bool((after <= before * (1 + 1e-5)).all())

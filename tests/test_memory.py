@@ -23,10 +23,19 @@ def task(width, name=""):
     return SimpleNamespace(linear=SimpleNamespace(shape=(1, width), name=name))
 
 
-@given(st.lists(st.tuples(st.sampled_from([16, 64, 2048]), st.integers(0, 5)), min_size=1, max_size=30), st.integers(0, 1 << 26))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([16, 64, 2048]), st.integers(0, 5)), min_size=1, max_size=30
+    ),
+    st.integers(0, 1 << 26),
+)
 def test_groups_are_in_order_and_as_large_as_the_room_allows(linears, room):
     tasks = [task(width, f"linear{number}") for number, (width, _) in enumerate(linears)]
-    inputs = {one.linear.name: 10_000 * one.linear.shape[1] + read for one, (_, read) in zip(tasks, linears, strict=True) if read}
+    inputs = {
+        one.linear.name: 10_000 * one.linear.shape[1] + read
+        for one, (_, read) in zip(tasks, linears, strict=True)
+        if read
+    }
     groups = in_groups(tasks, room, inputs)
     assert [one for group in groups for one in group] == tasks
 
@@ -83,18 +92,31 @@ def test_too_little_memory_gives_the_same_bytes(monkeypatch, tiny, rows, tmp_pat
 
 
 def test_groups_are_as_large_as_what_max_memory_leaves(monkeypatch, tiny, rows, tmp_path):
-    recipe = Recipe(model=str(tiny("llama")), dataset=str(rows), num_samples=8, seq_len=32, method="sparsegpt")
+    recipe = Recipe(
+        model=str(tiny("llama")), dataset=str(rows), num_samples=8, seq_len=32, method="sparsegpt"
+    )
     seen = []
-    monkeypatch.setattr(blocks, "in_groups", lambda *given: seen.append(in_groups(*given)) or seen[-1])
+    monkeypatch.setattr(
+        blocks, "in_groups", lambda *given: seen.append(in_groups(*given)) or seen[-1]
+    )
     monkeypatch.setattr(memory, "_left", lambda job, device, limit: gram_bytes(task(64)) * 2)
     pipeline.prune(recipe, tmp_path / "out", max_memory="100GB")
     names = [[one.linear.name.rpartition(".")[2] for one in group] for group in seen[0]]
-    assert names == [["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]  # down_proj is wider
+    assert names == [
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]  # down_proj is wider
     assert len(seen) == 3
 
 
 def test_a_limit_that_one_block_breaks_is_refused(tiny, rows, tmp_path):
-    recipe = Recipe(model=str(tiny("llama")), dataset=str(rows), num_samples=8, seq_len=32, method="sparsegpt")
-    with pytest.raises(UsageError, match=r"max-memory 1MB is too little: one block and the libraries take about \d+\.\d\d GB"):
+    recipe = Recipe(
+        model=str(tiny("llama")), dataset=str(rows), num_samples=8, seq_len=32, method="sparsegpt"
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"max-memory 1MB is too little: one block and the libraries take about \d+\.\d\d GB",
+    ):
         pipeline.prune(recipe, tmp_path / "out", max_memory="1MB")
     assert not list(tmp_path.iterdir())

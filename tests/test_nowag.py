@@ -20,7 +20,9 @@ def layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, InputSt
     x = torch.randn(512, columns, generator=g) * torch.exp(torch.randn(columns, generator=g))
     stats = InputStats(columns)
     stats.update(x)
-    return torch.randn(rows, columns, generator=g) * torch.exp(torch.randn(rows, 1, generator=g)), stats
+    return torch.randn(rows, columns, generator=g) * torch.exp(
+        torch.randn(rows, 1, generator=g)
+    ), stats
 
 
 def literal_mask(weight: torch.Tensor, stats: InputStats, n: int, m: int) -> torch.Tensor:
@@ -57,7 +59,12 @@ def test_differs_from_wanda_by_the_column_norm() -> None:
     stats = InputStats(4)
     stats.update(torch.ones(3, 4))
     kept = nowag.compress(weight, stats, Pattern.parse("2:4")).weight != 0
-    assert kept[0].tolist() == [False, True, True, False]  # 3 is the largest of its row, but small in its column
+    assert kept[0].tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]  # 3 is the largest of its row, but small in its column
 
 
 def test_normaliser_gives_unit_rows_and_its_loss_is_the_paper_s() -> None:
@@ -70,7 +77,9 @@ def test_normaliser_gives_unit_rows_and_its_loss_is_the_paper_s() -> None:
     expected = 0.0
     for i, j in itertools.product(range(12), range(20)):
         expected += (difference[i, j] / (rows[i, 0] * columns[j])).item() ** 2 * h[j].item()
-    assert nowag.normalised_loss(weight.double(), compressed.double(), h).item() == pytest.approx(expected, rel=1e-9)
+    assert nowag.normalised_loss(weight.double(), compressed.double(), h).item() == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -87,7 +96,9 @@ def test_keeps_dtype_values_and_is_idempotent(dtype: torch.dtype) -> None:
 def test_beats_magnitude_where_inputs_differ() -> None:
     weight, stats = layer(32, 64)
     p = Pattern.parse("2:4")
-    ours, plain = (output_error(weight, m.compress(weight, stats, p).weight, stats) for m in (nowag, magnitude))
+    ours, plain = (
+        output_error(weight, m.compress(weight, stats, p).weight, stats) for m in (nowag, magnitude)
+    )
     assert ours < 0.7 * plain
 
 

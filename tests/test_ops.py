@@ -48,7 +48,10 @@ def test_fragments_are_placed_as_documented():
                         for row, g in ((row, 16 * ktile + 8 * step + group) for row, group in place)
                     ]
                     assert torch.equal(fragments.values[tile, ktile, step, lane], torch.cat(pairs))
-                low, high = (int(metadata[16 * tile + row, 4 * ktile + tig]) & 0xFFFF for row in (gid, gid + 8))
+                low, high = (
+                    int(metadata[16 * tile + row, 4 * ktile + tig]) & 0xFFFF
+                    for row in (gid, gid + 8)
+                )
                 assert int(fragments.words[tile, ktile, lane]) & 0xFFFFFFFF == low | high << 16
 
 
@@ -56,17 +59,25 @@ def test_the_metadata_of_two_tiles_is_what_cutlass_reads():
     """PyTorch's own reordering for CUTLASS holds the same words for the same lanes."""
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-    kept = torch.rand(32, 16, 4, generator=torch.Generator().manual_seed(0)).argsort(-1) < 2  # two in every group
+    kept = (
+        torch.rand(32, 16, 4, generator=torch.Generator().manual_seed(0)).argsort(-1) < 2
+    )  # two in every group
     weight = (torch.full((32, 16, 4), 3.0) * kept).view(32, 64).to(BF16)
     words = to_fragments(*pack24(weight)).words.view(2, 8, 4)  # tile, gid, step and half
-    theirs = sparse_semi_structured_from_dense_cutlass(weight)[1].reshape(2, 8, 2, 2, 2).int() & 0xFFFF
+    theirs = (
+        sparse_semi_structured_from_dense_cutlass(weight)[1].reshape(2, 8, 2, 2, 2).int() & 0xFFFF
+    )
     joined = theirs[..., 0] | theirs[..., 1] << 16  # step, gid, tile, half of the step
     assert torch.equal(joined.permute(2, 1, 0, 3).reshape(2, 8, 4), words)
 
 
 def case(dtype=BF16):
     torch.manual_seed(0)
-    weight, bias, x = sparse(40, 132, 0, dtype), torch.randn(40).to(dtype), torch.randn(2, 3, 132).to(dtype)
+    weight, bias, x = (
+        sparse(40, 132, 0, dtype),
+        torch.randn(40).to(dtype),
+        torch.randn(2, 3, 132).to(dtype),
+    )
     return x, weight, pack24(weight), bias
 
 
@@ -74,7 +85,9 @@ def test_on_the_cpu_the_twin_computes():
     x, weight, packed, bias = case()
     expected = torch.nn.functional.linear(x, weight, bias)
     assert torch.equal(sparse24(x, *packed, bias), expected)
-    assert torch.equal(sparse24_fragments(x, to_fragments(*packed), 40, bias, new_semaphore(40, "cpu")), expected)
+    assert torch.equal(
+        sparse24_fragments(x, to_fragments(*packed), 40, bias, new_semaphore(40, "cpu")), expected
+    )
     assert sparse24(x[:0], *packed, bias).shape == (0, 3, 40)
     a, b = torch.randn(5, 8, 8).to(BF16), torch.randn(11, 12, 12).to(BF16)
     expected = reference.armor(x, *packed, a, b, bias)
@@ -109,7 +122,10 @@ def test_torch_accepts_the_ops():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda x, v, m, b: (x[..., :128], v, m, b), r"x is torch.bfloat16 (2, 3, 128), not torch.bfloat16 [..., 132]"),
+        (
+            lambda x, v, m, b: (x[..., :128], v, m, b),
+            r"x is torch.bfloat16 (2, 3, 128), not torch.bfloat16 [..., 132]",
+        ),
         (lambda x, v, m, b: (x.float(), v, m, b), "x is torch.float32"),
         (lambda x, v, m, b: (x, v, m, b[:39]), "bias is torch.bfloat16 (39,)"),
         (lambda x, v, m, b: (x, v, m[:, :8], b), "need metadata int16 (40, 9)"),
@@ -147,7 +163,10 @@ def linears(monkeypatch, bias=True, prepared=True):
         LowRankLinear(132, 40, rank=7, bias=bias, dtype=BF16),
     ]
     for module in made:
-        state = {name: torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in module.state_dict().items()}
+        state = {
+            name: torch.randn(tensor.shape).to(tensor.dtype)
+            for name, tensor in module.state_dict().items()
+        }
         if "weight_values" in state:
             state["weight_values"], state["weight_metadata"] = pack24(sparse(40, 132, 1, BF16))
         module.load_state_dict(state)
@@ -161,7 +180,9 @@ def linears(monkeypatch, bias=True, prepared=True):
 
 def test_prepared_modules_keep_their_state_and_results(monkeypatch):
     x = torch.randn(4, 132).to(BF16)
-    for plain, prepared in zip(linears(monkeypatch, prepared=False), linears(monkeypatch), strict=True):
+    for plain, prepared in zip(
+        linears(monkeypatch, prepared=False), linears(monkeypatch), strict=True
+    ):
         assert prepared.semaphore is not None
         assert torch.equal(prepared(x), plain(x))
         assert torch.equal(prepared.weight, plain.weight)
@@ -170,7 +191,9 @@ def test_prepared_modules_keep_their_state_and_results(monkeypatch):
         assert all(torch.equal(before[name], after[name]) for name in before)
         prepared.unpack_()
         assert torch.equal(prepared(x), plain(x))
-        assert all(torch.equal(before[name], tensor) for name, tensor in prepared.state_dict().items())
+        assert all(
+            torch.equal(before[name], tensor) for name, tensor in prepared.state_dict().items()
+        )
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -210,7 +233,9 @@ def test_siblings_compute_once_for_one_input(monkeypatch):
         lambda x, w, n, *rest: (launches.append(n), plain(x, *w, n, *rest))[1],
     )
     for t in (x, other, x):
-        assert all(torch.equal(module(t), y) for module, y in zip(group, expected[id(t)], strict=True))
+        assert all(
+            torch.equal(module(t), y) for module, y in zip(group, expected[id(t)], strict=True)
+        )
     assert launches == [88, 88, 88]
     assert group[0].siblings.x is None, "no input is kept once all have been served"
     # any order and number of calls
@@ -267,13 +292,23 @@ def test_import_touches_neither_triton_nor_cuda():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_where_nothing_can_be_launched_torch_computes():
     backend.works.cache_clear()
-    with pytest.warns(UserWarning, match="the kernels of compress-llm do not run on cuda:0, which computes with torch: "):
+    with pytest.warns(
+        UserWarning,
+        match="the kernels of compress-llm do not run on cuda:0, which computes with torch: ",
+    ):
         assert not backend.works(torch.device("cuda", 0))
     backend.works.cache_clear()
 
 
 def test_the_table_is_asked_first(monkeypatch):
-    row = {"device": "interpreter", "op": "fragments", "out": 64, "in": 128, "kernel": "mma", "speedup": 1.5}
+    row = {
+        "device": "interpreter",
+        "op": "fragments",
+        "out": 64,
+        "in": 128,
+        "kernel": "mma",
+        "speedup": 1.5,
+    }
     rows = [{**row, "rows": 4, "split": 9}, {**row, "rows": 16, "split": 7}]
     monkeypatch.setattr(choice, "table", lambda: {("interpreter", "fragments", 64, 128): rows})
     cpu = torch.device("cpu")
@@ -287,11 +322,16 @@ def test_the_table_is_asked_first(monkeypatch):
 def test_the_shipped_table_is_well_formed():
     for (_, op, _, _), rows in choice.table().items():
         assert op in ("fragments", "stored", "armor", "skinny")
-        assert all(row["kernel"] in ("mma", "gemv", "dot", "dense") and row["rows"] > 0 for row in rows)
+        assert all(
+            row["kernel"] in ("mma", "gemv", "dot", "dense") and row["rows"] > 0 for row in rows
+        )
 
 
 @given(
-    st.sampled_from(["fragments", "stored", "armor", "skinny"]), st.integers(1, 40000), st.integers(1, 40000), st.integers(1, 96)
+    st.sampled_from(["fragments", "stored", "armor", "skinny"]),
+    st.integers(1, 40000),
+    st.integers(1, 40000),
+    st.integers(1, 96),
 )
 def test_the_rule_fits_every_shape(op, out_features, in_features, rows):
     config = choice.rule(op, out_features, in_features, rows, 132)

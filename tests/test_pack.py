@@ -25,7 +25,11 @@ def dense24(tiny, family, folder):
 
 
 def tensors_of(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def score(folder):
@@ -40,7 +44,9 @@ def test_pack_gives_the_bytes_that_prune_packs(cli, tiny, tmp_path, family):
     done = json.loads(cli("pack", tmp_path / "dense", "-o", tmp_path / "out", "--json").stdout)
     assert not done["left_dense"]
     for name in [*Reader(tmp_path / "packed").shards, INDEX, "config.json"]:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes(), name
+        assert (tmp_path / "out" / name).read_bytes() == (
+            tmp_path / "packed" / name
+        ).read_bytes(), name
     assert torch.equal(score(tmp_path / "out"), score(tmp_path / "dense"))
     cli("verify", tmp_path / "packed")
     cli("unpack", tmp_path / "out", "-o", tmp_path / "again")
@@ -51,12 +57,19 @@ def test_pack_gives_the_bytes_that_prune_packs(cli, tiny, tmp_path, family):
 def test_pack_lists_what_does_not_conform(cli, tiny, tmp_path):
     dense24(tiny, "llama", tmp_path / "dense")
     name = "model.layers.1.mlp.up_proj.weight"
-    shard = tmp_path / "dense" / json.loads((tmp_path / "dense" / INDEX).read_text())["weight_map"][name]
+    shard = (
+        tmp_path
+        / "dense"
+        / json.loads((tmp_path / "dense" / INDEX).read_text())["weight_map"][name]
+    )
     tensors = load_file(shard)
     tensors[name][5, 8:11] = 1.0
     save_file(tensors, shard, metadata={"format": "pt"})
     done = cli("pack", tmp_path / "dense", "-o", tmp_path / "out")
-    assert "model.layers.1.mlp.up_proj  [96, 64]  more than two non-zeros in row 5, columns 8..11" in done.stderr
+    assert (
+        "model.layers.1.mlp.up_proj  [96, 64]  more than two non-zeros in row 5, columns 8..11"
+        in done.stderr
+    )
     assert "20 linears packed, 1 of the blocks left dense" in done.stderr
     assert torch.equal(tensors_of(tmp_path / "out")[name], tensors[name])
     assert torch.equal(score(tmp_path / "out"), score(tmp_path / "dense"))
@@ -68,7 +81,10 @@ def test_pack_refuses_what_it_cannot_improve(cli, tiny, tmp_path):
         in cli("pack", tiny("llama"), "-o", tmp_path / "out", code=1).stderr
     )
     prune(Recipe(str(tiny("llama")), method="magnitude"), tmp_path / "packed")
-    assert "compressed already (compress-llm)" in cli("pack", tmp_path / "packed", "-o", tmp_path / "out", code=1).stderr
+    assert (
+        "compressed already (compress-llm)"
+        in cli("pack", tmp_path / "packed", "-o", tmp_path / "out", code=1).stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -78,11 +94,15 @@ def literal_bitmask(weight):
     compressed, bitmask = [], [[0] * ((columns + 7) // 8) for _ in range(rows)]
     for row in range(rows):
         for group in range(0, columns, 4):
-            by_size = sorted(range(group, group + 4), key=lambda column: -abs(float(weight[row, column])))
+            by_size = sorted(
+                range(group, group + 4), key=lambda column: -abs(float(weight[row, column]))
+            )
             for column in sorted(by_size[:2]):
                 compressed.append(weight[row, column])
                 bitmask[row][column // 8] += 2 ** (column % 8)
-    return torch.stack(compressed).reshape(rows, columns // 2), torch.tensor(bitmask, dtype=torch.uint8)
+    return torch.stack(compressed).reshape(rows, columns // 2), torch.tensor(
+        bitmask, dtype=torch.uint8
+    )
 
 
 def legacy(folder, into, *, flat=False, outside=()):
@@ -97,12 +117,23 @@ def legacy(folder, into, *, flat=False, outside=()):
             shape = torch.tensor(weight.shape)
             tensors[f"{module}.shape"] = shape if flat else shape.reshape(-1, 1)
             del index["weight_map"][name]
-            index["weight_map"] |= {f"{module}.{part}": path.name for part in ("compressed", "bitmask", "shape")}
+            index["weight_map"] |= {
+                f"{module}.{part}": path.name for part in ("compressed", "bitmask", "shape")
+            }
         save_file(tensors, path, metadata={"format": "pt"})
     (into / INDEX).write_text(json.dumps(index))
     config = json.loads((into / "config.json").read_text())
-    sparsity = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}
-    described = {"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": sparsity}
+    sparsity = {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "targets": ["Linear"],
+        "ignore": ["lm_head"],
+    }
+    described = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "sparsity_config": sparsity,
+    }
     (into / "config.json").write_text(json.dumps({**config, "quantization_config": described}))
     return into
 
@@ -119,14 +150,19 @@ def test_import_gives_the_exact_dense_weights(cli, tiny, tmp_path, flat):
     assert len(config["quantization_config"]["modules"]) == 21
     assert "sparsity_config" not in json.dumps(config)
     with torch.no_grad():
-        assert torch.equal(score(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(dense).eval()(IDS).logits)
+        assert torch.equal(
+            score(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(dense).eval()(IDS).logits
+        )
 
 
 def test_import_writes_a_head_dense(tiny, tmp_path):
     legacy(tiny("llama"), tmp_path / "legacy", outside=("lm_head.weight",))
     assert import_bitmask(tmp_path / "legacy", tmp_path / "out") == (21, 1)
     head = tensors_of(tmp_path / "out")["lm_head.weight"]
-    assert torch.equal(head, decode(*literal_bitmask(tensors_of(tiny("llama"))["lm_head.weight"]), tuple(head.shape)))
+    assert torch.equal(
+        head,
+        decode(*literal_bitmask(tensors_of(tiny("llama"))["lm_head.weight"]), tuple(head.shape)),
+    )
     score(tmp_path / "out")
 
 
@@ -143,12 +179,32 @@ def test_decode_against_the_literal_layout_at_odd_widths():
 @pytest.mark.parametrize(
     ("part", "change", "match"),
     [
-        ("bitmask", lambda tensor: tensor.fill_(7), "bitmask does not keep two of the columns 0..3 of row 0"),
-        ("bitmask", lambda tensor: tensor[:, :-1].contiguous(), r"bitmask is U8 \[96, 7\]; .* needs U8 \[96, 8\]"),
-        ("compressed", lambda tensor: tensor.to(torch.int8), r"compressed is I8 .* needs F32 or F16 or BF16"),
-        ("shape", lambda tensor: torch.tensor([[1 << 40], [1 << 40]]), r"shape \[1099511627776, 1099511627776\]"),
+        (
+            "bitmask",
+            lambda tensor: tensor.fill_(7),
+            "bitmask does not keep two of the columns 0..3 of row 0",
+        ),
+        (
+            "bitmask",
+            lambda tensor: tensor[:, :-1].contiguous(),
+            r"bitmask is U8 \[96, 7\]; .* needs U8 \[96, 8\]",
+        ),
+        (
+            "compressed",
+            lambda tensor: tensor.to(torch.int8),
+            r"compressed is I8 .* needs F32 or F16 or BF16",
+        ),
+        (
+            "shape",
+            lambda tensor: torch.tensor([[1 << 40], [1 << 40]]),
+            r"shape \[1099511627776, 1099511627776\]",
+        ),
         ("shape", lambda tensor: torch.tensor([[-96], [64]]), r"needs .* \[-96, 32\]"),
-        ("shape", lambda tensor: torch.tensor([96, 64, 1]), r"shape is I64 \[3\], two int64 numbers"),
+        (
+            "shape",
+            lambda tensor: torch.tensor([96, 64, 1]),
+            r"shape is I64 \[3\], two int64 numbers",
+        ),
         ("shape", None, "has no tensor model.layers.1.mlp.up_proj.shape"),
     ],
 )

@@ -8,13 +8,27 @@ from tests.conftest import ROOT
 
 
 def test_wheel_holds_exactly_our_two_packages(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"compressor", "compressor_kernels"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "compressor",
+        "compressor_kernels",
+    }
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "compressor").rglob("*.py")}
-    expected |= {f"compressor/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.toml")}
+    expected |= {
+        f"compressor/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.toml")
+    }
     expected |= {"compressor/py.typed", "compressor/page/page.html"}
     assert expected <= set(names)
     assert "compressor_kernels/table.json" in names
@@ -31,4 +45,9 @@ def test_the_folder_kernels_does_not_hide_their_package(tmp_path):
 
 
 def test_transformers_imports_beside_us():
-    subprocess.run([sys.executable, "-c", "from transformers import LlamaForCausalLM"], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", "from transformers import LlamaForCausalLM"],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+    )

@@ -91,7 +91,11 @@ def test_damaged_metadata_is_refused():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_packed_and_unpacked_agree(dtype):
-    weight, x, bias = sparse(24, 32, 0, dtype), torch.randn(3, 5, 32).to(dtype), torch.randn(24).to(dtype)
+    weight, x, bias = (
+        sparse(24, 32, 0, dtype),
+        torch.randn(3, 5, 32).to(dtype),
+        torch.randn(24).to(dtype),
+    )
     expected = torch.nn.functional.linear(x, weight, bias)
     assert torch.equal(sparse24(x, *pack24(weight), bias), expected)
     module = Sparse24Linear(32, 24, bias=True, dtype=dtype)

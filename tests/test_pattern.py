@@ -21,7 +21,24 @@ def test_parses(text, sparsity, n, m, shown):
 
 
 @pytest.mark.parametrize(
-    "text", ["abc", "4:2", "0:4", "4:4", "1.5", "-0.2", "150%", "0%", "100%", "", "2:4:8", "nan", "1e-3", "2 : 4", "٢:٤"]
+    "text",
+    [
+        "abc",
+        "4:2",
+        "0:4",
+        "4:4",
+        "1.5",
+        "-0.2",
+        "150%",
+        "0%",
+        "100%",
+        "",
+        "2:4:8",
+        "nan",
+        "1e-3",
+        "2 : 4",
+        "٢:٤",
+    ],
 )
 def test_refuses_in_one_line(text):
     with pytest.raises(UsageError) as caught:
@@ -31,7 +48,10 @@ def test_refuses_in_one_line(text):
 
 
 def test_width_names_the_linear():
-    with pytest.raises(UsageError, match=r"in_features 11008 of model\.layers\.0\.mlp\.down_proj is not a multiple of 7"):
+    with pytest.raises(
+        UsageError,
+        match=r"in_features 11008 of model\.layers\.0\.mlp\.down_proj is not a multiple of 7",
+    ):
         Pattern.parse("3:7").check_width("model.layers.0.mlp.down_proj", 11008)
 
 
@@ -43,7 +63,9 @@ def literal_mask(score, pattern):
         size = pattern.m or len(row)
         drop = size - pattern.n if pattern.m else math.floor(len(row) * pattern.sparsity)
         for start in range(0, len(row), size):
-            for _, column in sorted((row[column], column) for column in range(start, start + size))[:drop]:
+            for _, column in sorted((row[column], column) for column in range(start, start + size))[
+                :drop
+            ]:
                 kept[column] = False
         mask.append(kept)
     return torch.tensor(mask)
@@ -57,7 +79,11 @@ def test_mask_is_its_definition_with_ties(text, rows, groups, seed, ties):
     pattern = Pattern.parse(text)
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, 8 * groups)
-    score = torch.randint(0, 3, shape, generator=generator).float() if ties else torch.rand(shape, generator=generator)
+    score = (
+        torch.randint(0, 3, shape, generator=generator).float()
+        if ties
+        else torch.rand(shape, generator=generator)
+    )
     assert torch.equal(pattern.mask(score), literal_mask(score, pattern))
 
 
@@ -76,7 +102,16 @@ def test_chunks_do_not_change_the_mask(monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "fits"),
-    [("2:4", True), ("1:4", True), ("1:2", True), ("2:8", True), ("3:4", False), ("4:8", False), ("1:3", False), ("50%", False)],
+    [
+        ("2:4", True),
+        ("1:4", True),
+        ("1:2", True),
+        ("2:8", True),
+        ("3:4", False),
+        ("4:8", False),
+        ("1:3", False),
+        ("50%", False),
+    ],
 )
 def test_fits_2_4(text, fits):
     assert Pattern.parse(text).fits_2_4 is fits
@@ -96,7 +131,10 @@ def test_exact_counts(rows, columns, seed, ties, data):
     assert int(pruned.sum()) == zeros
     assert int(pruned.max() - pruned.min()) <= 1
     expected = torch.cat(
-        [literal_mask(row[None], Pattern(Fraction(int(count), columns))) for row, count in zip(score, pruned, strict=True)]
+        [
+            literal_mask(row[None], Pattern(Fraction(int(count), columns)))
+            for row, count in zip(score, pruned, strict=True)
+        ]
     )
     assert torch.equal(pattern.mask(score), expected)
     assert torch.equal(keep_counts(score, pruned), expected)

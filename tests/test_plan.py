@@ -54,15 +54,28 @@ def test_what_is_written_is_read_back(tmp_path_factory, job, data):
 
 
 def test_globs_stand_for_the_linears_without_an_entry_of_their_own(tmp_path, linears):
-    entries = {Q: "{ dense = true }", "*.[qk]_proj": '{ keep = "50%" }', "*.0.mlp.*": "{ zeros = 7 }", "*": '{ pattern = "2:4" }'}
-    goals = plan_file.fit(plan_file.read(write(tmp_path / "plan.toml", entries)), linears, {"lm_head": "outside"})
+    entries = {
+        Q: "{ dense = true }",
+        "*.[qk]_proj": '{ keep = "50%" }',
+        "*.0.mlp.*": "{ zeros = 7 }",
+        "*": '{ pattern = "2:4" }',
+    }
+    goals = plan_file.fit(
+        plan_file.read(write(tmp_path / "plan.toml", entries)), linears, {"lm_head": "outside"}
+    )
     assert goals[Q] is None
     for linear in linears:
         if linear.name.endswith(("q_proj", "k_proj")) and linear.name != Q:
             rank, (rows, columns) = goals[linear.name], linear.shape
-            assert rank * (rows + columns) <= rows * columns / 2 < (rank + 1) * (rows + columns)  # tiny: steps of one
+            assert (
+                rank * (rows + columns) <= rows * columns / 2 < (rank + 1) * (rows + columns)
+            )  # tiny: steps of one
     assert goals["model.layers.0.mlp.up_proj"].zeros == 7
-    assert str(goals["model.layers.1.mlp.up_proj"]) == str(goals["model.layers.0.self_attn.v_proj"]) == "2:4"
+    assert (
+        str(goals["model.layers.1.mlp.up_proj"])
+        == str(goals["model.layers.0.self_attn.v_proj"])
+        == "2:4"
+    )
 
 
 HOSTILE = [
@@ -131,7 +144,12 @@ def test_a_plan_that_does_not_fit_the_model(tmp_path, linears, change, match):
 
 
 def test_ignored_linears_are_dense_in_a_plan(tmp_path, linears):
-    entries = plan_file.read(write(tmp_path / "plan.toml", dict.fromkeys((linear.name for linear in linears), "{ zeros = 7 }")))
+    entries = plan_file.read(
+        write(
+            tmp_path / "plan.toml",
+            dict.fromkeys((linear.name for linear in linears), "{ zeros = 7 }"),
+        )
+    )
     with pytest.raises(UsageError, match="stays dense \\(--ignore x\\); make one of the two agree"):
         plan_file.fit(entries, linears[1:], {Q: "--ignore x"})
     entries[Q] = {"dense": True}
@@ -157,23 +175,64 @@ def test_a_plan_is_made_edited_used_and_the_output_makes_itself_again(cli, tiny,
         else '"model.layers.1.mlp.up_proj" = { dense = true }' if "1.mlp.up_proj" in line else line for line in lines
     ]  # fmt: skip
     file.write_text("\n".join(edited))
-    cli("prune", tiny("llama"), "-o", tmp_path / "a", "--plan", file, "--method", "sparsegpt", "--dataset", rows, *COMMON)
-    cli("prune", tiny("llama"), "-o", tmp_path / "b", "--recipe", tmp_path / "a" / "recipe.toml", "-q")
+    cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "a",
+        "--plan",
+        file,
+        "--method",
+        "sparsegpt",
+        "--dataset",
+        rows,
+        *COMMON,
+    )
+    cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "b",
+        "--recipe",
+        tmp_path / "a" / "recipe.toml",
+        "-q",
+    )
     written = {path.name for path in (tmp_path / "a").iterdir()}
     assert {"plan.toml", "recipe.toml"} <= written
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in written)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in written
+    )
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     found = {row["name"]: row for row in report["linears"]}
     assert found[Q]["format"] == "sparse24"
-    assert {"model.layers.1.mlp.up_proj", "model.layers.2.self_attn.v_proj"} <= {left["name"] for left in report["left_dense"]}
-    goals = plan_file.fit(plan_file.read(file), [t.linear for t in make_job(Recipe(str(tiny("llama"))), None).every], {})
+    assert {"model.layers.1.mlp.up_proj", "model.layers.2.self_attn.v_proj"} <= {
+        left["name"] for left in report["left_dense"]
+    }
+    goals = plan_file.fit(
+        plan_file.read(file),
+        [t.linear for t in make_job(Recipe(str(tiny("llama"))), None).every],
+        {},
+    )
     for name, row in found.items():
-        assert Fraction(row["sparsity"]).limit_denominator(10**6) == goals[name].sparsity.limit_denominator(10**6)
+        assert Fraction(row["sparsity"]).limit_denominator(10**6) == goals[
+            name
+        ].sparsity.limit_denominator(10**6)
 
 
 def test_plan_draws_a_picture(cli, tiny, rows, tmp_path):
     pytest.importorskip("matplotlib")
-    cli("plan", tiny("gpt2"), "-o", tmp_path / "p.toml", "--plot", tmp_path / "p.png", "--pattern", "2:4", *COMMON)
+    cli(
+        "plan",
+        tiny("gpt2"),
+        "-o",
+        tmp_path / "p.toml",
+        "--plot",
+        tmp_path / "p.png",
+        "--pattern",
+        "2:4",
+        *COMMON,
+    )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "p.toml").read_text().count('pattern = "2:4"') == 12
 
@@ -191,18 +250,26 @@ def test_experts_of_a_block_are_one_column(cli, tiny, rows, tmp_path, monkeypatc
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= max(width, 77)  # the last line is a sentence
     assert "of experts the lowest and the highest" in lines[0]
-    heads = [name for line in lines[1:] for name in line.split() if name in ("experts", "shared_expert")]
+    heads = [
+        name for line in lines[1:] for name in line.split() if name in ("experts", "shared_expert")
+    ]
     assert sorted(heads) == ["experts"] * 3 + ["shared_expert"] * 3
     entries = plan_file.read(file)
     assert sum(".mlp.experts." in name for name in entries) == 3 * 3 * 4
-    linears = {linear.name: linear for index in range(3) for linear in Skeleton(Reader(tiny("qwen2_moe"))).linears(index)}
+    linears = {
+        linear.name: linear
+        for index in range(3)
+        for linear in Skeleton(Reader(tiny("qwen2_moe"))).linears(index)
+    }
     zeros = [
         100 * entry.get("zeros", 0) / linears[name].size
         for name, entry in entries.items()
         if name.startswith("model.layers.1.mlp.experts.") and name.endswith("down_proj")
     ]
     shown = [f"{value:.1f}" if value else "dense" for value in (min(zeros), max(zeros))]
-    assert next(line for line in reversed(lines) if line.startswith(" 1 ")).split()[-1] == "–".join(dict.fromkeys(shown))
+    assert next(line for line in reversed(lines) if line.startswith(" 1 ")).split()[-1] == "–".join(
+        dict.fromkeys(shown)
+    )
 
 
 def test_headings_say_which_module_where_the_last_word_does_not():
@@ -213,8 +280,12 @@ def test_headings_say_which_module_where_the_last_word_does_not():
 
 
 def test_dry_run_shows_the_plan(cli, tiny, tmp_path, linears):
-    entries = dict.fromkeys((linear.name for linear in linears), "{ zeros = 1024 }") | {Q: "{ dense = true }"}
-    done = cli("prune", tiny("llama"), "--dry-run", "--plan", write(tmp_path / "plan.toml", entries))
+    entries = dict.fromkeys((linear.name for linear in linears), "{ zeros = 1024 }") | {
+        Q: "{ dense = true }"
+    }
+    done = cli(
+        "prune", tiny("llama"), "--dry-run", "--plan", write(tmp_path / "plan.toml", entries)
+    )
     assert "25%  model.layers.0.self_attn.k_proj" not in done.stdout
     assert "50%  model.layers.0.self_attn.k_proj" in done.stdout
     assert f"{Q}  [64, 64]  the plan" in done.stdout
@@ -228,7 +299,15 @@ def test_dry_run_shows_the_plan(cli, tiny, tmp_path, linears):
 ])  # fmt: skip
 def test_plan_refuses_before_any_work(cli, tiny, rows, tmp_path, arguments, code, match):
     (tmp_path / "there").write_text("")
-    done = cli("plan", tiny("llama"), "--dataset", rows, *COMMON, *(part.format(tmp=tmp_path) for part in arguments), code=code)
+    done = cli(
+        "plan",
+        tiny("llama"),
+        "--dataset",
+        rows,
+        *COMMON,
+        *(part.format(tmp=tmp_path) for part in arguments),
+        code=code,
+    )
     assert match in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"there"}
 
@@ -242,11 +321,22 @@ def test_plan_refuses_before_any_work(cli, tiny, rows, tmp_path, arguments, code
 def test_the_plan_of_a_recipe(cli, tiny, tmp_path, text, match, linears):
     write(tmp_path / "p.toml", dict.fromkeys((linear.name for linear in linears), "{ zeros = 7 }"))
     (tmp_path / "recipe.toml").write_text(text)
-    done = cli("prune", tiny("llama"), "-o", tmp_path / "out", "--recipe", tmp_path / "recipe.toml", "-q", code=2)
+    done = cli(
+        "prune",
+        tiny("llama"),
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        tmp_path / "recipe.toml",
+        "-q",
+        code=2,
+    )
     assert match in done.stderr
 
 
 def test_a_plan_that_leaves_everything_dense(cli, tiny, tmp_path, linears):
-    path = write(tmp_path / "p.toml", dict.fromkeys((linear.name for linear in linears), "{ dense = true }"))
+    path = write(
+        tmp_path / "p.toml", dict.fromkeys((linear.name for linear in linears), "{ dense = true }")
+    )
     done = cli("prune", tiny("llama"), "-o", tmp_path / "out", "--plan", path, "-q", code=2)
     assert "leaves every linear dense" in done.stderr

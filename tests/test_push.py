@@ -24,7 +24,9 @@ SHARD = "model.safetensors"
 @pytest.fixture
 def hub():
     with running() as hub:
-        files = {path.name: path.read_bytes() for path in DEMO.iterdir() if path.name != "README.md"}
+        files = {
+            path.name: path.read_bytes() for path in DEMO.iterdir() if path.name != "README.md"
+        }
         files["README.md"] = b"---\nlicense: cc-by-4.0\n---\nA base."
         hub.repos["tester/base"] = Repo()
         hub.repos["tester/base"].commits[0]["files"] = files
@@ -36,10 +38,21 @@ def child(hub, tmp_path):
     """Run Python code against the Hub; returns what it prints."""
 
     def run(code, *arguments, exit=0, **changes):
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", **changes}
+        own = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            **changes,
+        }
         env = {key: value for key, value in os.environ.items() if "OFFLINE" not in key} | own
         command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, env={key: value for key, value in env.items() if value}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env={key: value for key, value in env.items() if value},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == exit, f"{done.stdout}\n{done.stderr}"
         return done
 
@@ -69,9 +82,20 @@ def test_push_then_again_then_load_by_hub_id(hub, child, push, out):
     repo = hub.repos["tester/packed"]
     assert repo.private
     assert done.stdout.strip() == f"{hub.url}/tester/packed/commit/{repo.commits[-1]['sha']}"
-    named = {"README.md", ".eval_results/compress.yaml", "config.json", "recipe.toml", "report.json", "tokenizer.json", SHARD}
+    named = {
+        "README.md",
+        ".eval_results/compress.yaml",
+        "config.json",
+        "recipe.toml",
+        "report.json",
+        "tokenizer.json",
+        SHARD,
+    }
     assert named <= set(repo.files)
-    assert not any(name.endswith((".partial", ".tmp", "id_rsa")) or "state" in name or "hidden" in name for name in repo.files)
+    assert not any(
+        name.endswith((".partial", ".tmp", "id_rsa")) or "state" in name or "hidden" in name
+        for name in repo.files
+    )
     assert repo.files[SHARD] == (out / SHARD).read_bytes()
     assert len(repo.commits) == 2
 
@@ -106,7 +130,10 @@ def test_the_card_says_what_was_stored_and_nothing_else(hub, push, out):
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "tester/base"
     assert card.data.license == "cc-by-4.0"
-    measured = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    measured = {
+        (result.dataset_name, result.metric_type): result.metric_value
+        for result in card.data.eval_results
+    }
     assert measured == {
         ("books", "token_perplexity"): 121.9375,
         ("arc_easy", "acc"): 0.25,
@@ -146,7 +173,9 @@ def test_dry_run_lists_and_sends_nothing(hub, push, out):
     assert "stays here: journal.tmp" in done.stdout
     plan = json.loads(push(out, "tester/new", "--dry-run", "--json").stdout)
     assert plan["bytes"] == sum(file["bytes"] for file in plan["files"])
-    assert {file["name"]: file["bytes"] for file in plan["files"]}[SHARD] == (out / SHARD).stat().st_size
+    assert {file["name"]: file["bytes"] for file in plan["files"]}[SHARD] == (
+        out / SHARD
+    ).stat().st_size
     assert ModelCard(plan["card"]).data.license == "cc-by-4.0"
     assert "tester/new" not in hub.repos
     assert all(method == "GET" for method, _ in hub.requests)
@@ -156,10 +185,14 @@ def test_dry_run_lists_and_sends_nothing(hub, push, out):
 def test_nothing_about_this_machine_goes_up(hub, push, out):
     for name in ("recipe.toml", "report.json"):
         text = (out / name).read_text().replace(str(DEMO), "tester/base")
-        text = text.replace("tester/base", "/home/me/models/base").replace('"self"', '"/home/me/texts/mine.jsonl"')
+        text = text.replace("tester/base", "/home/me/models/base").replace(
+            '"self"', '"/home/me/texts/mine.jsonl"'
+        )
         (out / name).write_text(text)
     push(out, "tester/packed", "--base-model", "tester/base")
-    published = b"".join(content for name, content in hub.repos["tester/packed"].files.items() if name != SHARD)
+    published = b"".join(
+        content for name, content in hub.repos["tester/packed"].files.items() if name != SHARD
+    )
     assert b"/home/me" not in published
     assert b'dataset = "mine.jsonl"' in published
     assert b'model = "tester/base"' in published
@@ -176,7 +209,12 @@ def test_pull_request(hub, push, out):
 
 def test_weights_of_before_are_removed(hub, push, out):
     hub.repos["tester/packed"] = Repo()
-    before = {INDEX: b"{}", "model-00001-of-00002.safetensors": b"old", "extra.safetensors": b"theirs", "notes.md": b"theirs"}
+    before = {
+        INDEX: b"{}",
+        "model-00001-of-00002.safetensors": b"old",
+        "extra.safetensors": b"theirs",
+        "notes.md": b"theirs",
+    }
     hub.repos["tester/packed"].commits[0]["files"] = before
     done = push(out, "tester/packed")
     assert f"removed from the Hub: {INDEX}" in done.stderr
@@ -197,14 +235,20 @@ def test_a_connection_that_stays_broken_publishes_nothing_and_is_taken_up_again(
     data = Reader(out)
     shutil.move(out / SHARD, out / "model-00001-of-00002.safetensors")
     sharded.write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
-    (out / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(data.tensors, "model-00001-of-00002.safetensors")}))
+    (out / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(data.tensors, "model-00001-of-00002.safetensors")})
+    )
     index = json.loads((out / INDEX).read_text())
     sharded.write_bytes(_one_tensor("extra"))
-    (out / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], "extra": sharded.name}}))
+    (out / INDEX).write_text(
+        json.dumps({"weight_map": {**index["weight_map"], "extra": sharded.name}})
+    )
     second = hashlib.sha256(sharded.read_bytes()).hexdigest()
     hub.faults = [Fault("PUT", f"/objects/{second}", cut=20)]
     line = push(out, "tester/packed", exit=1)
-    assert line.startswith(f"error: sending {sharded.name} failed: the connection to {hub.url} broke")
+    assert line.startswith(
+        f"error: sending {sharded.name} failed: the connection to {hub.url} broke"
+    )
     assert "nothing was published; run the same command again" in line
     assert not hub.repos["tester/packed"].files
     assert second not in hub.objects
@@ -225,15 +269,23 @@ def _one_tensor(name):
     [
         (Fault("POST", "/commit/", 409), "is being changed by somebody else"),
         (Fault("POST", "/commit/", 412), "somebody has changed tester/packed meanwhile"),
-        (Fault("POST", "/commit/", 500), "making the commit failed: HTTP 500: as asked: 500: nothing was published"),
+        (
+            Fault("POST", "/commit/", 500),
+            "making the commit failed: HTTP 500: as asked: 500: nothing was published",
+        ),
         (Fault("POST", "/commit/", cut=0), "making the commit failed: the connection to"),
-        (Fault("POST", "/preupload/", 403), "your token may not write there; use one with write access to tester"),
+        (
+            Fault("POST", "/preupload/", 403),
+            "your token may not write there; use one with write access to tester",
+        ),
         (Fault("PUT", "/objects/", 500), f"sending {SHARD} failed: HTTP 500"),
         (Fault("POST", "/repos/create", 500), "asking for the repository failed: HTTP 500"),
         (Fault("GET", "/api/models/tester/packed", 404), "there is no tester/packed on the Hub"),
         (Fault("POST", "/validate-yaml", 500), "checking the model card failed: HTTP 500"),
     ],
-    ids=lambda value: f"{value.path.strip('/')}-{value.status or 'cut'}" if isinstance(value, Fault) else "",
+    ids=lambda value: (
+        f"{value.path.strip('/')}-{value.status or 'cut'}" if isinstance(value, Fault) else ""
+    ),
 )
 def test_every_refusal_is_one_line_and_nothing_is_published(hub, push, out, fault, message):
     hub.faults = [fault]
@@ -248,7 +300,9 @@ def test_wrong_rights(hub, push, out):
     hub.repos["tester/open"] = Repo()
     assert "exists already and is public" in push(out, "tester/open", "--private", exit=1)
     assert not hub.repos["tester/open"].files
-    assert "the connection to http://127.0.0.1:9 broke" in push(out, "tester/packed", exit=1, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the connection to http://127.0.0.1:9 broke" in push(
+        out, "tester/packed", exit=1, HF_ENDPOINT="http://127.0.0.1:9"
+    )
 
 
 def test_an_upload_that_was_changed_on_the_way_is_noticed(hub, push, out, monkeypatch):
@@ -286,6 +340,12 @@ def test_the_card_of_a_low_rank_model_calls_it_that(push, tmp_path):
     assert "`compress lowrank MODEL -o OUT --recipe recipe.toml`" in card.text
     assert "low-rank" in card.data.tags
     assert "zeros" not in card.text
-    assert re.search(r"\| compressed \| \d+ linears, of low rank \(ranks \d+ to \d+, \d\d\.\d% of their parameters\) \|", card.text)
-    assert re.search(r"\| parameters kept \| 5\d\.\d% of those of all linears in the decoder blocks \|", card.text)
+    assert re.search(
+        r"\| compressed \| \d+ linears, of low rank \(ranks \d+ to \d+, \d\d\.\d% of their parameters\) \|",
+        card.text,
+    )
+    assert re.search(
+        r"\| parameters kept \| 5\d\.\d% of those of all linears in the decoder blocks \|",
+        card.text,
+    )
     assert not {"pruned", "2:4"} & set(card.data.tags)

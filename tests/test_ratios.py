@@ -23,11 +23,18 @@ def test_evenly_is_within_one_and_exact(sizes, data):
     total = data.draw(st.integers(0, sum(sizes)))
     counts = evenly(total, sizes)
     assert sum(counts) == total
-    assert all(abs(Fraction(count) - Fraction(total * size, sum(sizes))) < 1 for count, size in zip(counts, sizes, strict=True))
+    assert all(
+        abs(Fraction(count) - Fraction(total * size, sum(sizes))) < 1
+        for count, size in zip(counts, sizes, strict=True)
+    )
 
 
 def test_apportion_rounds_up_the_largest_remainders():
-    assert apportion(4, [Fraction(5, 10), Fraction(18, 10), Fraction(17, 10)], [9, 9, 9]) == [0, 2, 2]
+    assert apportion(4, [Fraction(5, 10), Fraction(18, 10), Fraction(17, 10)], [9, 9, 9]) == [
+        0,
+        2,
+        2,
+    ]
 
 
 # --- water-filling
@@ -58,7 +65,10 @@ def test_waterfill_is_the_rounds_of_the_authors(sizes, tenths, more, data):
     assume(keep >= sum(math.ceil(size * (1 - most)) for size in sizes))
     kept = waterfill(sizes, scores, keep, most)
     assert sum(kept) == keep
-    assert all(math.ceil(size * (1 - most)) <= count <= size for count, size in zip(kept, sizes, strict=True))
+    assert all(
+        math.ceil(size * (1 - most)) <= count <= size
+        for count, size in zip(kept, sizes, strict=True)
+    )
     assert kept == pytest.approx(literal_waterfill(sizes, scores, keep, most), abs=1 + 1e-3)
 
 
@@ -78,7 +88,9 @@ def test_waterfill_is_monotone_and_does_not_mind_the_scale(scores, tenths, scale
 
 def test_equal_scores_and_sizes_give_the_sparsity_itself():
     assert waterfill([640] * 5, [0.3] * 5, 5 * 256, Fraction(7, 10)) == [256] * 5
-    assert waterfill([640] * 5, [3.0, 1, 1, 1, 9], 5 * 256, Fraction(6, 10)) == [256] * 5  # p_max is p: nothing to share
+    assert (
+        waterfill([640] * 5, [3.0, 1, 1, 1, 9], 5 * 256, Fraction(6, 10)) == [256] * 5
+    )  # p_max is p: nothing to share
 
 
 def test_a_full_group_passes_the_rest_on():
@@ -120,12 +132,17 @@ def test_shifted_is_exact_and_keeps_the_distances(sizes, tenths, data):
 # --- curves and items
 
 
-CURVE = st.lists(st.floats(0, 10), min_size=1, max_size=3).map(lambda steps: [0.0, *itertools.accumulate(steps)])
+CURVE = st.lists(st.floats(0, 10), min_size=1, max_size=3).map(
+    lambda steps: [0.0, *itertools.accumulate(steps)]
+)
 
 
 @given(st.lists(CURVE, min_size=1, max_size=4), st.data())
 def test_share_out_is_the_best_of_all_plans_on_the_hulls(errors, data):
-    curves = {f"l{index}": [(2 * step, error) for step, error in enumerate(curve)] for index, curve in enumerate(errors)}
+    curves = {
+        f"l{index}": [(2 * step, error) for step, error in enumerate(curve)]
+        for index, curve in enumerate(errors)
+    }
     zeros = data.draw(st.integers(0, sum(curve[-1][0] for curve in curves.values())))
     found = share_out(curves, zeros)
     assert sum(found.values()) == zeros
@@ -149,14 +166,23 @@ def test_share_out_says_when_the_total_cannot_be_reached():
         share_out({"l": [(0, 0.0), (10, math.nan)]}, 5)
 
 
-@given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 30)), min_size=1, max_size=7), st.integers(1, 100))
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 30)), min_size=1, max_size=7),
+    st.integers(1, 100),
+)
 def test_choose_is_the_best_of_all_sets(items, budget):
     values = {f"l{index}": value for index, (value, _) in enumerate(items)}
     sizes = {f"l{index}": size for index, (_, size) in enumerate(items)}
     chosen = choose(values, sizes, budget)
     assert sum(sizes[name] for name in chosen) <= budget
-    sets = itertools.chain.from_iterable(itertools.combinations(values, count) for count in range(len(values) + 1))
-    best = max(sum(values[name] for name in names) for names in sets if sum(sizes[name] for name in names) <= budget)
+    sets = itertools.chain.from_iterable(
+        itertools.combinations(values, count) for count in range(len(values) + 1)
+    )
+    best = max(
+        sum(values[name] for name in names)
+        for names in sets
+        if sum(sizes[name] for name in names) <= budget
+    )
     assert sum(values[name] for name in chosen) == pytest.approx(best)
 
 

@@ -17,7 +17,16 @@ def test_runs_on_the_demo_model(name, cli, demo_model, rows, tmp_path):
     settings = load(bundled()[name])
     quick = [*QUICK.get(settings["method"], []), *(["--tune", "1"] if settings.get("tune") else [])]
     small = ["--dataset", rows, "--num-samples", "4", "--seq-len", "32", "-q"]
-    cli(command(settings["method"]), demo_model, "-o", tmp_path / "out", "--recipe", name, *quick, *small)
+    cli(
+        command(settings["method"]),
+        demo_model,
+        "-o",
+        tmp_path / "out",
+        "--recipe",
+        name,
+        *quick,
+        *small,
+    )
     asked = json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]
     changed = ("options", "tune", "plan")  # made quicker; the plan of a run is in its folder
     assert {key: asked[key] for key in settings if key not in changed} == {
@@ -46,7 +55,11 @@ def test_listed_and_shown(cli):
 
 
 def test_a_recipe_for_the_other_command_says_so_in_one_line(cli, demo_model, tmp_path):
-    for asked, name, right in (("prune", "lowrank-70", "lowrank"), ("prune", "mixed", "lowrank"), ("lowrank", "wanda-24", "prune")):
+    for asked, name, right in (
+        ("prune", "lowrank-70", "lowrank"),
+        ("prune", "mixed", "lowrank"),
+        ("lowrank", "wanda-24", "prune"),
+    ):
         done = cli(asked, demo_model, "-o", tmp_path / "out", "--recipe", name, "-q", code=2)
         assert f"use compress {right} --recipe {name}" in done.stderr
         assert done.stderr.count("\n") == 1
@@ -66,7 +79,9 @@ def test_a_mixed_recipe_mixes_forms_and_shows_its_plan(cli, demo_model, rows, tm
     assert "*" not in (tmp_path / "out" / "plan.toml").read_text()
     again = tmp_path / "again"
     cli("lowrank", demo_model, "-o", again, "--recipe", tmp_path / "out" / "recipe.toml", "-q")
-    assert (again / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_printed_recipe_runs_as_the_bundled_one(cli, demo_model, rows, tmp_path, monkeypatch):
@@ -84,11 +99,18 @@ def test_a_printed_recipe_runs_as_the_bundled_one(cli, demo_model, rows, tmp_pat
     assert '#     "*" = { pattern = "2:4" }' in cli("recipes", "mine.toml").stdout
     # the plan as it was printed, changed, beside the recipe
     lines = (tmp_path / "mine.toml").read_text().splitlines()
-    plan = [line.removeprefix("#").strip() for line in lines[next(i for i, line in enumerate(lines) if "comes with" in line) + 1 :]]
+    plan = [
+        line.removeprefix("#").strip()
+        for line in lines[next(i for i, line in enumerate(lines) if "comes with" in line) + 1 :]
+    ]
     (tmp_path / "plans").mkdir()
-    (tmp_path / "plans" / "mixed.toml").write_text("\n".join(plan).replace('pattern = "2:4"', "dense = true"))
+    (tmp_path / "plans" / "mixed.toml").write_text(
+        "\n".join(plan).replace('pattern = "2:4"', "dense = true")
+    )
     cli("lowrank", demo_model, "-o", "c", "--recipe", "mine.toml", *small)
-    formats = [row["format"] for row in json.loads((tmp_path / "c" / "report.json").read_text())["linears"]]
+    formats = [
+        row["format"] for row in json.loads((tmp_path / "c" / "report.json").read_text())["linears"]
+    ]
     assert formats == ["lowrank"] * 12
 
 
@@ -108,7 +130,9 @@ def test_what_cannot_be_shown_is_one_line(cli, tmp_path):
         done = cli("recipes", tmp_path / name, code=2)
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
-        assert cli("recipes", tmp_path / name, "--json", code=0 if name in ("b.toml", "e.toml") else 2)
+        assert cli(
+            "recipes", tmp_path / name, "--json", code=0 if name in ("b.toml", "e.toml") else 2
+        )
 
 
 def test_a_file_wins_over_a_bundled_name(tmp_path, monkeypatch):

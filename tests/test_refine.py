@@ -19,7 +19,9 @@ def test_is_a_module_whose_options_are_keyword_only_with_defaults(name):
 
 
 def test_unknown_name_is_a_usage_error_with_a_suggestion():
-    with pytest.raises(UsageError, match=r"unknown refinement 'dsnt'.*known: .*did you mean 'dsnot'\?"):
+    with pytest.raises(
+        UsageError, match=r"unknown refinement 'dsnt'.*known: .*did you mean 'dsnot'\?"
+    ):
         refinement("dsnt")
 
 
@@ -48,7 +50,9 @@ def test_keeps_dtype_and_arguments(name, dtype):
 def test_result_does_not_depend_on_how_rows_are_chunked(name, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     stats = InputStats(64, gram=True)
-    stats.update(torch.randn(300, 64, generator=generator) @ torch.randn(64, 64, generator=generator) + 1)
+    stats.update(
+        torch.randn(300, 64, generator=generator) @ torch.randn(64, 64, generator=generator) + 1
+    )
     weight = torch.randn(21, 64, generator=generator)
     pattern = Pattern.parse("2:4")
     pruned = weight * pattern.mask(weight.abs() * stats.norm)

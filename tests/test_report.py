@@ -62,7 +62,10 @@ def folder(tmp_path):
         (folder / "config.json").write_text("{}")
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         if "eval" in beside:
-            known = {"digest": checkpoint_digest(Reader(folder)), "config": {"device": "cpu", "dtype": "float32"}}
+            known = {
+                "digest": checkpoint_digest(Reader(folder)),
+                "config": {"device": "cpu", "dtype": "float32"},
+            }
             beside["eval"] = {**known, **{key: {} for key in BY_TASK}, **beside["eval"]}
         for name, value in beside.items():
             (tmp_path / f"out.{name}.json").write_text(json.dumps(value))
@@ -122,19 +125,36 @@ def test_holds_for_any_depth(folder, blocks):
     text = render(read_record(folder(found)))
     page = Page(text)
     assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
-    assert not [value for name, value in page.attributes if name in ("href", "src", "xlink:href") or name.startswith("on")]
+    assert not [
+        value
+        for name, value in page.attributes
+        if name in ("href", "src", "xlink:href") or name.startswith("on")
+    ]
     assert "http://" not in text
     assert "https://" not in text
     assert "url(" not in text
     charts = draw(read_record(folder(found)))
     assert "spectra" in {chart.name for chart in charts}
-    assert all(chart.svg.get("role") == "img" and chart.svg.get("aria-label") == chart.text for chart in charts)
+    assert all(
+        chart.svg.get("role") == "img" and chart.svg.get("aria-label") == chart.text
+        for chart in charts
+    )
     for chart in charts:
         width, height = float(chart.svg.get("width")), float(chart.svg.get("height"))
         assert height < 1000
         for mark in chart.svg.iter("rect"):
-            assert 0 <= float(mark.get("x")) <= float(mark.get("x")) + float(mark.get("width")) <= width + 0.01
-            assert 0 <= float(mark.get("y")) <= float(mark.get("y")) + float(mark.get("height")) <= height
+            assert (
+                0
+                <= float(mark.get("x"))
+                <= float(mark.get("x")) + float(mark.get("width"))
+                <= width + 0.01
+            )
+            assert (
+                0
+                <= float(mark.get("y"))
+                <= float(mark.get("y")) + float(mark.get("height"))
+                <= height
+            )
         for mark in chart.svg.iter("polyline"):
             for x, y in (map(float, point.split(",")) for point in mark.get("points").split()):
                 assert 0 <= x <= width
@@ -152,7 +172,11 @@ def test_every_string_from_a_file_is_escaped(folder):
     scores = {
         "results": {evil: {evil: 1.0}}, "baseline": {"results": {evil: {evil: 2.0}}},
     }  # fmt: skip
-    made = folder(found, eval=scores, report={**found, "run": {"device": evil, "seconds": 1.0, "peak_memory": {evil: 5}}})
+    made = folder(
+        found,
+        eval=scores,
+        report={**found, "run": {"device": evil, "seconds": 1.0, "peak_memory": {evil: 5}}},
+    )
     (made / "recipe.toml").write_text("# </pre><script>alert(1)</script>")
     text = render(read_record(made)).encode("utf-8", "replace").decode()
     assert "<script" not in text
@@ -208,12 +232,28 @@ def test_what_is_missing_is_said(cli, folder, tmp_path):
 
 def test_scores_of_another_checkpoint_and_the_run_of_another_are_left_out(folder):
     found = facts(2)
-    scores = {"results": {"books": {"token_perplexity,none": 12.5}}, "higher_is_better": {"books": {"token_perplexity": False}}}
-    run = {"device": "cpu", "seconds": 5.0, "block_seconds": [1.0, 2.0], "peak_memory": {"host_bytes": 10}}
+    scores = {
+        "results": {"books": {"token_perplexity,none": 12.5}},
+        "higher_is_better": {"books": {"token_perplexity": False}},
+    }
+    run = {
+        "device": "cpu",
+        "seconds": 5.0,
+        "block_seconds": [1.0, 2.0],
+        "peak_memory": {"host_bytes": 10},
+    }
     record = read_record(folder(found, eval=scores, report={**found, "run": run}))
-    assert [(score.task, score.better, score.value, score.before) for score in record.scores] == [("books", "↓", 12.5, None)]
+    assert [(score.task, score.better, score.value, score.before) for score in record.scores] == [
+        ("books", "↓", 12.5, None)
+    ]
     assert record.run["block_seconds"] == [1.0, 2.0]
-    other = read_record(folder(found, eval={**scores, "digest": "another"}, report={**found, "parameters": 3, "run": run}))
+    other = read_record(
+        folder(
+            found,
+            eval={**scores, "digest": "another"},
+            report={**found, "parameters": 3, "run": run},
+        )
+    )
     assert not other.scores
     assert "another checkpoint" in render(other)
     assert not other.run
@@ -223,7 +263,9 @@ def test_a_map_of_one_colour_is_a_sentence(folder):
     found = facts(3)
     assert "Zeros by linear: 50.0% everywhere." in render(read_record(folder(found)))
     found["linears"][0]["entry"] = {"format": "lowrank", "rank": 4}
-    assert "Zeros by linear: 50.0%, or left dense, or of low rank." in render(read_record(folder(found)))
+    assert "Zeros by linear: 50.0%, or left dense, or of low rank." in render(
+        read_record(folder(found))
+    )
     assert "Rank by linear: 4, or not of low rank." in render(read_record(folder(found)))
     found["linears"][0]["entry"] = {"format": "sparse24"}
     found["linears"][1]["sparsity"] = 0.7
@@ -234,12 +276,16 @@ def test_a_map_of_one_colour_is_a_sentence(folder):
 
 def test_experts_share_a_column(folder):
     found = facts(2, name="model.layers.{}.mlp.experts.7.{}")
-    assert {row.part for row in read_record(folder(found)).rows} == {f"mlp.experts.*.{part}" for part in PARTS}
+    assert {row.part for row in read_record(folder(found)).rows} == {
+        f"mlp.experts.*.{part}" for part in PARTS
+    }
 
 
 def test_a_linear_that_the_first_block_lacks_has_its_place():
     names = ["q k o", "q k v o", "q z o", "p q"]
-    cells = {(block, part): 1.0 + block for block, parts in enumerate(names) for part in parts.split()}
+    cells = {
+        (block, part): 1.0 + block for block, parts in enumerate(names) for part in parts.split()
+    }
     chart = heat_map("h", "H", range(4), cells, str, "nothing")
     assert [text.text for text in chart.svg.iter("text")][:6] == ["p", "q", "z", "k", "v", "o"]
 
@@ -263,7 +309,10 @@ def test_spectra_are_to_scale(folder):
     points = [tuple(map(float, point.split(","))) for point in lines[0].get("points").split()]
     assert len(points) == 8
     steps = [(x - before, y - above) for (before, above), (x, y) in pairwise(points)]
-    assert all(x == pytest.approx(steps[0][0], abs=0.2) and y == pytest.approx(steps[0][1], abs=0.2) for x, y in steps)
+    assert all(
+        x == pytest.approx(steps[0][0], abs=0.2) and y == pytest.approx(steps[0][1], abs=0.2)
+        for x, y in steps
+    )
     marks = [mark for mark in chart.svg.iter("rect") if mark.find("title") is not None]
     assert len(marks) == 2 * len(PARTS)  # block 0 stays dense
     middle = (
@@ -277,15 +326,22 @@ def test_spectra_are_to_scale(folder):
 
 
 def test_marks_of_deep_ranks_are_on_their_lines(folder):
-    found = [{**one, "values": [10.0**-place for place in range(8)], "rank": 7} for one in measured(2)]
+    found = [
+        {**one, "values": [10.0**-place for place in range(8)], "rank": 7} for one in measured(2)
+    ]
     chart = spectra("s", "S", read_record(folder({**facts(2), "spectra": found})).spectra)
-    points = [float(point.split(",")[1]) for point in next(chart.svg.iter("polyline")).get("points").split()]
+    points = [
+        float(point.split(",")[1])
+        for point in next(chart.svg.iter("polyline")).get("points").split()
+    ]
     mark = next(mark for mark in chart.svg.iter("rect") if mark.find("title") is not None)
     assert float(mark.get("y")) + float(mark.get("height")) / 2 == pytest.approx(points[6], abs=0.1)
     assert points[5] < points[6] < points[7]
 
 
-@pytest.mark.parametrize("values", [[0.0] * 8, [1.0] * 8, [5.0, *[0.0] * 7], [1e299] * 7 + [1e-299]], ids=str)
+@pytest.mark.parametrize(
+    "values", [[0.0] * 8, [1.0] * 8, [5.0, *[0.0] * 7], [1e299] * 7 + [1e-299]], ids=str
+)
 def test_flat_and_empty_spectra(folder, values):
     found = [{**one, "values": values} for one in measured(1)]
     names = [chart.name for chart in draw(read_record(folder({**facts(1), "spectra": found})))]
@@ -298,7 +354,11 @@ def test_no_section_without_spectra(folder):
 
 
 def test_low_rank_is_called_by_its_name(folder):
-    found = {**facts(2), "spectra": measured(2), "allocation": {"parameters": 699, "dense_parameters": 1000}}
+    found = {
+        **facts(2),
+        "spectra": measured(2),
+        "allocation": {"parameters": 699, "dense_parameters": 1000},
+    }
     found["recipe"] = {"method": "kfac", "pattern": "2:4", "keep": "70%", "dataset": "self"}
     for row in found["linears"]:
         row |= {"format": "lowrank", "sparsity": 0.0, "entry": {"format": "lowrank", "rank": 2}}
@@ -313,10 +373,17 @@ def test_low_rank_is_called_by_its_name(folder):
 
 def test_zeros_are_those_of_what_was_pruned(folder):
     found = facts(2)
-    found["linears"][0] |= {"format": "lowrank", "sparsity": 0.0, "entry": {"format": "lowrank", "rank": 2}}
+    found["linears"][0] |= {
+        "format": "lowrank",
+        "sparsity": 0.0,
+        "entry": {"format": "lowrank", "rank": 2},
+    }
     text = render(read_record(folder(found)))
     assert "50.0%" in text
-    assert f"of the weights of the {len(found['linears']) - 1} linears that are not of low rank" in text
+    assert (
+        f"of the weights of the {len(found['linears']) - 1} linears that are not of low rank"
+        in text
+    )
 
 
 @pytest.mark.parametrize("most", [1e-9, 0.0999, 0.1, 1, 2.4, 7, 99.9, 1e12])
@@ -335,7 +402,10 @@ def test_pictures(cli, folder, tmp_path):
     names = {"sizes.png", "block-error.png", "error.png", "spectra.png"}
     assert {path.name for path in (tmp_path / "png").iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "png").iterdir())
-    assert "exists already" in cli("report", made, "-o", tmp_path / "b.html", "--png", tmp_path / "png", code=1).stderr
+    assert (
+        "exists already"
+        in cli("report", made, "-o", tmp_path / "b.html", "--png", tmp_path / "png", code=1).stderr
+    )
     assert not (tmp_path / "b.html").exists()
 
 
@@ -344,7 +414,9 @@ def test_colours_have_contrast():
 
     def luminance(colour):
         parts = [int(part, 16) / 255 for part in re.findall("..", colour[1:])]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     def contrast(one, other):

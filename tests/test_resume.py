@@ -80,9 +80,13 @@ def kill_me():
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize("case", ["wanda", "tuned"])
-def test_killed_at_any_step_the_same_command_gives_the_same_bytes(monkeypatch, job, small_batches, tmp_path, case, on_disk):
+def test_killed_at_any_step_the_same_command_gives_the_same_bytes(
+    monkeypatch, job, small_batches, tmp_path, case, on_disk
+):
     if on_disk:
-        monkeypatch.setattr(pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder)
+        monkeypatch.setattr(
+            pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder
+        )
     whole, recipe = tmp_path / "whole", job(case)
     with monkeypatch.context() as patch:
         steps = cut_off(patch, 0, kill_me)
@@ -144,13 +148,23 @@ def unfinished(job, tmp_path):
 
 def test_it_goes_on_at_the_block_it_was_in(job, unfinished, tmp_path):
     seen = []
-    report = pipeline.prune(job(), unfinished, progress=lambda step, done, total, *_, **__: seen.append((step, done)))
-    assert [done for step, done in seen if step == "blocks"] == [2, 3]  # where it goes on, and what it did
+    report = pipeline.prune(
+        job(), unfinished, progress=lambda step, done, total, *_, **__: seen.append((step, done))
+    )
+    assert [done for step, done in seen if step == "blocks"] == [
+        2,
+        3,
+    ]  # where it goes on, and what it did
     assert report.run["resumed_at_block"] == 2
     assert len(report.run["block_seconds"]) == len(report.blocks) == 3
     pipeline.prune(job(), tmp_path / "whole")
     assert contents(unfinished) == contents(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report.json", "whole", "whole.report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out",
+        "out.report.json",
+        "whole",
+        "whole.report.json",
+    ]
 
 
 def test_resume_needs_only_the_output(cli, job, unfinished, tmp_path):
@@ -189,15 +203,21 @@ def test_an_interruption_says_how_to_go_on(cli, tiny, rows, tmp_path, monkeypatc
     said = cli("prune", tiny("llama"), "-o", tmp_path / "out", *common, code=130).stderr
     assert "interrupted: 1 blocks of" in said
     assert f"`compress resume {tmp_path / 'out'}`" in said
-    monkeypatch.setattr(pipeline, "compress_blocks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    said = cli("prune", tiny("llama"), "-o", tmp_path / "new", "--method", "magnitude", "-q", code=130).stderr
+    monkeypatch.setattr(
+        pipeline, "compress_blocks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    said = cli(
+        "prune", tiny("llama"), "-o", tmp_path / "new", "--method", "magnitude", "-q", code=130
+    ).stderr
     assert said == "interrupted: nothing was written\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial"]
 
 
 def test_another_run_is_refused_while_one_is_under_way(job, tmp_path):
     def second(*_, **__):
-        with pytest.raises(OutputError, match=rf"another run \(process {os.getpid()}\) is making the same output"):
+        with pytest.raises(
+            OutputError, match=rf"another run \(process {os.getpid()}\) is making the same output"
+        ):
             pipeline.prune(job(), tmp_path / "out")
 
     pipeline.prune(job(), tmp_path / "out", progress=second)
@@ -228,7 +248,9 @@ def test_another_model_text_or_version_is_refused(job, unfinished, rows, tmp_pat
     model = tmp_path / "model"
     shutil.copytree(job().model, model)
     shutil.copy(rows, tmp_path / "rows.jsonl")
-    recipe = Recipe(model=str(model), dataset=str(tmp_path / "rows.jsonl"), num_samples=8, seq_len=32)
+    recipe = Recipe(
+        model=str(model), dataset=str(tmp_path / "rows.jsonl"), num_samples=8, seq_len=32
+    )
     times = (tmp_path / "rows.jsonl").stat()
     output = tmp_path / "other"
 
@@ -253,13 +275,18 @@ def test_another_model_text_or_version_is_refused(job, unfinished, rows, tmp_pat
     refused("model file model-00001-of-.* has changed since")
 
 
-@pytest.mark.parametrize("what", ["begin.json", "ids.json", "block-00000.json", "hidden.0-00002", "spool/*", "folder/*"])
+@pytest.mark.parametrize(
+    "what", ["begin.json", "ids.json", "block-00000.json", "hidden.0-00002", "spool/*", "folder/*"]
+)
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
 def test_a_damaged_state_is_refused_and_left_as_it_is(job, unfinished, what, damage):
     path = sorted(work_path(unfinished).glob(what))[0]
     if damage == "gone":
         path.unlink()
-        if what in ("begin.json", "ids.json"):  # without the first nothing counts; the others can be made again
+        if what in (
+            "begin.json",
+            "ids.json",
+        ):  # without the first nothing counts; the others can be made again
             pipeline.prune(job(), unfinished)
             return
     else:
@@ -269,7 +296,9 @@ def test_a_damaged_state_is_refused_and_left_as_it_is(job, unfinished, what, dam
     before = contents_below(work_path(unfinished))
     with pytest.raises(OutputError, match=r"is damaged: .*remove .*\.out\.partial to start anew"):
         pipeline.prune(job(), unfinished)
-    assert contents_below(work_path(unfinished)).keys() >= before.keys() - {work_path(unfinished) / "lock"}
+    assert contents_below(work_path(unfinished)).keys() >= before.keys() - {
+        work_path(unfinished) / "lock"
+    }
     assert not unfinished.exists()
 
 
@@ -312,7 +341,10 @@ def test_once_is_computed_once(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_hidden_states_are_the_same_wherever_they_rest(tmp_path, dtype):
-    batches = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(number)).to(dtype) for number in range(5)]
+    batches = [
+        torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(number)).to(dtype)
+        for number in range(5)
+    ]
     cpu = torch.device("cpu")
     homes = [Batches(cpu, cpu), Batches(cpu, tmp_path)]
     for own in homes:

@@ -20,7 +20,13 @@ from compressor.run.pipeline import prune
 from compressor.tools.unpack import unpack
 
 IDS = torch.arange(4, 40)[None]
-OFFLOAD = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+OFFLOAD = {
+    "model.embed_tokens": "cpu",
+    "model.layers": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +63,25 @@ def test_plain_from_pretrained_after_the_import(packed, logits):
 
 @pytest.mark.parametrize("device_map", ["auto", OFFLOAD], ids=["auto", "disk"])
 def test_device_map(packed, logits, tmp_path, device_map):
-    model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map, offload_folder=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        packed, device_map=device_map, offload_folder=tmp_path
+    )
     assert torch.equal(score(model.eval()), logits)
 
 
 def test_runtime_packed_keeps_the_packed_weights_on_the_cpu_too(packed, logits):
     model = compressor.load(packed, runtime="packed")
-    assert set(compressor.runtime.runtimes(model).values()) == {"packed, unpacked at every call: no kernel runs here"}
+    assert set(compressor.runtime.runtimes(model).values()) == {
+        "packed, unpacked at every call: no kernel runs here"
+    }
     assert model.model.layers[0].mlp.up_proj.weight_core is None
     assert torch.equal(score(model), logits)
 
 
 def test_the_choice_is_listed_and_an_unknown_one_refused(packed, demo_model):
-    assert set(compressor.runtime.runtimes(compressor.load(packed)).values()) == {"dense: no kernels on the CPU"}
+    assert set(compressor.runtime.runtimes(compressor.load(packed)).values()) == {
+        "dense: no kernels on the CPU"
+    }
     assert not compressor.runtime.runtimes(compressor.load(demo_model))
     with pytest.raises(UsageError, match="runtime is 'fast'; accepted: auto, packed, dense"):
         compressor.load(packed, runtime="fast")
@@ -79,7 +91,10 @@ def test_save_pretrained_gives_the_same_bytes_and_keeps_the_guard(packed, logits
     compressor.load(packed).save_pretrained(tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["transformers_weights"] == GUARD
-    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    before, after = (
+        load_file(packed / "model.safetensors"),
+        load_file(tmp_path / "again" / "model.safetensors"),
+    )
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(score(compressor.load(tmp_path / "again")), logits)
@@ -90,8 +105,12 @@ def test_dequantize_gives_plain_linears(packed, logits, tmp_path):
     model.dequantize()
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     model.save_pretrained(tmp_path / "plain")
-    assert not {"quantization_config", "transformers_weights"} & set(json.loads((tmp_path / "plain" / "config.json").read_text()))
-    assert torch.equal(score(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()), logits)
+    assert not {"quantization_config", "transformers_weights"} & set(
+        json.loads((tmp_path / "plain" / "config.json").read_text())
+    )
+    assert torch.equal(
+        score(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()), logits
+    )
 
 
 def test_unpack_gives_a_plain_checkpoint(packed, logits, tmp_path):
@@ -122,14 +141,23 @@ def test_without_the_plug_in_it_fails_and_names_the_package(packed):
         (lambda config: config["quantization_config"].update(version=99), "format version 99"),
         (lambda config: config["quantization_config"].update(modules=[1]), "must map"),
         (
-            lambda config: config["quantization_config"]["modules"].update({"model.layers.77.x": {"format": "sparse24"}}),
+            lambda config: config["quantization_config"]["modules"].update(
+                {"model.layers.77.x": {"format": "sparse24"}}
+            ),
             "does not have",
         ),
         (
-            lambda config: config["quantization_config"]["modules"].update({"model.norm": {"format": "sparse24"}}),
+            lambda config: config["quantization_config"]["modules"].update(
+                {"model.norm": {"format": "sparse24"}}
+            ),
             "as a packed linear",
         ),
-        (lambda config: config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"].update(format="zip"), "'zip'"),
+        (
+            lambda config: config["quantization_config"]["modules"][
+                "model.layers.0.mlp.up_proj"
+            ].update(format="zip"),
+            "'zip'",
+        ),
     ],
 )
 def test_a_lying_config_is_refused(packed, tmp_path, change, match):
@@ -147,7 +175,9 @@ def test_damaged_metadata_is_refused(packed, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight_metadata"][3, 0] = 0
     save_file(tensors, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
     for read in (compressor.load, lambda folder: unpack(folder, tmp_path / "out")):
-        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj is damaged: metadata of row 3, group 0"):
+        with pytest.raises(
+            CheckpointError, match=r"layers\.1\.mlp\.up_proj is damaged: metadata of row 3, group 0"
+        ):
             read(tmp_path / "bad")
     assert not (tmp_path / "out").exists()
 
@@ -165,5 +195,7 @@ def test_missing_or_unlisted_weights_are_never_replaced_by_noise(packed, tmp_pat
     (tmp_path / "unlisted" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         compressor.load(tmp_path / "unlisted")
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight_values is packed, but config.json does not list it"):
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight_values is packed, but config.json does not list it"
+    ):
         unpack(tmp_path / "unlisted", tmp_path / "out")

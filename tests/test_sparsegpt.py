@@ -28,7 +28,9 @@ def literal_sparsegpt(weight, gram, tokens, pattern, damp=0.01, block=128):
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         if not pattern.m:
-            ranked = sorted((score(row, j), row, j) for row in range(rows) for j in range(start, stop))
+            ranked = sorted(
+                (score(row, j), row, j) for row in range(rows) for j in range(start, stop)
+            )
             for _, row, j in ranked[: math.floor(len(ranked) * pattern.sparsity)]:
                 mask[row, j] = False
         for j in range(start, stop):

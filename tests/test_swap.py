@@ -41,7 +41,9 @@ def literal_sweep(weight, current, gram, n, m):
     return current
 
 
-@pytest.mark.parametrize(("pattern", "columns"), [("2:4", 32), ("1:4", 24), ("4:8", 16), ("2:4", 136)])
+@pytest.mark.parametrize(
+    ("pattern", "columns"), [("2:4", 32), ("1:4", 24), ("4:8", 16), ("2:4", 136)]
+)
 def test_a_sweep_equals_trying_every_mask_of_every_group(pattern, columns):
     weight, pruned, stats, parsed = case(0, 2, columns, 400, pattern)
     quadratic = Quadratic(stats, 0.01)
@@ -62,15 +64,21 @@ def test_a_sweep_equals_trying_every_mask_of_every_group(pattern, columns):
     damping=st.sampled_from([0.0, 1e-3, 1e-2]),
     dead=st.integers(0, 6),
 )
-def test_masks_stay_legal_and_no_row_gets_worse(seed, rows, groups, tokens, pattern, dtype, damping, dead):
+def test_masks_stay_legal_and_no_row_gets_worse(
+    seed, rows, groups, tokens, pattern, dtype, damping, dead
+):
     parsed = Pattern.parse(pattern)
-    weight, pruned, stats, _ = case(seed, rows, groups * parsed.m, tokens, pattern, dtype, dead=min(dead, groups))
+    weight, pruned, stats, _ = case(
+        seed, rows, groups * parsed.m, tokens, pattern, dtype, dead=min(dead, groups)
+    )
     refined = refine(weight, pruned, stats, parsed, rounds=2, iterations=10, damping=damping)
     assert refined.dtype == dtype
     assert bool(torch.isfinite(refined).all())
     assert parsed.is_legal(refined)
     slack = 1e-5 * errors(weight, torch.zeros_like(weight), stats.gram)
-    assert bool((errors(weight, refined, stats.gram) <= errors(weight, pruned, stats.gram) + slack).all())
+    assert bool(
+        (errors(weight, refined, stats.gram) <= errors(weight, pruned, stats.gram) + slack).all()
+    )
 
 
 def test_every_sweep_lowers_the_damped_error():
@@ -94,5 +102,8 @@ def test_beats_the_best_values_of_the_starting_mask():
 @pytest.mark.parametrize("pattern", ["50%", "8:16"])
 def test_refuses_what_cannot_be_searched(pattern):
     weight, pruned, stats, _ = case(3, 4, 32, 50, "2:4")
-    with pytest.raises(UsageError, match=r"--refine swap tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)"):
+    with pytest.raises(
+        UsageError,
+        match=r"--refine swap tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)",
+    ):
         refine(weight, pruned, stats, Pattern.parse(pattern))

@@ -12,13 +12,24 @@ def case(seed=0, tokens=600, columns=24, rows=10):
     seen = dense + 0.3 * torch.randn(tokens, columns, generator=generator) + 0.2 * dense.roll(1, 1)
     stats = InputStats(columns, gram=True)
     stats.update(seen)
-    return torch.randn(rows, columns, generator=generator), dense, seen, stats, seen.T @ (dense - seen)
+    return (
+        torch.randn(rows, columns, generator=generator),
+        dense,
+        seen,
+        stats,
+        seen.T @ (dense - seen),
+    )
 
 
 def test_equals_the_least_squares_weight_of_the_dense_outputs():
     weight, dense, seen, stats, cross = case()
     expected = torch.linalg.lstsq(seen.double(), dense.double() @ weight.double().T).solution.T
-    torch.testing.assert_close(matched(weight, stats, cross, strength=1, damping=0.0).double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        matched(weight, stats, cross, strength=1, damping=0.0).double(),
+        expected,
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 def test_the_error_against_the_dense_model_differs_by_a_constant():
@@ -28,7 +39,10 @@ def test_the_error_against_the_dense_model_differs_by_a_constant():
     gaps = []
     for _ in range(3):
         other = weight * (torch.rand(weight.shape, generator=generator) < 0.5)
-        gaps.append((dense @ weight.T - seen @ other.T).square().sum() - (seen @ (target - other).T).square().sum())
+        gaps.append(
+            (dense @ weight.T - seen @ other.T).square().sum()
+            - (seen @ (target - other).T).square().sum()
+        )
     torch.testing.assert_close(gaps[0], gaps[1], rtol=1e-3, atol=0)
     torch.testing.assert_close(gaps[0], gaps[2], rtol=1e-3, atol=0)
 

@@ -22,7 +22,11 @@ class Block(nn.Module):
 
     def forward(self, hidden, scale=None):
         x = self.norm(hidden)
-        return (hidden + self.down(nn.functional.silu(self.gate(x)) * self.up(x)) * (1 if scale is None else scale),)
+        return (
+            hidden
+            + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+            * (1 if scale is None else scale),
+        )
 
 
 def case(dtype=torch.float32, seed=0):
@@ -44,8 +48,12 @@ def case(dtype=torch.float32, seed=0):
 def error(block, forms, hidden, targets):
     for name, form in forms.items():
         block.get_parameter(name).data = form.dense()
-    missed = torch.stack([(block(h)[0] - t).float().square().mean() for h, t in zip(hidden, targets, strict=True)]).mean()
-    added = torch.stack([(t - h).float().square().mean() for h, t in zip(hidden, targets, strict=True)]).mean()
+    missed = torch.stack(
+        [(block(h)[0] - t).float().square().mean() for h, t in zip(hidden, targets, strict=True)]
+    ).mean()
+    added = torch.stack(
+        [(t - h).float().square().mean() for h, t in zip(hidden, targets, strict=True)]
+    ).mean()
     return (missed / added).item()
 
 
@@ -76,7 +84,9 @@ def test_trains_the_factors_of_a_product(dtype):
     for name in whole:
         stats = InputStats(whole[name].shape[1], gram=True)
         stats.update(torch.randn(64, whole[name].shape[1]))
-        forms[name] = armor.compress(whole[name] + 0.1, stats, pattern, overhead=0.6, iterations=2, finish=1)
+        forms[name] = armor.compress(
+            whole[name] + 0.1, stats, pattern, overhead=0.6, iterations=2, finish=1
+        )
     assert all(isinstance(form, Armor) for form in forms.values())
     tuned, before, after = tune(block, forms, hidden, targets, epochs=20)
     assert after < 0.7 * before
@@ -132,7 +142,12 @@ def test_a_transposed_weight_is_trained_alike():
     for name in ("gate", "up", "down"):
         setattr(block, name, Transposed(getattr(block, name)))
     turned, _, _ = tune(
-        block, forms, hidden, targets, place=lambda weights: {name: weight.T for name, weight in weights.items()}, epochs=2
+        block,
+        forms,
+        hidden,
+        targets,
+        place=lambda weights: {name: weight.T for name, weight in weights.items()},
+        epochs=2,
     )
     for name, form in plain.items():
         torch.testing.assert_close(turned[name].dense(), form.dense())

@@ -22,7 +22,16 @@ def made(tmp_path_factory, tiny, rows):
         key = str(options)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("made") / "out"
-            pipeline.prune(Recipe(model=str(tiny("llama")), dataset=str(rows), num_samples=8, seq_len=32, **options), folders[key])
+            pipeline.prune(
+                Recipe(
+                    model=str(tiny("llama")),
+                    dataset=str(rows),
+                    num_samples=8,
+                    seq_len=32,
+                    **options,
+                ),
+                folders[key],
+            )
         return folders[key]
 
     return make
@@ -91,16 +100,23 @@ def test_files_are_checked(copy, cli):
         "recipe.toml has changed: its sha256 is not that in SHA256SUMS",
         "evil.py is not in SHA256SUMS: it was added later",
     ]
-    assert json.loads(cli("verify", folder, "--json", code=1).stdout)["problems"] == done.stdout.splitlines()
+    assert (
+        json.loads(cli("verify", folder, "--json", code=1).stdout)["problems"]
+        == done.stdout.splitlines()
+    )
 
 
-@pytest.mark.parametrize("text", ["", "nonsense\n", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64}  ..\n"])
+@pytest.mark.parametrize(
+    "text", ["", "nonsense\n", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64}  ..\n"]
+)
 def test_a_manifest_is_not_trusted(copy, text):
     folder = copy(method="wanda")
     (folder / NAME).write_text(text)
     problems = verify(folder)["problems"]
     assert any("is not in SHA256SUMS" in problem for problem in problems)
-    assert bool(text) == any("line 1 is no checksum and file name" in problem for problem in problems)
+    assert bool(text) == any(
+        "line 1 is no checksum and file name" in problem for problem in problems
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,11 @@ def test_a_manifest_is_not_trusted(copy, text):
         (f"{Q}.weight_metadata", setting(0, 0, 0), "does not name two columns in ascending order"),
         (f"{Q}.weight_metadata", lambda tensor: tensor[:, :1].contiguous(), "need metadata int16"),
         (f"{Q}.weight_values", setting(torch.nan, 0, 0), f"{Q}.weight_values holds NaN"),
-        (f"{Q}.weight_values", setting(0, slice(4)), "does not name the columns that the format prescribes"),
+        (
+            f"{Q}.weight_values",
+            setting(0, slice(4)),
+            "does not name the columns that the format prescribes",
+        ),
         ("model.norm.weight", setting(torch.inf, 0), "model.norm.weight holds Inf"),
     ],
 )
@@ -124,7 +144,9 @@ def test_the_pattern_is_checked(copy):
     change(folder, f"{Q}.weight", setting(1, 3, slice(8)))
     problems = verify(folder)["problems"]
     assert f"{Q} has a group with more non-zeros than the pattern 4:8 allows" in problems
-    assert any(f"{Q} has 49." in problem and "report.json says 50.0000%" in problem for problem in problems)
+    assert any(
+        f"{Q} has 49." in problem and "report.json says 50.0000%" in problem for problem in problems
+    )
 
 
 def test_wrappers_of_armor_are_checked(copy):

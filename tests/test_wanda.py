@@ -17,7 +17,9 @@ def literal_wanda(weight, x, pattern):
         drop = size - pattern.n if pattern.m else math.floor(len(row) * pattern.sparsity)
         kept = [True] * len(row)
         for start in range(0, len(row), size):
-            scores = sorted((abs(row[column]) * norms[column], column) for column in range(start, start + size))
+            scores = sorted(
+                (abs(row[column]) * norms[column], column) for column in range(start, start + size)
+            )
             for _, column in scores[:drop]:
                 kept[column] = False
         mask.append(kept)

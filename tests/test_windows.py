@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM
 from compressor.evaluate import perplexity, windows
 from compressor.evaluate.windows import Sums, score_windows
 
-ROWS = [torch.randint(3, 4096, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 40, 17, 40)]
+ROWS = [
+    torch.randint(3, 4096, (length,), generator=torch.Generator().manual_seed(length))
+    for length in (40, 40, 17, 40)
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,10 @@ def test_divergence_is_the_definition(model, other, monkeypatch):
     for row in ROWS:
         p, q = log_probabilities(model, row), log_probabilities(other, row)
         for place in range(len(row) - 1):
-            total += sum(math.exp(a) * (a - b) for a, b in zip(p[place].tolist(), q[place].tolist(), strict=True))
+            total += sum(
+                math.exp(a) * (a - b)
+                for a, b in zip(p[place].tolist(), q[place].tolist(), strict=True)
+            )
             tokens += 1
     sums = score_windows(other, ROWS, baseline=model)
     assert sums.tokens == tokens
@@ -73,7 +79,16 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(model, other, monkeypatch,
     start = Sums.read(saved[-1])
     assert start.done == after
     passes = []
-    assert score_windows(other, ROWS, baseline=model, start=start, progress=lambda done, total: passes.append(done)) == whole
+    assert (
+        score_windows(
+            other,
+            ROWS,
+            baseline=model,
+            start=start,
+            progress=lambda done, total: passes.append(done),
+        )
+        == whole
+    )
     assert passes == list(range(after + 1, 5))
 
 
@@ -85,6 +100,8 @@ def test_far_progress_is_saved_now_and_then(model, monkeypatch):
     assert [sums["done"] for sums in saved] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("value", [None, {}, {"done": "3", "tokens": 1, "loss": 1.0, "divergence": 0.0}, {"done": 3}])
+@pytest.mark.parametrize(
+    "value", [None, {}, {"done": "3", "tokens": 1, "loss": 1.0, "divergence": 0.0}, {"done": 3}]
+)
 def test_sums_that_are_none(value):
     assert Sums.read(value) is None

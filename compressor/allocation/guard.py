@@ -15,7 +15,9 @@ from compressor.engine.blocks import compress_blocks
 from compressor.engine.task import Job
 from compressor.progress import Progress, silent
 
-TOKENS = 16_384  # of the calibration that a trial compresses and measures with, if there are so many
+TOKENS = (
+    16_384  # of the calibration that a trial compresses and measures with, if there are so many
+)
 
 
 class Trial:
@@ -28,7 +30,9 @@ class Trial:
         tokens: of the part, at least.
     """
 
-    def __init__(self, job: Job, states: States, device: torch.device, tokens: int = TOKENS) -> None:
+    def __init__(
+        self, job: Job, states: States, device: torch.device, tokens: int = TOKENS
+    ) -> None:
         self.states = states.at_least(tokens)
         self.device = device
         self.exact = list(self.states.hidden)
@@ -47,7 +51,9 @@ class Trial:
             return divergence(logits, self.exact, states.hidden)
 
 
-def better(trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], progress: Progress) -> Job:
+def better(
+    trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], progress: Progress
+) -> Job:
     """The last of two jobs if its divergence on the calibration is lower than that of the first, else the first.
 
     Both numbers are in the `allocation` of the job that is returned.
@@ -55,5 +61,10 @@ def better(trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], prog
     (plain, first), (name, second) = jobs.items()
     divergences = {key: trial.divergence(job, progress) for key, job in jobs.items()}
     taken = divergences[name] < divergences[plain]
-    found = {**facts, "divergence": divergences, "tokens": trial.tokens, "taken": name if taken else plain}
+    found = {
+        **facts,
+        "divergence": divergences,
+        "tokens": trial.tokens,
+        "taken": name if taken else plain,
+    }
     return replace(second if taken else first, allocation=found)

@@ -27,12 +27,16 @@ def compile_ahead(runs: Iterable[Callable[[], Any]]) -> None:
 def _compiling() -> Iterator[None]:
     import triton
 
-    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any) -> None:
+    def compile_only(
+        kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any
+    ) -> None:
         kernel.warmup(*arguments, grid=grid, **settings, **({"launch_pdl": True} if pdl else {}))
 
     with ExitStack() as stack:
         for name in LAUNCHING:
-            stack.enter_context(mock.patch.object(sys.modules[f"compressor_kernels.{name}"], "launch", compile_only))
+            stack.enter_context(
+                mock.patch.object(sys.modules[f"compressor_kernels.{name}"], "launch", compile_only)
+            )
         pool = stack.enter_context(ThreadPoolExecutor())
         stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
         yield

@@ -32,7 +32,9 @@ class Case(NamedTuple):
 
 
 @torch.no_grad()
-def check(device: torch.device, shapes: Iterable[tuple[int, int]], rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+def check(
+    device: torch.device, shapes: Iterable[tuple[int, int]], rows: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """Rows with the error of each kernel; `ok` says whether it is below its bar, five times the same, and left no semaphore set."""
     for dtype, (n, k) in itertools.product((torch.bfloat16, torch.float16), shapes):
         weight, bias = random24(n, k, dtype, device), torch.randn(n, dtype=dtype, device=device)
@@ -42,10 +44,15 @@ def check(device: torch.device, shapes: Iterable[tuple[int, int]], rows: Sequenc
         fragments, cases = to_fragments(*packed), _unpacked(packed, weight)
         for m in rows:
             x = torch.randn(m, k, dtype=dtype, device=device)
-            cases += _cases(x, packed, fragments, weight, bias) + _factored(x, fragments, weight, bias)
+            cases += _cases(x, packed, fragments, weight, bias) + _factored(
+                x, fragments, weight, bias
+            )
         compile_ahead(case.run for case in cases)
         shape = {"out": n, "in": k, "dtype": str(dtype).removeprefix("torch.")}
-        yield from ({**shape, **_checked(case, {torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])} for case in cases)
+        yield from (
+            {**shape, **_checked(case, {torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])}
+            for case in cases
+        )
 
 
 def _unpacked(packed: tuple[Tensor, Tensor], weight: Tensor) -> list[Case]:
@@ -56,22 +63,42 @@ def _unpacked(packed: tuple[Tensor, Tensor], weight: Tensor) -> list[Case]:
     return [Case(name, 0, run, weight.double()) for name, run in runs.items()]
 
 
-def _cases(x: Tensor, packed: tuple[Tensor, Tensor], fragments: Fragments, weight: Tensor, bias: Tensor) -> list[Case]:
+def _cases(
+    x: Tensor, packed: tuple[Tensor, Tensor], fragments: Fragments, weight: Tensor, bias: Tensor
+) -> list[Case]:
     (n, k), m, device = weight.shape, len(x), x.device
-    semaphore, expected = sparse.new_semaphore(n, device), x.double() @ weight.double().T + bias.double()
-    mma = {"kernel": "mma", "warps": 8, "stack": 1, "row_tiles": 1, "split": 1, "unroll": 1, "ordered": False}
+    semaphore, expected = (
+        sparse.new_semaphore(n, device),
+        x.double() @ weight.double().T + bias.double(),
+    )
+    mma = {
+        "kernel": "mma",
+        "warps": 8,
+        "stack": 1,
+        "row_tiles": 1,
+        "split": 1,
+        "unroll": 1,
+        "ordered": False,
+    }
     found = []
     for config in (
         mma,
         {**mma, "stack": 2, "row_tiles": 2, "split": 3, "unroll": 2},
         {**mma, "stack": 4, "row_tiles": 2, "split": 4, "ordered": True},
-        *([{**mma, "split": 2, "pdl": True}, {**mma, "ordered": True, "pdl": True}] if backend.hopper(device) else []),
+        *(
+            [{**mma, "split": 2, "pdl": True}, {**mma, "ordered": True, "pdl": True}]
+            if backend.hopper(device)
+            else []
+        ),
         *([{"kernel": "gemv", "warps": 4, "split": 2}] if m == 1 else []),
         choice.rule("fragments", n, k, m, backend.multiprocessors(device)),
     ):
         run = partial(sparse.run_fragments, x, fragments, n, bias, semaphore, config)
         found.append(Case(describe(config), m, run, expected, semaphore))
-    for config in (choice.rule("stored", n, k, m, backend.multiprocessors(device)), {**dot_configs(m)[0], "split": 2}):
+    for config in (
+        choice.rule("stored", n, k, m, backend.multiprocessors(device)),
+        {**dot_configs(m)[0], "split": 2},
+    ):
         run = partial(sparse.run_stored, x, *packed, bias, semaphore, config)
         found.append(Case(describe(config), m, run, expected, semaphore))
     return found
@@ -79,19 +106,33 @@ def _cases(x: Tensor, packed: tuple[Tensor, Tensor], fragments: Fragments, weigh
 
 def _factored(x: Tensor, fragments: Fragments, weight: Tensor, bias: Tensor) -> list[Case]:
     (n, k), m, dtype, device = weight.shape, len(x), x.dtype, x.device
-    u, v = torch.randn(n, 48, dtype=dtype, device=device) / 7, torch.randn(48, k, dtype=dtype, device=device) / k**0.5
+    u, v = (
+        torch.randn(n, 48, dtype=dtype, device=device) / 7,
+        torch.randn(48, k, dtype=dtype, device=device) / k**0.5,
+    )
     semaphore = sparse.new_semaphore(max(n, 48), device)
     expected = x.double() @ v.double().T @ u.double().T + bias.double()
     found = [Case("lowrank", m, partial(lowrank, x, u, v, bias, semaphore), expected, semaphore)]
     if n % 128 == 0 and k % 128 == 0 and m <= 64:
-        a, b = (torch.randn(size // 128, 128, 128, dtype=dtype, device=device) / 128**0.5 for size in (n, k))
+        a, b = (
+            torch.randn(size // 128, 128, 128, dtype=dtype, device=device) / 128**0.5
+            for size in (n, k)
+        )
         inner = (x.double().view(m, -1, 1, 128) @ b.double().transpose(1, 2)).reshape(m, k)
-        outer = ((inner @ weight.double().T).view(m, -1, 1, 128) @ a.double().transpose(1, 2)).reshape(m, n) + bias.double()
+        outer = (
+            (inner @ weight.double().T).view(m, -1, 1, 128) @ a.double().transpose(1, 2)
+        ).reshape(m, n) + bias.double()
         usual = choice.rule("armor", n, k, m, backend.multiprocessors(device))
-        for config, pdl in itertools.product((usual, {**usual, "stack": 4, "row_tiles": 2, "split": 4}), (False, True)):
+        for config, pdl in itertools.product(
+            (usual, {**usual, "stack": 4, "row_tiles": 2, "split": 4}), (False, True)
+        ):
             if not pdl or backend.hopper(device):
-                run = partial(run_armor, x, fragments, a, b, bias, semaphore, {**config, "pdl": pdl})
-                found.append(Case(f"armor {describe({**config, 'pdl': pdl})}", m, run, outer, semaphore))
+                run = partial(
+                    run_armor, x, fragments, a, b, bias, semaphore, {**config, "pdl": pdl}
+                )
+                found.append(
+                    Case(f"armor {describe({**config, 'pdl': pdl})}", m, run, outer, semaphore)
+                )
     return found
 
 

@@ -23,14 +23,21 @@ class Decoder:
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=prompt + tokens)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
+        ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=generator).to(
+            device
+        )
         self.position = torch.full((batch, 1), prompt, device=device)
         logits = model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
         self.token = logits[:, -1:].argmax(-1)
 
     def step(self) -> None:
         """One token more; everything stays in place, so that a graph can repeat it."""
-        logits = self.model(input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(
+            input_ids=self.token,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.add_(1)
 
@@ -49,7 +56,9 @@ class Decoder:
 
 
 @torch.no_grad()
-def measure_model(model: Any, label: str, batches: tuple[int, ...] = BATCHES, prompt: int = 32, tokens: int = 128) -> list[dict]:
+def measure_model(
+    model: Any, label: str, batches: tuple[int, ...] = BATCHES, prompt: int = 32, tokens: int = 128
+) -> list[dict]:
     """A row for each batch size: tokens a second over all sequences, and the peak memory since the model was there."""
     rows = []
     for batch in batches:

@@ -14,21 +14,40 @@ from compressor.bench.timing import copies, measure
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.packing import pack24
 
-SHAPES = ((4096, 4096), (6144, 4096), (4096, 14336), (14336, 4096), (28672, 4096), (8192, 8192), (8192, 28672), (28672, 8192))
+SHAPES = (
+    (4096, 4096),
+    (6144, 4096),
+    (4096, 14336),
+    (14336, 4096),
+    (28672, 4096),
+    (8192, 8192),
+    (8192, 28672),
+    (28672, 8192),
+)
 ROWS = (1, 4, 16, 32, 64, 96, 256, 2048)
 OPS = ("sparse24", "armor", "lowrank")
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal numbers from a generator of their own: that of the device is out of order after a capture that failed."""
-    return torch.randn(*shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
+    return torch.randn(
+        *shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0)
+    )
 
 
-def random24(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def random24(
+    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A random weight with the two largest of each group of four kept."""
-    weight = random(out_features, in_features // 4, 4, dtype=dtype, device=device) / in_features**0.5
+    weight = (
+        random(out_features, in_features // 4, 4, dtype=dtype, device=device) / in_features**0.5
+    )
     kept = weight.abs().topk(2, dim=-1).indices
-    return torch.zeros_like(weight).scatter_(-1, kept, weight.gather(-1, kept)).view(out_features, in_features)
+    return (
+        torch.zeros_like(weight)
+        .scatter_(-1, kept, weight.gather(-1, kept))
+        .view(out_features, in_features)
+    )
 
 
 def module(op: str, weight: Tensor) -> Any:
@@ -39,7 +58,11 @@ def module(op: str, weight: Tensor) -> Any:
         made.weight_u.data.normal_(std=made.rank**-0.5)
         made.weight_v.data.normal_(std=k**-0.5)
     else:
-        made = Sparse24Linear(k, n, **common) if op == "sparse24" else ArmorLinear(k, n, block_a=128, block_b=128, **common)
+        made = (
+            Sparse24Linear(k, n, **common)
+            if op == "sparse24"
+            else ArmorLinear(k, n, block_a=128, block_b=128, **common)
+        )
         made.weight_values.data, made.weight_metadata = pack24(weight)
         if op == "armor":
             made.weight_a.data.normal_(std=128**-0.5)
@@ -56,36 +79,62 @@ def nbytes(made: Any) -> int:
 
 @torch.no_grad()
 def measure_shape(
-    shape: tuple[int, int], rows: Iterable[int], ops: Iterable[str], dtype: torch.dtype, device: torch.device, copied: float
+    shape: tuple[int, int],
+    rows: Iterable[int],
+    ops: Iterable[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    copied: float,
 ) -> list[dict[str, Any]]:
     """Result rows for one shape `(out, in)`. `copied` is the bandwidth of a copy in GB/s."""
     n, k = shape
     weight = random24(n, k, dtype, device)
     count = copies(weight.nbytes // 2, device)
     dense = [weight.clone() for _ in range(count)]
-    packed = {op: [module(op, weight) for _ in range(count)] for op in ops if op != "armor" or (n % 128 == 0 and k % 128 == 0)}
+    packed = {
+        op: [module(op, weight) for _ in range(count)]
+        for op in ops
+        if op != "armor" or (n % 128 == 0 and k % 128 == 0)
+    }
     inputs = {m: random(m, k, dtype=dtype, device=device) for m in rows}
     found, times = [], {}
     for m, x in inputs.items():
         base = _base(weight, x)
         times[m] = measure(_calls(dense, lambda w, x=x: linear(x, w)))
-        found.append(_row({**base, "op": "dense"}, times[m], times[m].median, weight.nbytes + x.nbytes + 2 * m * n, copied))
+        found.append(
+            _row(
+                {**base, "op": "dense"},
+                times[m],
+                times[m].median,
+                weight.nbytes + x.nbytes + 2 * m * n,
+                copied,
+            )
+        )
         for op, modules in packed.items():
             time = measure(_calls(modules, lambda made, x=x: made(x)))
             size = nbytes(modules[0]) + x.nbytes + 2 * m * n
             found.append(_row({**base, "op": op}, time, times[m].median, size, copied))
-    return found + _semi_structured(weight, inputs, count, {m: time.median for m, time in times.items()}, copied)
+    return found + _semi_structured(
+        weight, inputs, count, {m: time.median for m, time in times.items()}, copied
+    )
 
 
 def _base(weight: Tensor, x: Tensor) -> dict[str, Any]:
-    return {"out": len(weight), "in": weight.shape[1], "rows": len(x), "dtype": str(x.dtype).removeprefix("torch.")}
+    return {
+        "out": len(weight),
+        "in": weight.shape[1],
+        "rows": len(x),
+        "dtype": str(x.dtype).removeprefix("torch."),
+    }
 
 
 def _calls(weights: list[Any], call: Callable[[Any], Any]) -> list[Callable[[], Any]]:
     return [lambda weight=weight: call(weight) for weight in weights]
 
 
-def _row(base: dict[str, Any], time: Any, dense_us: float, size: int, copied: float) -> dict[str, Any]:
+def _row(
+    base: dict[str, Any], time: Any, dense_us: float, size: int, copied: float
+) -> dict[str, Any]:
     speed = size / time.median / 1e3
     return {
         **base,
@@ -109,11 +158,15 @@ def _semi_structured(
             if not reason:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    weights = weights or [torch.sparse.to_sparse_semi_structured(weight) for _ in range(count)]
+                    weights = weights or [
+                        torch.sparse.to_sparse_semi_structured(weight) for _ in range(count)
+                    ]
                     time = measure(_calls(weights, lambda w, x=x: linear(x, w)))
                 size = weight.nbytes * 9 // 16 + x.nbytes + 2 * m * len(weight)
                 found.append(_row(row, time, dense_us[m], size, copied))
-        except Exception as error:  # a backend that is not there, a capture it does not allow: it is not ours
+        except (
+            Exception
+        ) as error:  # a backend that is not there, a capture it does not allow: it is not ours
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason:
             found.append({**row, "note": reason})

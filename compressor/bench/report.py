@@ -32,7 +32,11 @@ def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def verdicts(result: dict[str, Any]) -> list[str]:
     """One sentence for each op and shape, and for each batch size of the models: the gain, or that there is none."""
     said = []
-    ours = [row for row in result.get("kernels", []) if row["op"] in ("sparse24", "armor", "lowrank") and "ratio" in row]
+    ours = [
+        row
+        for row in result.get("kernels", [])
+        if row["op"] in ("sparse24", "armor", "lowrank") and "ratio" in row
+    ]
     for op, n, k in dict.fromkeys((row["op"], row["out"], row["in"]) for row in ours):
         rows = [row for row in ours if (row["op"], row["out"], row["in"]) == (op, n, k)]
         best = max(rows, key=lambda row: row["ratio"])
@@ -49,9 +53,14 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     for row in decode:
         if row["model"] != "dense" and row["batch"] in dense:
             base = dense[row["batch"]]
-            ratio, memory = row["tokens_per_s"] / base["tokens_per_s"], row["peak_gb"] / base["peak_gb"]
+            ratio, memory = (
+                row["tokens_per_s"] / base["tokens_per_s"],
+                row["peak_gb"] / base["peak_gb"],
+            )
             gain = f"{ratio:.2f}x dense" if ratio > 1 else f"no gain here ({ratio:.2f}x dense)"
-            said.append(f"decoding {row['model']} at batch {row['batch']}: {gain}, {memory:.2f}x its peak memory")
+            said.append(
+                f"decoding {row['model']} at batch {row['batch']}: {gain}, {memory:.2f}x its peak memory"
+            )
     return said
 
 
@@ -74,17 +83,26 @@ def plot(rows: list[dict[str, Any]], title: str) -> str:
         parts.append(_axes(op, left, width, height, counts, top))
         for place, shape in enumerate(shapes):
             points = [
-                (left + width * counts.index(row["rows"]) / max(1, len(counts) - 1), 60 + height * (1 - row["ratio"] / top))
+                (
+                    left + width * counts.index(row["rows"]) / max(1, len(counts) - 1),
+                    60 + height * (1 - row["ratio"] / top),
+                )
                 for row in ours
                 if row["op"] == op and (row["out"], row["in"]) == shape
             ]
             colour = COLOURS[place % len(COLOURS)]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+            parts.append(
+                f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            )
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points
+            ]
     for place, (n, k) in enumerate(shapes):
         x, y = 60 + len(ops) * (width + 40), 70 + 18 * place
-        parts.append(f'<rect x="{x}" y="{y - 9}" width="12" height="10" fill="{COLOURS[place % len(COLOURS)]}"/>')
+        parts.append(
+            f'<rect x="{x}" y="{y - 9}" width="12" height="10" fill="{COLOURS[place % len(COLOURS)]}"/>'
+        )
         parts.append(f'<text x="{x + 18}" y="{y}">{n} × {k}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -94,10 +112,18 @@ def _axes(op: str, left: int, width: int, height: int, counts: list[int], top: f
     for tick in range(int(2 * top) + 1):
         y = 60 + height * (1 - tick / 2 / top)
         stroke = "#333" if tick == 2 else "#ddd"  # dense itself
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="{stroke}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick / 2:.1f}</text>')
+        parts.append(
+            f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="{stroke}"/>'
+        )
+        parts.append(
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick / 2:.1f}</text>'
+        )
     for place, count in enumerate(counts):
         x = left + width * place / max(1, len(counts) - 1)
-        parts.append(f'<text x="{x:.1f}" y="{60 + height + 18}" text-anchor="middle">{count}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{60 + height + 38}" text-anchor="middle">rows of x</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{60 + height + 18}" text-anchor="middle">{count}</text>'
+        )
+    parts.append(
+        f'<text x="{left + width / 2}" y="{60 + height + 38}" text-anchor="middle">rows of x</text>'
+    )
     return "\n".join(parts)

@@ -47,7 +47,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        **{name.replace("-", "_"): installed(name) for name in ("torch", "triton", "transformers", "compress-llm")},
+        **{
+            name.replace("-", "_"): installed(name)
+            for name in ("torch", "triton", "transformers", "compress-llm")
+        },
     }
 
 
@@ -56,7 +59,11 @@ def _driver() -> str | None:
 
     try:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
+        return (
+            subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+            .stdout.split("\n")[0]
+            .strip()
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -86,13 +93,19 @@ def measure(calls: Sequence[Callable[[], Any]], replays: int = 20) -> Time:
     while time.perf_counter() - begun < BUSY:
         graph.replay()
         torch.cuda.synchronize()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+    marks = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(replays)
+    ]
     for start, end in marks:
         start.record()
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    each = torch.tensor([start.elapsed_time(end) * 1000 / (len(calls) * rounds) for start, end in marks], dtype=torch.float64)
+    each = torch.tensor(
+        [start.elapsed_time(end) * 1000 / (len(calls) * rounds) for start, end in marks],
+        dtype=torch.float64,
+    )
     return Time(*(float(each.quantile(q)) for q in (0.5, 0.2, 0.8)))
 
 

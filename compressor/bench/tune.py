@@ -23,17 +23,38 @@ from compressor_kernels.lowrank import run_skinny
 
 def describe(config: dict[str, Any]) -> str:
     """The settings in a line."""
-    return " ".join(f"{value}" if key == "kernel" else f"{key} {value}" for key, value in config.items())
+    return " ".join(
+        f"{value}" if key == "kernel" else f"{key} {value}" for key, value in config.items()
+    )
 
 
-def mma_configs(out_features: int, rows: int, processors: int, heights: tuple[int, ...], orders: tuple[bool, ...]) -> list[dict]:
+def mma_configs(
+    out_features: int,
+    rows: int,
+    processors: int,
+    heights: tuple[int, ...],
+    orders: tuple[bool, ...],
+) -> list[dict]:
     """Arrangements of programs so many row tiles high; where K is split, with 8 to 48 warps for each multiprocessor."""
     found = []
-    for high, each, warps, unroll, split in itertools.product(heights, (1, 2), (8, 16), (1, 2), (1, 2, 4, 8)):
+    for high, each, warps, unroll, split in itertools.product(
+        heights, (1, 2), (8, 16), (1, 2), (1, 2, 4, 8)
+    ):
         resident = -(-out_features // (16 * high)) * split * warps / processors
-        fits = high % each == 0 and (unroll == 1 or (each == 1 and rows <= 4)) and warps <= (16 if rows <= 16 else 8)
+        fits = (
+            high % each == 0
+            and (unroll == 1 or (each == 1 and rows <= 4))
+            and warps <= (16 if rows <= 16 else 8)
+        )
         if fits and (split == 1 or 8 <= resident <= 48):
-            config = {"kernel": "mma", "warps": warps, "stack": high // each, "row_tiles": each, "split": split, "unroll": unroll}
+            config = {
+                "kernel": "mma",
+                "warps": warps,
+                "stack": high // each,
+                "row_tiles": each,
+                "split": split,
+                "unroll": unroll,
+            }
             found += [{**config, "ordered": ordered} for ordered in orders]
     return found
 
@@ -42,7 +63,15 @@ def dot_configs(rows: int) -> list[dict[str, Any]]:
     """Settings of the products with `tl.dot`."""
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     return [
-        {"kernel": "dot", "bm": block, "bn": 32, "bk": bk, "split": split, "warps": warps, "stages": 3}
+        {
+            "kernel": "dot",
+            "bm": block,
+            "bn": 32,
+            "bk": bk,
+            "split": split,
+            "warps": warps,
+            "stages": 3,
+        }
         for warps, bk, split in itertools.product((2, 4), (128, 256), (1, 2, 4, 8, 16))
     ]
 
@@ -62,30 +91,58 @@ def tune(
                 print(f"out of time before {m} rows of {n} x {k}", file=sys.stderr)
                 return
             x = random(m, k, dtype=torch.bfloat16, device=device)
-            cublas = timing.measure([partial(torch.nn.functional.linear, x, w) for w in dense], 10).median
+            cublas = timing.measure(
+                [partial(torch.nn.functional.linear, x, w) for w in dense], 10
+            ).median
             candidates = _candidates(modules, x)
-            compile_ahead(partial(run, modules[_kind(op)][0], config) for op, _, run, configs in candidates for config in configs)
+            compile_ahead(
+                partial(run, modules[_kind(op)][0], config)
+                for op, _, run, configs in candidates
+                for config in configs
+            )
             everything, best = [], []
             for op, size, run, configs in candidates:
-                base = {"device": backend.device_name(device), "op": op, "out": size[0], "in": size[1], "rows": m}
+                base = {
+                    "device": backend.device_name(device),
+                    "op": op,
+                    "out": size[0],
+                    "in": size[1],
+                    "rows": m,
+                }
                 timed = [_timed(run, modules[_kind(op)], config) for config in configs]
                 fastest = min(timed, key=_us)
                 if fastest["kernel"] == "mma" and backend.hopper(device):
-                    overlapped = {key: value for key, value in fastest.items() if key != "us"} | {"pdl": True}
+                    overlapped = {key: value for key, value in fastest.items() if key != "us"} | {
+                        "pdl": True
+                    }
                     timed.append(_timed(run, modules[_kind(op)], overlapped))
                     fastest = min(timed, key=_us)
                 everything += [{**base, **row, "dense_us": round(cublas, 2)} for row in timed]
                 if "error" in fastest:  # none of them runs here; `tune` has the errors
                     continue
-                best.append({**base, **fastest, **({} if op == "skinny" else {"speedup": round(cublas / fastest["us"], 3)})})
-                print(f"{op} {size[0]} x {size[1]}, {m} rows: cuBLAS {cublas:.1f} us: {describe(fastest)}", file=sys.stderr)
+                best.append(
+                    {
+                        **base,
+                        **fastest,
+                        **({} if op == "skinny" else {"speedup": round(cublas / fastest["us"], 3)}),
+                    }
+                )
+                print(
+                    f"{op} {size[0]} x {size[1]}, {m} rows: cuBLAS {cublas:.1f} us: {describe(fastest)}",
+                    file=sys.stderr,
+                )
             yield everything, best
 
 
 def _timed(run: Any, modules: list[Any], config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with what it took, or why it does not run."""
     try:
-        return {**config, "us": round(timing.measure([partial(run, made, config) for made in modules], 10).median, 2)}
+        return {
+            **config,
+            "us": round(
+                timing.measure([partial(run, made, config) for made in modules], 10).median, 2
+            ),
+        }
     except Exception as error:  # too many registers, say: not a choice
         return {**config, "error": str(error)[:200]}
 
@@ -98,27 +155,58 @@ def _kind(op: str) -> str:
     return {"fragments": "sparse24", "armor": "armor", "skinny": "lowrank"}[op]
 
 
-def _candidates(modules: dict[str, list[Any]], x: Tensor) -> list[tuple[str, tuple[int, int], Any, list[dict[str, Any]]]]:
+def _candidates(
+    modules: dict[str, list[Any]], x: Tensor
+) -> list[tuple[str, tuple[int, int], Any, list[dict[str, Any]]]]:
     """Op, shape, how to run a module with a configuration, and the configurations, the rule's first, for one x."""
     m = len(x)
     example = modules["lowrank"][0]
     n, k, rank = example.out_features, example.in_features, example.rank
-    processors, inner = backend.multiprocessors(x.device), random(m, rank, dtype=x.dtype, device=x.device)
+    processors, inner = (
+        backend.multiprocessors(x.device),
+        random(m, rank, dtype=x.dtype, device=x.device),
+    )
     usual = choice.rule("fragments", n, k, m, processors)
     high = usual["stack"] * usual["row_tiles"]
     heights = tuple(tall for tall in (high // 2, high, 2 * high) if 1 <= tall <= 8)
-    mma = mma_configs(n, m, processors, heights, (False,) if m <= 4 else (False, True) if m <= 16 else (True,))
-    gemv = [{"kernel": "gemv", "warps": w, "split": s} for w, s in itertools.product((8, 16), (1, 2))] if m == 1 else []
+    mma = mma_configs(
+        n, m, processors, heights, (False,) if m <= 4 else (False, True) if m <= 16 else (True,)
+    )
+    gemv = (
+        [{"kernel": "gemv", "warps": w, "split": s} for w, s in itertools.product((8, 16), (1, 2))]
+        if m == 1
+        else []
+    )
 
     def armor(made: Any, config: dict[str, Any]) -> Tensor:
         return run_armor(x, made.packed, made.weight_a, made.weight_b, None, made.semaphore, config)
 
     found = [
-        ("fragments", (n, k), lambda made, c: sparse.run_fragments(x, made.packed, n, None, made.semaphore, c), mma + gemv),
-        ("skinny", (rank, k), lambda made, c: run_skinny(x, made.weight_v, None, made.semaphore, c), dot_configs(m)),
-        ("skinny", (n, rank), lambda made, c: run_skinny(inner, made.weight_u, None, made.semaphore, c), dot_configs(m)),
+        (
+            "fragments",
+            (n, k),
+            lambda made, c: sparse.run_fragments(x, made.packed, n, None, made.semaphore, c),
+            mma + gemv,
+        ),
+        (
+            "skinny",
+            (rank, k),
+            lambda made, c: run_skinny(x, made.weight_v, None, made.semaphore, c),
+            dot_configs(m),
+        ),
+        (
+            "skinny",
+            (n, rank),
+            lambda made, c: run_skinny(inner, made.weight_u, None, made.semaphore, c),
+            dot_configs(m),
+        ),
     ]
     if m <= 64:  # a block of A: two programs, or one
         wrapped = mma_configs(n, m, processors, (4, 8), (True,))
-        found.append(("armor", (n, k), armor, [config for config in wrapped if config["warps"] == 8]))
-    return [(op, size, run, [choice.rule(op, size[0], size[1], m, processors), *configs]) for op, size, run, configs in found]
+        found.append(
+            ("armor", (n, k), armor, [config for config in wrapped if config["warps"] == 8])
+        )
+    return [
+        (op, size, run, [choice.rule(op, size[0], size[1], m, processors), *configs])
+        for op, size, run, configs in found
+    ]

@@ -22,7 +22,9 @@ from compressor.model.skeleton import Skeleton
 _BATCH_TOKENS = 2048  # tokens in one forward pass of a block: bounds activations, whatever the number of samples
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword, beside the hidden states
+Arguments = tuple[
+    tuple[Any, ...], dict[str, Any]
+]  # positional and keyword, beside the hidden states
 Forward = Callable[..., Any]
 
 
@@ -48,7 +50,13 @@ class States:
 
     def first(self, batches: int) -> States:
         """The first batches only, in lists of their own: running them on leaves these states as they are."""
-        return States(self.hidden[:batches], self.arguments, self.ids[:batches], self.tuples, self.dense[:batches])
+        return States(
+            self.hidden[:batches],
+            self.arguments,
+            self.ids[:batches],
+            self.tuples,
+            self.dense[:batches],
+        )
 
     def at_least(self, tokens: int) -> States:
         """As `first`, with as few batches as hold so many tokens; all of them if there are fewer."""
@@ -89,11 +97,19 @@ def call(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 
 def batch_size(samples: int, seq_len: int) -> int:
     """The largest divisor of `samples` that keeps a batch within 2048 tokens: all batches then share their masks."""
-    return max(size for size in range(1, samples + 1) if samples % size == 0 and (size == 1 or size * seq_len <= _BATCH_TOKENS))
+    return max(
+        size
+        for size in range(1, samples + 1)
+        if samples % size == 0 and (size == 1 or size * seq_len <= _BATCH_TOKENS)
+    )
 
 
 def capture(
-    skeleton: Skeleton, ids: Tensor, device: torch.device, hidden: Batches | None = None, part: slice = slice(None)
+    skeleton: Skeleton,
+    ids: Tensor,
+    device: torch.device,
+    hidden: Batches | None = None,
+    part: slice = slice(None),
 ) -> States:
     """Run the embeddings on `ids` `[samples, seq]` and record what reaches the blocks.
 
@@ -106,7 +122,9 @@ def capture(
     """
     decoder = skeleton.load_embeddings(device)
     batches = ids.to(device).split(batch_size(*ids.shape))[part]
-    states = States([] if hidden is None else hidden, [((), {}) for _ in skeleton.blocks], list(batches))
+    states = States(
+        [] if hidden is None else hidden, [((), {}) for _ in skeleton.blocks], list(batches)
+    )
     states.offset = part.start or 0
     first = skeleton.load_block(0, device).forward
     answers: list[Any] = []

@@ -20,7 +20,9 @@ def check_seen(name: str, tap: Taps) -> None:
         )
 
 
-def in_float32(skeleton: Skeleton, states: States, tokens: int, device: torch.device) -> tuple[Skeleton, States]:
+def in_float32(
+    skeleton: Skeleton, states: States, tokens: int, device: torch.device
+) -> tuple[Skeleton, States]:
     """A skeleton that computes in float32, and the first batches of the calibration with at least so many tokens in it."""
     precise, part = skeleton.in_dtype(torch.float32), states.at_least(tokens)
     if precise is not skeleton:

@@ -40,7 +40,9 @@ class Taps:
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Σ over tokens of the cross-entropy of the next one, in nats."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+    return cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+    )
 
 
 def backward_blocks(
@@ -57,7 +59,9 @@ def backward_blocks(
     inputs = [list(states.hidden)]
     for index in range(len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        inputs.append([capture.run(block, hidden, states.arguments[index]) for hidden in inputs[-1]])
+        inputs.append(
+            [capture.run(block, hidden, states.arguments[index]) for hidden in inputs[-1]]
+        )
         skeleton.free_block(index)
     gradients: list[Tensor] = []
     with head(skeleton, states, device) as logits:
@@ -97,7 +101,11 @@ def tapping(linears: list[Linear]) -> Iterator[dict[str, Taps]]:
 
     def after(name: str) -> Callable[..., None]:
         def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(lambda gradient: taps[name].gradients.append(gradient.reshape(-1, gradient.shape[-1])))
+            output.register_hook(
+                lambda gradient: taps[name].gradients.append(
+                    gradient.reshape(-1, gradient.shape[-1])
+                )
+            )
 
         return keep
 

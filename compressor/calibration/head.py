@@ -40,7 +40,10 @@ def divergence(logits: Head, exact: Sequence[Tensor], other: Sequence[Tensor]) -
     """Mean over tokens of KL(p ‖ q) in nats: p from the hidden states `exact`, q from `other`, batches leaving the last block."""
     total, tokens = 0.0, 0
     for number, (first, second) in enumerate(zip(exact, other, strict=True)):
-        p, q = (log_softmax(logits(number, hidden).float().flatten(0, 1), dim=-1) for hidden in (first, second))
+        p, q = (
+            log_softmax(logits(number, hidden).float().flatten(0, 1), dim=-1)
+            for hidden in (first, second)
+        )
         total += kl_div(q, p, log_target=True, reduction="sum").double().item()
         tokens += len(p)
     return total / max(tokens, 1)

@@ -31,7 +31,9 @@ class Batches(Sequence[Tensor]):
         name: of their files in the folder.
     """
 
-    def __init__(self, device: torch.device, home: torch.device | Path, name: str = "hidden") -> None:
+    def __init__(
+        self, device: torch.device, home: torch.device | Path, name: str = "hidden"
+    ) -> None:
         self.device, self.home, self.name = device, home, name
         self._held: list[Tensor] = []
         self._file: Path | None = None
@@ -101,7 +103,11 @@ class Batches(Sequence[Tensor]):
         """Become what `save` wrote, of these or others. Raises OutputError where the file is not that."""
         self._generation, self._count = saved["generation"], saved["batches"]
         self._kind = (torch.Size(saved["shape"]), getattr(torch, saved["dtype"]))
-        self._file, self._held, self._digest = self._path(folder, saved["name"]), [], hashlib.sha256()
+        self._file, self._held, self._digest = (
+            self._path(folder, saved["name"]),
+            [],
+            hashlib.sha256(),
+        )
         try:
             whole = self._file.stat().st_size == self._count * self._nbytes()
             for number in range(self._count if whole else 0):

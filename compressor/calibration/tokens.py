@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 16  # characters of a .txt file that make one document
 _MOST_DOCUMENTS = 100_000  # read at most; a calibration set needs a few hundred
-_ACCEPTED = "accepted: a .txt, .jsonl or .parquet file, a Hub dataset id such as org/name, or 'self'"
+_ACCEPTED = (
+    "accepted: a .txt, .jsonl or .parquet file, a Hub dataset id such as org/name, or 'self'"
+)
 
 
 def check_dataset(dataset: str) -> None:
@@ -40,7 +42,9 @@ def check_dataset(dataset: str) -> None:
         or not re.fullmatch(r"[\w.\-]+/[\w.\-]+(:[\w.\-]*){0,2}", dataset)
         or path.suffix in (".txt", ".jsonl", ".parquet")
     ):
-        raise DataError(f"dataset {dataset} does not exist{did_you_mean(dataset, ['self'])}; {_ACCEPTED}")
+        raise DataError(
+            f"dataset {dataset} does not exist{did_you_mean(dataset, ['self'])}; {_ACCEPTED}"
+        )
 
 
 def records(dataset: str) -> Iterator[dict[str, Any]]:
@@ -53,7 +57,9 @@ def records(dataset: str) -> Iterator[dict[str, Any]]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is no UTF-8 text: byte {error.start} cannot be decoded") from None
+            raise DataError(
+                f"{path} is no UTF-8 text: byte {error.start} cannot be decoded"
+            ) from None
         yield from ({"text": text[start : start + _PIECE]} for start in range(0, len(text), _PIECE))
     elif path.suffix == ".jsonl":
         yield from _jsonl_records(path)
@@ -70,7 +76,9 @@ def _jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
                 except (ValueError, RecursionError):
                     record = None
                 if not isinstance(record, dict) or not ("text" in record or "input_ids" in record):
-                    raise DataError(f"{path} line {number} is no JSON object with a `text` or `input_ids` field")
+                    raise DataError(
+                        f"{path} line {number} is no JSON object with a `text` or `input_ids` field"
+                    )
                 yield record
 
 
@@ -78,28 +86,38 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'compress-llm[parquet]'") from None
+        raise DataError(
+            f"reading {path} needs pyarrow: pip install 'compress-llm[parquet]'"
+        ) from None
     try:
         file = parquet.ParquetFile(path)
         columns = [name for name in ("input_ids", "text") if name in file.schema_arrow.names][:1]
         if not columns:
-            raise DataError(f"{path} has no `text` or `input_ids` column; it has {', '.join(file.schema_arrow.names)[:200]}")
+            raise DataError(
+                f"{path} has no `text` or `input_ids` column; it has {', '.join(file.schema_arrow.names)[:200]}"
+            )
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(
+            f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _hub_records(dataset: str) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(f"reading {dataset} from the Hub needs the datasets package: pip install 'compress-llm[eval]'") from None
+        raise DataError(
+            f"reading {dataset} from the Hub needs the datasets package: pip install 'compress-llm[eval]'"
+        ) from None
     name, config, split = [*dataset.split(":"), "", ""][:3]
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the datasets and Hub clients raise dozens of kinds
-        raise DataError(f"dataset {dataset} could not be read from the Hub: {' '.join(str(error).split())[:300]}") from None
+        raise DataError(
+            f"dataset {dataset} could not be read from the Hub: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -115,7 +133,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def calibration_rows(
-    dataset: str, folder: Path, vocab_size: int, *, num_samples: int, seq_len: int, seed: int, trust_remote_code: bool = False
+    dataset: str,
+    folder: Path,
+    vocab_size: int,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """Token ids int64 `[num_samples, seq_len]` from a file or a Hub dataset.
 
@@ -131,13 +156,19 @@ def calibration_rows(
     if "input_ids" in documents[0]:
         rows = [_ids(dataset, record, vocab_size) for record in documents[:num_samples]]
         if short := next((row for row in rows if len(row) < seq_len), None):
-            raise DataError(f"{dataset} has rows of {len(short)} input_ids, --seq-len asks for {seq_len}")
+            raise DataError(
+                f"{dataset} has rows of {len(short)} input_ids, --seq-len asks for {seq_len}"
+            )
         ids = torch.tensor([row[:seq_len] for row in rows])
     else:
-        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(
+            len(documents), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         wanted = num_samples * seq_len
-        stream = _tokenize(dataset, (documents[index] for index in order), tokenizer, vocab_size, wanted)
+        stream = _tokenize(
+            dataset, (documents[index] for index in order), tokenizer, vocab_size, wanted
+        )
         ids = torch.tensor(stream[: len(stream) // seq_len * seq_len]).reshape(-1, seq_len)
     if len(ids) < num_samples:
         raise DataError(
@@ -147,7 +178,9 @@ def calibration_rows(
     return ids[:num_samples]
 
 
-def evaluation_rows(dataset: str, folder: Path, vocab_size: int, *, seq_len: int, trust_remote_code: bool = False) -> list[Tensor]:
+def evaluation_rows(
+    dataset: str, folder: Path, vocab_size: int, *, seq_len: int, trust_remote_code: bool = False
+) -> list[Tensor]:
     """Token rows to score: `input_ids` as they are; text joined, tokenised once and cut into windows of `seq_len`.
 
     As in the papers the records of a text set are joined by blank lines and the last, shorter window is dropped.
@@ -159,9 +192,17 @@ def evaluation_rows(dataset: str, folder: Path, vocab_size: int, *, seq_len: int
         return [torch.tensor(_ids(dataset, record, vocab_size)) for record in documents]
     joint = "" if dataset.endswith(".txt") else "\n\n"
     text = {"text": joint.join(_text(dataset, record) for record in documents)}
-    ids = _tokenize(dataset, [text], load_tokenizer(folder, trust_remote_code=trust_remote_code), vocab_size, None)
+    ids = _tokenize(
+        dataset,
+        [text],
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        vocab_size,
+        None,
+    )
     if len(ids) < seq_len:
-        raise DataError(f"{dataset} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len or give more text")
+        raise DataError(
+            f"{dataset} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len or give more text"
+        )
     return list(torch.tensor(ids[: len(ids) // seq_len * seq_len]).split(seq_len))
 
 
@@ -176,19 +217,33 @@ def _first(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _ids(dataset: str, record: dict[str, Any], vocab_size: int) -> list[int]:
     row = record.get("input_ids")
-    if not isinstance(row, list) or len(row) < 2 or not all(type(token) is int and 0 <= token < vocab_size for token in row):
-        raise DataError(f"{dataset}: input_ids must be rows of two or more integers in 0..{vocab_size - 1}, the model's vocabulary")
+    if (
+        not isinstance(row, list)
+        or len(row) < 2
+        or not all(type(token) is int and 0 <= token < vocab_size for token in row)
+    ):
+        raise DataError(
+            f"{dataset}: input_ids must be rows of two or more integers in 0..{vocab_size - 1}, the model's vocabulary"
+        )
     return row
 
 
 def _text(dataset: str, record: dict[str, Any]) -> str:
     text = record.get("text")
     if not isinstance(text, str):
-        raise DataError(f"{dataset}: a record has no `text`; its fields are {', '.join(map(str, record))[:200]}")
+        raise DataError(
+            f"{dataset}: a record has no `text`; its fields are {', '.join(map(str, record))[:200]}"
+        )
     return text
 
 
-def _tokenize(dataset: str, documents: Iterable[dict[str, Any]], tokenizer: Any, vocab_size: int, wanted: int | None) -> list[int]:
+def _tokenize(
+    dataset: str,
+    documents: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    vocab_size: int,
+    wanted: int | None,
+) -> list[int]:
     """Joined token ids of `documents`, at least `wanted` where there are as many."""
     stream: list[int] = []
     for record in documents:
@@ -206,7 +261,13 @@ def _tokenize(dataset: str, documents: Iterable[dict[str, Any]], tokenizer: Any,
 
 @lru_cache(maxsize=1)
 def sample_from_model(
-    folder: Path, *, num_samples: int, seq_len: int, seed: int, device: str, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """`[num_samples, seq_len]` token ids that the model itself writes: plain sampling at temperature 1.
 
@@ -218,14 +279,23 @@ def sample_from_model(
 
     _require_memory(folder, device)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
-        raise DataError(f"{folder} cannot be loaded to sample from it: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(
+            f"{folder} cannot be loaded to sample from it: {' '.join(str(error).split())[:200]}"
+        ) from None
     model = model.to(device).eval()
     start = model.config.get_text_config().bos_token_id
     first = torch.full((num_samples, 1), start if isinstance(start, int) else 0, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.cat([_write(model, rows, seq_len, generator) for rows in first.split(_rows_at_once(model.config, seq_len))])
+    return torch.cat(
+        [
+            _write(model, rows, seq_len, generator)
+            for rows in first.split(_rows_at_once(model.config, seq_len))
+        ]
+    )
 
 
 def _write(model: Any, ids: Tensor, seq_len: int, generator: Any) -> Tensor:
@@ -258,7 +328,11 @@ def _require_memory(folder: Path, device: str) -> None:
     import torch
 
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.startswith("cuda")
+        else psutil.virtual_memory().available
+    )
     if needed * 1.2 > free:
         raise DataError(
             f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of weights, "

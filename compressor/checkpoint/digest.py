@@ -8,14 +8,18 @@ from compressor.checkpoint import cache
 from compressor.checkpoint.atomic import sha256
 from compressor.checkpoint.reader import Reader
 
-_RECORDS = {"report.json"}  # say how the weights came about; what is computed does not depend on them
+_RECORDS = {
+    "report.json"
+}  # say how the weights came about; what is computed does not depend on them
 _DECISIVE = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".py"}
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file; remembered, as git does, for as long as its size and its times stay what they were."""
     status = path.stat()
-    key = cache.make_key(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    key = cache.make_key(
+        str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    )
     known = cache.load("sha256", key)
     if known and isinstance(known.get("sha256"), str):
         return known["sha256"]
@@ -26,6 +30,11 @@ def file_sha256(path: Path) -> str:
 
 def checkpoint_digest(reader: Reader) -> str:
     """A SHA-256 over the shards, config.json, tokenizer and remote code of a checkpoint folder."""
-    side = [path.name for path in reader.folder.iterdir() if path.suffix in _DECISIVE and path.is_file()]
-    names = {*reader.shards, *(name for name in side if name not in _RECORDS and not name.startswith("."))}
+    side = [
+        path.name for path in reader.folder.iterdir() if path.suffix in _DECISIVE and path.is_file()
+    ]
+    names = {
+        *reader.shards,
+        *(name for name in side if name not in _RECORDS and not name.startswith(".")),
+    }
     return cache.make_key([[name, file_sha256(reader.folder / name)] for name in sorted(names)])

@@ -12,7 +12,16 @@ from pathlib import Path
 from compressor.checkpoint.atomic import sha256
 
 NAME = "SHA256SUMS"
-_LOADED = {".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".jinja", ".model"}  # what a loader would read
+_LOADED = {
+    ".safetensors",
+    ".json",
+    ".py",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".jinja",
+    ".model",
+}  # what a loader would read
 
 
 def manifest(hashes: Mapping[str, str]) -> str:
@@ -37,13 +46,19 @@ def problems(folder: Path) -> list[str]:
         listed.add(entry[2])
         found += _changed(folder / entry[2], entry[1])
     there = {path.name for path in folder.iterdir() if path.suffix in _LOADED}
-    return found + [f"{name} is not in {NAME}: it was added later" for name in sorted(there - listed)]
+    return found + [
+        f"{name} is not in {NAME}: it was added later" for name in sorted(there - listed)
+    ]
 
 
 def _changed(path: Path, digest: str) -> list[str]:
     if not path.is_file():
         return [f"{path.name} is missing"]
     try:
-        return [] if sha256(path) == digest else [f"{path.name} has changed: its sha256 is not that in {NAME}"]
+        return (
+            []
+            if sha256(path) == digest
+            else [f"{path.name} has changed: its sha256 is not that in {NAME}"]
+        )
     except OSError as error:
         return [f"{path.name} cannot be read: {error.strerror}"]

@@ -17,7 +17,9 @@ TRANSPOSED = "transposed"  # key of an entry whose dense weight is stored [in, o
 GUARD = "this checkpoint is compressed: `pip install compress-llm` and `import compressor.runtime` before loading it"
 
 
-def compressed_config(config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def compressed_config(
+    config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """`config` for a checkpoint whose linears `modules` (name -> {"format": …}) are packed; unchanged if none is."""
     if not modules:
         return dict(config)
@@ -32,7 +34,11 @@ def module_entry(entry: Mapping[str, Any], *, transposed: bool) -> dict[str, Any
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without what `compressed_config` added."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_weights")}
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization_config", "transformers_weights")
+    }
 
 
 def packed_modules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -46,9 +52,14 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     version, modules = described.get("version"), described.get("modules")
     if version != VERSION:
-        raise CheckpointError(f"the checkpoint has format version {version!r}, this package reads {VERSION}: update compress-llm")
+        raise CheckpointError(
+            f"the checkpoint has format version {version!r}, this package reads {VERSION}: update compress-llm"
+        )
     if not isinstance(modules, Mapping) or not all(
-        isinstance(entry, Mapping) and isinstance(entry.get("format"), str) for entry in modules.values()
+        isinstance(entry, Mapping) and isinstance(entry.get("format"), str)
+        for entry in modules.values()
     ):
-        raise CheckpointError("config.json: quantization_config.modules must map each linear to its format")
+        raise CheckpointError(
+            "config.json: quantization_config.modules must map each linear to its format"
+        )
     return {str(name): dict(entry) for name, entry in modules.items()}

@@ -22,8 +22,12 @@ ITEM_BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-_SIZE = re.compile("size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group")  # in keys of config.json
-_LENGTH = re.compile("chunk|window|image|patch|audio")  # in keys that measure the input, not the model
+_SIZE = re.compile(
+    "size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group"
+)  # in keys of config.json
+_LENGTH = re.compile(
+    "chunk|window|image|patch|audio"
+)  # in keys that measure the input, not the model
 _MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
 _MAX_NAME = 500  # characters of a tensor's name, which is printed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -70,22 +74,32 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise CheckpointError(f"{path} is not a safetensors file: header length {length} in a file of {size} bytes")
+                raise CheckpointError(
+                    f"{path} is not a safetensors file: header length {length} in a file of {size} bytes"
+                )
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header: {str(error)[:200]}") from None
+        raise CheckpointError(
+            f"{path} has a malformed safetensors header: {str(error)[:200]}"
+        ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a malformed safetensors header: expected a JSON object")
     metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path} has a malformed safetensors header: __metadata__ must map text to text")
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise CheckpointError(
+            f"{path} has a malformed safetensors header: __metadata__ must map text to text"
+        )
     entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
     position = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
-            raise CheckpointError(f"{path}: tensor {name!r} begins at byte {entry.start}, expected {position}")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} begins at byte {entry.start}, expected {position}"
+            )
         position = entry.stop
     if position != size:
         raise CheckpointError(
@@ -97,14 +111,18 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
     """One header entry, checked: printable name, known dtype, whole shape, byte range as long as the shape says."""
     if not name.isprintable() or len(name) > _MAX_NAME:
-        raise CheckpointError(f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable characters")
+        raise CheckpointError(
+            f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable characters"
+        )
     try:
         dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry") from None
     whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop))
     if not isinstance(dtype, str) or dtype not in ITEM_BITS or not whole:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not understood")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not understood"
+        )
     needed = math.prod(shape) * ITEM_BITS[dtype] // 8
     if stop - start != needed:
         raise CheckpointError(
@@ -125,7 +143,9 @@ class Reader:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json: a Hugging Face checkpoint folder is expected")
+            raise CheckpointError(
+                f"{folder} has no config.json: a Hugging Face checkpoint folder is expected"
+            )
         self.config = read_json(folder / "config.json")
         self.index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
         self.shards = self._shard_names()
@@ -134,7 +154,9 @@ class Reader:
         for shard in self.shards:
             entries, self.metadata[shard] = read_header(folder / shard)
             if twice := self.tensors.keys() & entries.keys():
-                raise CheckpointError(f"{folder}: tensor {min(twice)!r} is in more than one shard, {shard} among them")
+                raise CheckpointError(
+                    f"{folder}: tensor {min(twice)!r} is in more than one shard, {shard} among them"
+                )
             self.tensors.update(entries)
         self._check_index()
 
@@ -147,14 +169,18 @@ class Reader:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.folder / INDEX} has no weight_map")
         for shard in weight_map.values():
-            if not isinstance(shard, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard):
+            if not isinstance(shard, str) or not re.fullmatch(
+                r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
+            ):
                 raise CheckpointError(
                     f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a plain *.safetensors file name"
                 )
         names = list(dict.fromkeys(weight_map.values()))
         for shard in names:
             if not (self.folder / shard).is_file():
-                raise CheckpointError(f"{self.folder / INDEX} names {shard}, which is not there: the download is incomplete")
+                raise CheckpointError(
+                    f"{self.folder / INDEX} names {shard}, which is not there: the download is incomplete"
+                )
         return sorted(names)
 
     def _check_index(self) -> None:
@@ -162,9 +188,13 @@ class Reader:
             return
         for name, shard in self.index["weight_map"].items():
             if name not in self.tensors or self.tensors[name].shard != shard:
-                raise CheckpointError(f"{self.folder / INDEX} says that {name!r} is in {shard}, but it is not")
+                raise CheckpointError(
+                    f"{self.folder / INDEX} says that {name!r} is in {shard}, but it is not"
+                )
         if extra := self.tensors.keys() - self.index["weight_map"].keys():
-            raise CheckpointError(f"{self.folder}: tensor {min(extra)!r} is in a shard but not in {INDEX}")
+            raise CheckpointError(
+                f"{self.folder}: tensor {min(extra)!r} is in a shard but not in {INDEX}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -186,10 +216,14 @@ class Reader:
                 shard = self.tensors[name].shard
                 try:
                     if shard not in handles:
-                        handles[shard] = stack.enter_context(safe_open(self.folder / shard, framework="pt", device="cpu"))
+                        handles[shard] = stack.enter_context(
+                            safe_open(self.folder / shard, framework="pt", device="cpu")
+                        )
                     return handles[shard].get_slice(name)
                 except SafetensorError as error:  # it is stricter than JSON, and knows fewer dtypes
-                    raise CheckpointError(f"{self.folder / shard} is refused by the safetensors library: {error}") from None
+                    raise CheckpointError(
+                        f"{self.folder / shard} is refused by the safetensors library: {error}"
+                    ) from None
 
             yield lazy
 
@@ -211,15 +245,23 @@ def check_sizes(reader: Reader, config: Any) -> None:
     """
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if not isinstance(depth, int) or depth > len(reader.tensors):
-        raise CheckpointError(f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors")
+        raise CheckpointError(
+            f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors"
+        )
     largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
     for key, value in _numbers(reader.config):
         if "position" in key:
             most = _MOST_POSITIONS
         else:
-            most = max(4096, 4 * largest) if _SIZE.search(key) and not _LENGTH.search(key) else math.inf
+            most = (
+                max(4096, 4 * largest)
+                if _SIZE.search(key) and not _LENGTH.search(key)
+                else math.inf
+            )
         if value > most:
-            raise CheckpointError(f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above {largest}")
+            raise CheckpointError(
+                f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above {largest}"
+            )
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
@@ -235,7 +277,9 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    pickles = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+    )
     if pickles:
         return (
             f"{folder} has no safetensors weights, only {pickles[0]}: pickle files can run code and are not read; convert it with "
@@ -254,12 +298,28 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if folder.exists():
         return folder
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model) or model.startswith("."):
-        raise CheckpointError(f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as org/name")
+        raise CheckpointError(
+            f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as org/name"
+        )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*.py"]
+    wanted = [
+        "*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.tiktoken",
+        "LICENSE*",
+        "NOTICE*",
+        "*.py",
+    ]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the Hub client raises a dozen kinds; each is the same to the user
-        reason = " ".join(str(error).partition("An error happened")[0].split()).removeprefix("Got: ")[:200]
-        raise CheckpointError(f"{model} is no folder here, and fetching it from the Hub failed: {reason}") from None
+        reason = " ".join(str(error).partition("An error happened")[0].split()).removeprefix(
+            "Got: "
+        )[:200]
+        raise CheckpointError(
+            f"{model} is no folder here, and fetching it from the Hub failed: {reason}"
+        ) from None

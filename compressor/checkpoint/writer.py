@@ -37,14 +37,20 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 def is_side_file(name: str, *, code: bool) -> bool:
     """Whether a file that goes with the weights (tokenizer, configuration, licence) has this name; with `code` Python too."""
     suffix = Path(name).suffix
-    return suffix in _SIDE_FILES or name.upper().startswith(_SIDE_NAMES) or (code and suffix == ".py")
+    return (
+        suffix in _SIDE_FILES or name.upper().startswith(_SIDE_NAMES) or (code and suffix == ".py")
+    )
 
 
 def side_files(folder: Path, *, code: bool) -> list[Path]:
     """The input's tokenizer and licence files; with `code` its Python files too."""
     ours = (INDEX, "config.json", "report.json")
     paths = sorted(folder.iterdir())
-    return [path for path in paths if is_side_file(path.name, code=code) and path.is_file() and path.name not in ours]
+    return [
+        path
+        for path in paths
+        if is_side_file(path.name, code=code) and path.is_file() and path.name not in ours
+    ]
 
 
 def check_output(output: Path, reader: Reader) -> None:
@@ -59,20 +65,30 @@ def check_output(output: Path, reader: Reader) -> None:
         raise OutputError(f"output {output} is the input folder; choose another with -o")
     if reader.folder.resolve() in output.resolve().parents:
         raise OutputError(f"output {output} is inside the input folder; choose another with -o")
-    there = os.path.lexists(output) or output.resolve().exists()  # the second for new/.. and the like
+    there = (
+        os.path.lexists(output) or output.resolve().exists()
+    )  # the second for new/.. and the like
     path = output if there else report_path(output)
     if (there or os.path.lexists(path)) and not is_complete(output):
         raise OutputError(f"output {path} exists already; choose another with -o or remove it")
     if len(os.fsencode(output.name)) > 200:
-        raise OutputError(f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a shorter one with -o")
+        raise OutputError(
+            f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a shorter one with -o"
+        )
     parent = output.resolve().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"output {output} cannot be made: {parent} is not a folder you may write to")
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in work_path(output).rglob("*") if path.is_file())
+        raise OutputError(
+            f"output {output} cannot be made: {parent} is not a folder you may write to"
+        )
+    free = shutil.disk_usage(parent).free + sum(
+        path.stat().st_size for path in work_path(output).rglob("*") if path.is_file()
+    )
     if free < reader.nbytes:
-        raise OutputError(f"output {output} may need {reader.nbytes:,} bytes; {parent} has {free:,} free")
+        raise OutputError(
+            f"output {output} may need {reader.nbytes:,} bytes; {parent} has {free:,} free"
+        )
 
 
 class Writer:
@@ -95,7 +111,9 @@ class Writer:
         shards: finished shard -> its sha256, bytes and tensors.
     """
 
-    def __init__(self, reader: Reader, output: Path, replaced: set[str], work: Path | None = None) -> None:
+    def __init__(
+        self, reader: Reader, output: Path, replaced: set[str], work: Path | None = None
+    ) -> None:
         self.reader, self.output = reader, output
         self.work = work or output.parent / f".{output.name}.{os.getpid()}.partial"
         self.folder, self.spool = self.work / "folder", self.work / "spool"
@@ -111,7 +129,9 @@ class Writer:
             self.spool.mkdir(exist_ok=True)
 
     def __enter__(self) -> Self:
-        self.made = [parent for parent in self.output.parents if not parent.exists()]  # innermost first
+        self.made = [
+            parent for parent in self.output.parents if not parent.exists()
+        ]  # innermost first
         try:
             shutil.rmtree(self.work, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -120,14 +140,21 @@ class Writer:
             raise OutputError(f"output {self.output} cannot be made: {error.strerror}") from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         if error is not None:
             for parent in self.made or []:
                 with suppress(OSError):  # somebody else uses it by now
                     parent.rmdir()
         if isinstance(error, OSError):
-            raise OutputError(f"output {self.output} could not be written: {error.strerror or error}") from None
+            raise OutputError(
+                f"output {self.output} could not be written: {error.strerror or error}"
+            ) from None
 
     def replace(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store `tensors` in place of the input tensor `name`; their names replace its last part."""
@@ -140,7 +167,9 @@ class Writer:
                 file.write(raw)
                 own = f"{prefix}.{suffix}" if prefix else suffix
                 digest = hashlib.sha256(raw).hexdigest()
-                parts.append([own, _dtype(tensor), list(tensor.shape), start, start + len(raw), digest])
+                parts.append(
+                    [own, _dtype(tensor), list(tensor.shape), start, start + len(raw), digest]
+                )
         shard = self.reader.tensors[name].shard
         self.waiting[shard] -= 1
         if not self.waiting[shard]:
@@ -211,12 +240,27 @@ class Writer:
                 for part, dtype, shape, start, stop, _ in self.parts[name]:
                     pieces.append((part, dtype, shape, self.spool / shard, start, stop))
             else:
-                pieces.append((name, entry.dtype, list(entry.shape), self.reader.folder / shard, entry.start, entry.stop))
-        pieces.sort(key=lambda piece: -ITEM_BITS[piece[1]])  # stable: wide items first keeps every tensor aligned
+                pieces.append(
+                    (
+                        name,
+                        entry.dtype,
+                        list(entry.shape),
+                        self.reader.folder / shard,
+                        entry.start,
+                        entry.stop,
+                    )
+                )
+        pieces.sort(
+            key=lambda piece: -ITEM_BITS[piece[1]]
+        )  # stable: wide items first keeps every tensor aligned
         header: dict[str, Any] = {"__metadata__": self.reader.metadata[shard] or {"format": "pt"}}
         position = 0
         for name, dtype, shape, _, start, stop in pieces:
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + stop - start]}
+            header[name] = {
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [position, position + stop - start],
+            }
             position += stop - start
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -228,11 +272,18 @@ class Writer:
             target.flush()
             os.fsync(target.fileno())
         names = [piece[0] for piece in pieces]
-        self.shards[shard] = {"sha256": digest.hexdigest(), "bytes": len(head) + position, "data": position, "tensors": names}
+        self.shards[shard] = {
+            "sha256": digest.hexdigest(),
+            "bytes": len(head) + position,
+            "data": position,
+            "tensors": names,
+        }
         if self.made is not None:
             self.forget()
 
-    def complete(self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False) -> None:
+    def complete(
+        self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False
+    ) -> None:
         """Write everything beside the shards: the index, `config`, the text `files`, the input's tokenizer and licence
         files, and the manifest of it all.
 
@@ -244,10 +295,17 @@ class Writer:
         self._assemble_ready()
         if self.pending or self.todo:
             raise AssertionError(f"complete() before {sorted(self.pending)} were replaced")
-        contents = {path.name: path.read_bytes() for path in side_files(self.reader.folder, code=code)}
+        contents = {
+            path.name: path.read_bytes() for path in side_files(self.reader.folder, code=code)
+        }
         if self.reader.index is not None:
-            metadata = {**self.reader.index.get("metadata", {}), "total_size": sum(facts["data"] for facts in self.shards.values())}
-            weight_map = {name: shard for shard, facts in self.shards.items() for name in facts["tensors"]}
+            metadata = {
+                **self.reader.index.get("metadata", {}),
+                "total_size": sum(facts["data"] for facts in self.shards.values()),
+            }
+            weight_map = {
+                name: shard for shard, facts in self.shards.items() for name in facts["tensors"]
+            }
             index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
         contents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -260,11 +318,15 @@ class Writer:
             sync(self.folder / name)
         sync(self.folder)
 
-    def finish(self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False) -> None:
+    def finish(
+        self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False
+    ) -> None:
         """`complete`, and give the folder its name."""
         self.complete(config, files, code=code)
         if self.output.exists():
-            raise OutputError(f"output {self.output} has come into being meanwhile; it was left as it is")
+            raise OutputError(
+                f"output {self.output} has come into being meanwhile; it was left as it is"
+            )
         os.replace(self.folder, self.output)
         sync(self.output.parent)
 

@@ -68,7 +68,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Make a Hugging Face language model smaller, after training, in one shot."""
 
@@ -77,15 +79,23 @@ def main() -> None:
     """Entry point: one clear line for every expected error, and the exit code."""
     # threads that spin while they wait for each other made a run ten times as long on two busy cores; read when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not for our users
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # its warning about forks is not for our users
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))  # unwinds, so that nothing half-written stays
+        signal.signal(
+            number, lambda received, _: sys.exit(128 + received)
+        )  # unwinds, so that nothing half-written stays
     try:
         app()
     except CompressError as error:
-        second = isinstance(error, ProcessError) and os.environ.get("RANK") == "1"  # the first may be the one that is gone
+        second = (
+            isinstance(error, ProcessError) and os.environ.get("RANK") == "1"
+        )  # the first may be the one that is gone
         if speaks() or second:
-            print(error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr)
+            print(
+                error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr
+            )
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # what Typer makes of Ctrl-C
@@ -94,5 +104,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:  # of the standard output, mostly: a full disk behind a redirection
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}",
+            file=sys.stderr,
+        )
         sys.exit(1)

@@ -16,35 +16,74 @@ from compressor.cli.show import begin, scoring_progress
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL…", help="Folders or Hub ids, compressed or plain.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="MODEL…", help="Folders or Hub ids, compressed or plain.", show_default=False
+        ),
     ],
     baseline: Annotated[
-        str | None, typer.Option(help="What they are compared with, shown first, such as the original.", show_default=False)
+        str | None,
+        typer.Option(
+            help="What they are compared with, shown first, such as the original.",
+            show_default=False,
+        ),
     ] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="Perplexity on a .txt, .jsonl or .parquet file, Hub id, or self; repeatable.", show_default=False),
+        typer.Option(
+            help="Perplexity on a .txt, .jsonl or .parquet file, Hub id, or self; repeatable.",
+            show_default=False,
+        ),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.", show_default=False)] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of further lm-eval task files.", show_default=False)] = None,
-    seq_len: Annotated[int, typer.Option(help="Window of the perplexity; 0: min(2048, the model's limit).")] = 0,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, separated by commas.", show_default=False)
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of further lm-eval task files.", show_default=False)
+    ] = None,
+    seq_len: Annotated[
+        int, typer.Option(help="Window of the perplexity; 0: min(2048, the model's limit).")
+    ] = 0,
     num_samples: Annotated[int, typer.Option(help="Sequences sampled for --dataset self.")] = 32,
     seed: Annotated[int, typer.Option(help="Of --dataset self.")] = 1,
-    kl: Annotated[bool, typer.Option("--kl/--no-kl", help="KL divergence from the baseline; both models are in memory.")] = True,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows, and examples per task.", show_default=False)] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt of each task.", show_default=False)] = None,
+    kl: Annotated[
+        bool,
+        typer.Option(
+            "--kl/--no-kl", help="KL divergence from the baseline; both models are in memory."
+        ),
+    ] = True,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="At most so many rows, and examples per task.", show_default=False),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the prompt of each task.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Of the tasks.")] = 8,
     device: options.Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw quality over size, .png or .svg; must not exist.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Draw quality over size, .png or .svg; must not exist.", show_default=False
+        ),
     ] = None,
-    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Take numbers that are known from the cache.")] = True,
+    cached: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Take numbers that are known from the cache.")
+    ] = True,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the JSON here as well; must not exist.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the JSON here as well; must not exist.",
+            show_default=False,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in lm-eval's schema instead of the table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON in lm-eval's schema instead of the table.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -57,11 +96,15 @@ def evaluate(
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not dataset and not names:
-        raise UsageError("give something to score: --dataset FILE (perplexity), --tasks NAMES (lm-eval), or both")
+        raise UsageError(
+            "give something to score: --dataset FILE (perplexity), --tasks NAMES (lm-eval), or both"
+        )
     if output is not None and output.exists():
         raise OutputError(f"output {output} exists already; choose another with -o or remove it")
     if output is not None and not output.resolve().parent.is_dir():
-        raise OutputError(f"output {output} cannot be written: {output.resolve().parent} is not a folder")
+        raise OutputError(
+            f"output {output} cannot be written: {output.resolve().parent} is not a folder"
+        )
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"dtype is {dtype!r}; accepted: auto, float32, bfloat16, float16")
     if plot is not None:
@@ -81,9 +124,17 @@ def evaluate(
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cached,
     }  # fmt: skip
     with scoring_progress(quiet) as (progress, note):
-        scored = dict(evaluate_all(models, baseline=baseline, **settings, progress=progress, note=note))
-    result = scored[models[0]] if len(models) == 1 else {"models": {name: scored[name] for name in models}}
-    text = json.dumps({**result, **({"baseline": scored[baseline]} if baseline else {})}, indent=1, default=str)
+        scored = dict(
+            evaluate_all(models, baseline=baseline, **settings, progress=progress, note=note)
+        )
+    result = (
+        scored[models[0]]
+        if len(models) == 1
+        else {"models": {name: scored[name] for name in models}}
+    )
+    text = json.dumps(
+        {**result, **({"baseline": scored[baseline]} if baseline else {})}, indent=1, default=str
+    )
     if output is not None:
         output.write_text(text + "\n")
     if plot is not None:

@@ -10,7 +10,10 @@ import typer
 def export(
     model: Annotated[str, typer.Argument(help="Compressed folder or Hub id.", show_default=False)],
     trainable: Annotated[
-        str, typer.Option(help="lrc: the factors of the low-rank linears (WeLore's recovery trains these alone).")
+        str,
+        typer.Option(
+            help="lrc: the factors of the low-rank linears (WeLore's recovery trains these alone)."
+        ),
     ] = "lrc",
 ) -> None:
     """Print the names of the parameters that a recovery fine-tuning trains, one a line.

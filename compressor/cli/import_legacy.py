@@ -13,7 +13,12 @@ from compressor.cli.show import err
 
 def import_legacy(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A compressed-tensors checkpoint, sparse-24-bitmask.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A compressed-tensors checkpoint, sparse-24-bitmask.",
+            show_default=False,
+        ),
     ],
     output: options.NewFolder,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,

@@ -25,10 +25,15 @@ compress lowrank ./model -o out --recipe mixed --dataset text.jsonl"""
 def lowrank(
     model: options.Model,
     output: options.OutputFolder = None,
-    method: Annotated[str | None, typer.Option(help="kfac, svd_llm, asvd, welore or svd.", show_default="kfac")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="kfac, svd_llm, asvd, welore or svd.", show_default="kfac")
+    ] = None,
     keep: options.Keep = None,
     ranks: options.Ranks = None,
-    tune: Annotated[int | None, typer.Option(help="Epochs of training the factors, block by block.", show_default="0")] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(help="Epochs of training the factors, block by block.", show_default="0"),
+    ] = None,
     plan: options.Plan = None,
     dataset: options.Dataset = None,
     num_samples: options.NumSamples = None,
@@ -38,7 +43,10 @@ def lowrank(
     assign: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Option of the method, or of the ranks (ranks.align=32).", show_default=False
+            "--set",
+            metavar="NAME=VALUE",
+            help="Option of the method, or of the ranks (ranks.align=32).",
+            show_default=False,
         ),
     ] = None,
     ignore: options.Ignore = None,
@@ -48,7 +56,9 @@ def lowrank(
     expert_tokens: options.ExpertTokens = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, write nothing.")
+    ] = False,
     as_json: options.ReportJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -68,7 +78,9 @@ def lowrank(
     merged = merge(settings, given, assign or [])
     options.check_method(merged.method, "lowrank", None if method else recipe)
     if output is None and not dry_run:
-        raise UsageError("give the folder to make with -o/--output, or --dry-run to check everything")
+        raise UsageError(
+            "give the folder to make with -o/--output, or --dry-run to check everything"
+        )
     begin(quiet, verbose)
     if output is None or dry_run:
         from compressor.run.check import make_job
@@ -80,8 +92,14 @@ def lowrank(
         if not job.keep:
             show_tasks(job)
         show_left(job)
-        goal = f"factored by {merged.method}, keep {merged.keep} of the parameters" if job.keep else "compressed as planned"
-        out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was written")
+        goal = (
+            f"factored by {merged.method}, keep {merged.keep} of the parameters"
+            if job.keep
+            else "compressed as planned"
+        )
+        out.print(
+            f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was written"
+        )
         return
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
 

@@ -14,10 +14,17 @@ from compressor.cli.show import err, quiet_libraries
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A dense checkpoint with 2:4 zeros in place.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A dense checkpoint with 2:4 zeros in place.", show_default=False
+        ),
+    ],
     output: options.NewFolder,
     trust_remote_code: options.TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was packed and what was not as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was packed and what was not as JSON.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:
     """Pack a checkpoint that is 2:4 already, made by any tool that stores zeros in place. No calibration, no weight changes.
@@ -33,5 +40,7 @@ def pack(
     if not quiet:
         for left in done.left_dense:
             err.print(f"dense  {left.name}  {left.shape}  {left.reason}", soft_wrap=True)
-        err.print(f"{len(done.packed)} linears packed, {len(done.left_dense)} of the blocks left dense")
+        err.print(
+            f"{len(done.packed)} linears packed, {len(done.left_dense)} of the blocks left dense"
+        )
     print(json.dumps(asdict(done), indent=1) if as_json else output)

@@ -32,14 +32,27 @@ compress lowrank org/model -o out --plan plan.toml --dataset text.jsonl"""
 
 def plan(
     model: options.Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to make; must not exist.", show_default=False)],
-    plot: Annotated[Path | None, typer.Option(help="Draw it too: a .png, .svg or .pdf file.", show_default=False)] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to make; must not exist.", show_default=False),
+    ],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw it too: a .png, .svg or .pdf file.", show_default=False),
+    ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="As for prune or lowrank: plans are measured with it.", show_default="wanda, or kfac with --keep"),
+        typer.Option(
+            help="As for prune or lowrank: plans are measured with it.",
+            show_default="wanda, or kfac with --keep",
+        ),
     ] = None,
-    refine: Annotated[str | None, typer.Option(help="As for prune: plans are tried with it.", show_default="none")] = None,
-    pattern: Annotated[str | None, typer.Option(help="n:m, or a sparsity such as 60%.", show_default="2:4")] = None,
+    refine: Annotated[
+        str | None, typer.Option(help="As for prune: plans are tried with it.", show_default="none")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="n:m, or a sparsity such as 60%.", show_default="2:4")
+    ] = None,
     keep: options.Keep = None,
     ranks: options.Ranks = None,
     ratios: options.Ratios = None,
@@ -52,7 +65,12 @@ def plan(
     recipe: options.RecipeName = None,
     assign: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="As for prune or lowrank: ratios.tokens=4096.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="As for prune or lowrank: ratios.tokens=4096.",
+            show_default=False,
+        ),
     ] = None,
     ignore: options.Ignore = None,
     device: options.Device = "auto",
@@ -60,7 +78,9 @@ def plan(
     expert_tokens: options.ExpertTokens = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was measured as JSON.")
+    ] = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -80,10 +100,16 @@ def plan(
     }  # fmt: skip
     merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
     if merged.keep and pattern:
-        raise UsageError(f"--keep {merged.keep} is for factors, --pattern {pattern} for zeros: give one of them")
+        raise UsageError(
+            f"--keep {merged.keep} is for factors, --pattern {pattern} for zeros: give one of them"
+        )
     for path in (output, plot):
         if path and (path.exists() or not path.resolve().parent.is_dir()):
-            raise OutputError(f"{path} exists already" if path.exists() else f"the folder of {path} does not exist")
+            raise OutputError(
+                f"{path} exists already"
+                if path.exists()
+                else f"the folder of {path} does not exist"
+            )
     begin(quiet, verbose)
     from compressor.plots import heatmap
     from compressor.run.pipeline import make_plan
@@ -114,21 +140,29 @@ def _chosen(recipe: Recipe) -> str:
         return f"keep {recipe.keep}, {recipe.method}"
     if recipe.plan:
         return "as planned"
-    how = recipe.ratios or (f"{recipe.dense_fraction} dense" if recipe.dense_fraction else "one goal")
+    how = recipe.ratios or (
+        f"{recipe.dense_fraction} dense" if recipe.dense_fraction else "one goal"
+    )
     return f"{recipe.pattern}, {how}"
 
 
 def _what_goes(job: Job) -> str:
     """What is counted: zeros, or where factors do without parameters as well these."""
-    return "parameters removed" if any(isinstance(task.goal, int) for task in job.every) else "zeros"
+    return (
+        "parameters removed" if any(isinstance(task.goal, int) for task in job.every) else "zeros"
+    )
 
 
 def _show(job: Job) -> None:
     from compressor.plots.heatmap import cells, sparsities
 
     if job.keep:
-        columns, ranks = cells(job, lambda task: task.goal if isinstance(task.goal, int) else math.inf, math.inf)
-        _print("Rank of every linear", columns, [[_span(each, _rank) for each in row] for row in ranks])
+        columns, ranks = cells(
+            job, lambda task: task.goal if isinstance(task.goal, int) else math.inf, math.inf
+        )
+        _print(
+            "Rank of every linear", columns, [[_span(each, _rank) for each in row] for row in ranks]
+        )
     else:
         columns, values = sparsities(job)
         _print(
@@ -136,7 +170,9 @@ def _show(job: Job) -> None:
             columns,
             [[_span(each, _coloured) for each in row] for row in values],
         )
-        size = sum(linear.size for index in range(len(values)) for linear in job.skeleton.linears(index))
+        size = sum(
+            linear.size for index in range(len(values)) for linear in job.skeleton.linears(index)
+        )
         gone = sum(task.removed * task.linear.size for task in job.every)
         out.print(f"{_what_goes(job)}: {round(gone)} of {size}, {gone / size:.2%}")
     show_allocation(job.allocation)
@@ -147,10 +183,16 @@ def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:
     from compressor.plots.heatmap import headings
 
     heads = headings(columns)
-    widths = [max(*map(len, head.splitlines()), *(len(row[place]) for row in blocks)) + 2 for place, head in enumerate(heads)]
+    widths = [
+        max(*map(len, head.splitlines()), *(len(row[place]) for row in blocks)) + 2
+        for place, head in enumerate(heads)
+    ]
     shown: list[list[int]] = [[]]
     for place in range(len(columns)):
-        if shown[-1] and len("block  ") + sum(widths[other] for other in (*shown[-1], place)) > out.width:
+        if (
+            shown[-1]
+            and len("block  ") + sum(widths[other] for other in (*shown[-1], place)) > out.width
+        ):
             shown.append([])
         shown[-1].append(place)
     note = "; of experts the lowest and the highest" if any("*" in name for name in columns) else ""
@@ -178,5 +220,13 @@ def _rank(rank: float) -> Text:
 
 def _coloured(value: float) -> Text:
     """Green for what stays, through yellow, to red for what goes."""
-    hue = "green" if value < 0.4 else "yellow" if value < 0.6 else "dark_orange" if value < 0.75 else "red"
+    hue = (
+        "green"
+        if value < 0.4
+        else "yellow"
+        if value < 0.6
+        else "dark_orange"
+        if value < 0.75
+        else "red"
+    )
     return Text(f"{100 * value:.1f}", style=hue) if value else Text("dense", style="bold green")

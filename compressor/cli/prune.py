@@ -34,26 +34,43 @@ compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
 def prune(
     model: options.Model,
     output: options.OutputFolder = None,
-    method: Annotated[str | None, typer.Option(help="magnitude, wanda, nowag, sparsegpt or armor.", show_default="wanda")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="magnitude, wanda, nowag, sparsegpt or armor.", show_default="wanda"),
+    ] = None,
     refine: Annotated[
-        str | None, typer.Option(help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none")
+        str | None,
+        typer.Option(
+            help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none"
+        ),
     ] = None,
     refine_only: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Linears to refine, such as '*attn*'; repeatable.", show_default="all"),
+        typer.Option(
+            metavar="GLOB",
+            help="Linears to refine, such as '*attn*'; repeatable.",
+            show_default="all",
+        ),
     ] = None,
     tune: Annotated[
         int | None,
         typer.Option(help="Epochs of training the kept weights, block by block.", show_default="0"),
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="n:m (n of every m weights are kept) or a sparsity such as 50%.", show_default="2:4")
+        str | None,
+        typer.Option(
+            help="n:m (n of every m weights are kept) or a sparsity such as 50%.",
+            show_default="2:4",
+        ),
     ] = None,
     ratios: options.Ratios = None,
     max_sparsity: options.MaxSparsity = None,
     dense_fraction: options.DenseFraction = None,
     plan: options.Plan = None,
-    format: Annotated[str | None, typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed"),
+    ] = None,
     dataset: options.Dataset = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
@@ -75,7 +92,9 @@ def prune(
     expert_tokens: options.ExpertTokens = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")
+    ] = False,
     as_json: options.ReportJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -97,7 +116,9 @@ def prune(
     merged = merge(load(find(recipe)) if recipe else {}, given, assign)
     options.check_method(merged.method, "prune", None if method else recipe)
     if plan and pattern:
-        raise UsageError(f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them")
+        raise UsageError(
+            f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them"
+        )
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     begin(quiet, verbose)
@@ -113,7 +134,9 @@ def prune(
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
 
 
-def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool) -> None:
+def run_and_show(
+    recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool
+) -> None:
     """Prune and print the result; of several processes the first one speaks."""
     import compressor
     from compressor.errors import InterruptedRun, ProcessError
@@ -121,10 +144,18 @@ def run_and_show(recipe: Recipe, output: Path, device: str, max_memory: str, *, 
 
     try:
         with pruning_progress(quiet or not speaks()) as progress:
-            report = compressor.prune(output=output, device=device, max_memory=max_memory, progress=progress, **asdict(recipe))
+            report = compressor.prune(
+                output=output,
+                device=device,
+                max_memory=max_memory,
+                progress=progress,
+                **asdict(recipe),
+            )
     except (KeyboardInterrupt, SystemExit) as end:
         code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
-        raise InterruptedRun(f"interrupted: {describe(output) or 'nothing was written'}", code) from None
+        raise InterruptedRun(
+            f"interrupted: {describe(output) or 'nothing was written'}", code
+        ) from None
     except ProcessError as error:
         raise ProcessError(f"{error}; {describe(output) or 'nothing was written'}") from None
     if not speaks():
@@ -144,7 +175,11 @@ def most(max_sparsity: str | None) -> list[str]:
     """`--max-sparsity` as an assignment, if it was given."""
     from compressor.pattern import parse_fraction
 
-    return [f"ratios.max_sparsity={float(parse_fraction('max-sparsity', max_sparsity))}"] if max_sparsity else []
+    return (
+        [f"ratios.max_sparsity={float(parse_fraction('max-sparsity', max_sparsity))}"]
+        if max_sparsity
+        else []
+    )
 
 
 def show_allocation(found: dict[str, Any]) -> None:
@@ -154,10 +189,14 @@ def show_allocation(found: dict[str, Any]) -> None:
     if "budget" in found:
         kept = found["parameters"] / found["dense_parameters"]
         cut = f"ranks reduced by {found['rank_reduction']:.1%}"
-        out.print(f"{found['parameters']:,} of {found['dense_parameters']:,} parameters kept ({kept:.2%}), {cut}, by {found['by']}")
+        out.print(
+            f"{found['parameters']:,} of {found['dense_parameters']:,} parameters kept ({kept:.2%}), {cut}, by {found['by']}"
+        )
     if "divergence" in found:
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
-        out.print(f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}")
+        out.print(
+            f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}"
+        )
 
 
 def show_left(job: Job) -> None:
@@ -168,7 +207,13 @@ def show_left(job: Job) -> None:
 
 def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
     """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the parameters is kept."""
-    asked = {"keep": recipe.keep} if job.keep else {"plan": recipe.plan} if recipe.plan else {"pattern": recipe.pattern}
+    asked = (
+        {"keep": recipe.keep}
+        if job.keep
+        else {"plan": recipe.plan}
+        if recipe.plan
+        else {"pattern": recipe.pattern}
+    )
     return {
         "model": recipe.model, "method": recipe.method, **asked, "seq_len": job.seq_len,
         "blocks": len(job.tasks),
@@ -196,7 +241,9 @@ def _show_job(job: Job) -> None:
     show_left(job)
     packed = sum(map(job.packs, job.every))
     stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
-    out.print(f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written")
+    out.print(
+        f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written"
+    )
 
 
 def _show_report(report: Report) -> None:
@@ -204,20 +251,37 @@ def _show_report(report: Report) -> None:
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
         factored = "rank" in row.entry
-        form, zeros = (f"{row.format} {row.entry['rank']}", "-") if factored else (row.format, f"{row.sparsity:.1%}")
+        form, zeros = (
+            (f"{row.format} {row.entry['rank']}", "-")
+            if factored
+            else (row.format, f"{row.sparsity:.1%}")
+        )
         found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
-    out.print(f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why")
+    out.print(
+        f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why"
+    )
     for note, count in Counter(row.note for row in report.linears if row.note).items():
         out.print(f"note: {count} linears: {note}")
-    out.print(f"compressed linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)")
+    out.print(
+        f"compressed linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)"
+    )
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
-    peak = " + ".join(f"{size(value)} {name.removesuffix('_bytes')}" for name, value in report.run["peak_memory"].items())
-    resumed = f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""
-    out.print(f"{report.run['seconds']:.0f} s{resumed} on {report.run['device']}, peak memory {peak}")
+    peak = " + ".join(
+        f"{size(value)} {name.removesuffix('_bytes')}"
+        for name, value in report.run["peak_memory"].items()
+    )
+    resumed = (
+        f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""
+    )
+    out.print(
+        f"{report.run['seconds']:.0f} s{resumed} on {report.run['device']}, peak memory {peak}"
+    )
     if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
         goals = "the plan" if report.recipe["plan"] else f"pattern {report.recipe['pattern']}"
-        out.print(f"note: {goals} has no packed form: zeros are stored in place, the size stays the same")
+        out.print(
+            f"note: {goals} has no packed form: zeros are stored in place, the size stays the same"
+        )

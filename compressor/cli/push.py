@@ -16,14 +16,31 @@ if TYPE_CHECKING:
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or lowrank made.", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The model on the Hub; made if need be.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder that prune or lowrank made.", show_default=False
+        ),
+    ],
+    repo: Annotated[
+        str,
+        typer.Argument(
+            metavar="ORG/NAME", help="The model on the Hub; made if need be.", show_default=False
+        ),
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
     base_model: Annotated[
-        str, typer.Option(metavar="ORG/NAME", help="The original on the Hub.", show_default="the recipe's model")
+        str,
+        typer.Option(
+            metavar="ORG/NAME", help="The original on the Hub.", show_default="the recipe's model"
+        ),
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up, send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would go up, send nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
@@ -51,7 +68,9 @@ def push(
         _show_plan(what, repo, as_json)
         return
     message = f"{folder.resolve().name}, by compress-llm"
-    pushed = hub.push(what, repo, private=private, create_pr=create_pr, message=message, progress=progress)
+    pushed = hub.push(
+        what, repo, private=private, create_pr=create_pr, message=message, progress=progress
+    )
     if as_json:
         print(json.dumps({"repo": repo, **vars(pushed)}, indent=1))
         return
@@ -68,7 +87,18 @@ def _show_plan(what: Publication, repo: str, as_json: bool) -> None:
     total = sum(file.size for file in what.files)
     if as_json:
         files = [{"name": file.name, "bytes": file.size} for file in what.files]
-        print(json.dumps({"repo": repo, "files": files, "bytes": total, "stays": what.stays, "card": str(what.card)}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "repo": repo,
+                    "files": files,
+                    "bytes": total,
+                    "stays": what.stays,
+                    "card": str(what.card),
+                },
+                indent=1,
+            )
+        )
         return
     rows = table("", "file >size")
     for file in what.files:

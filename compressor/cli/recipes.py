@@ -12,8 +12,12 @@ from compressor.cli.show import out, table
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="Show this one.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: name, command, description, settings.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME|FILE", help="Show this one.", show_default=False)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: name, command, description, settings.")
+    ] = False,
 ) -> None:
     """List the recipes that come with the package, or show one.
 
@@ -69,7 +73,12 @@ def _facts(path: Path) -> dict[str, Any]:
 
     settings = _settings(path)
     runs = command(settings.get("method", Recipe.method))
-    return {"name": path.stem, "command": runs, "description": description(path), "settings": settings}
+    return {
+        "name": path.stem,
+        "command": runs,
+        "description": description(path),
+        "settings": settings,
+    }
 
 
 def _settings(path: Path) -> dict[str, Any]:

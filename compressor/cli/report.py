@@ -9,13 +9,23 @@ import typer
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or lowrank made.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder that prune or lowrank made.", show_default=False
+        ),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to make; must not exist.", show_default="DIR.report.html"),
+        typer.Option(
+            "--output", "-o", help="File to make; must not exist.", show_default="DIR.report.html"
+        ),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write the charts as PNG files too.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write the charts as PNG files too.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Show a run on one HTML page: sizes, errors, scores, time, and what was left dense.
@@ -36,12 +46,16 @@ def report(
     if target.exists():
         raise OutputError(f"output {target} exists already; choose another with -o or remove it")
     if not target.resolve().parent.is_dir():
-        raise OutputError(f"output {target} cannot be written: {target.resolve().parent} is not a folder")
+        raise OutputError(
+            f"output {target} cannot be written: {target.resolve().parent} is not a folder"
+        )
     record = read_record(folder)
     text = render(record)
     if png is not None:
         from compressor.page.picture import write_pictures
 
         write_pictures(draw(record), png)
-    target.write_bytes(text.encode("utf-8", "replace"))  # names from a file may hold halves of a surrogate pair
+    target.write_bytes(
+        text.encode("utf-8", "replace")
+    )  # names from a file may hold halves of a surrogate pair
     print(output or folder.with_name(target.name))

@@ -15,7 +15,10 @@ from compressor.errors import CheckpointError
 
 
 def resume(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that was to be made.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The folder that was to be made.", show_default=False),
+    ],
     as_json: options.ReportJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -32,7 +35,18 @@ def resume(
     settings = read_settings(output)
     output = output.resolve()
     if not Path(settings["folder"]).is_dir():
-        raise CheckpointError(f"the run of {output} was begun in {settings['folder']}, which is no folder any more")
-    os.chdir(settings["folder"])  # names of model and text are relative to where the command was given
+        raise CheckpointError(
+            f"the run of {output} was begun in {settings['folder']}, which is no folder any more"
+        )
+    os.chdir(
+        settings["folder"]
+    )  # names of model and text are relative to where the command was given
     begin(quiet, verbose)
-    run_and_show(Recipe(**settings["recipe"]), output, settings["device"], settings["max_memory"], quiet=quiet, as_json=as_json)
+    run_and_show(
+        Recipe(**settings["recipe"]),
+        output,
+        settings["device"],
+        settings["max_memory"],
+        quiet=quiet,
+        as_json=as_json,
+    )

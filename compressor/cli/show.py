@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from compressor.text import size as size  # the commands take it from here
@@ -19,8 +26,12 @@ from compressor.text import size as size  # the commands take it from here
 if TYPE_CHECKING:
     from compressor.records.report import BlockRow
 
-out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, markup=False)  # names come from files: no markup in them is ours
+out = Console(
+    highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160
+)
+err = Console(
+    stderr=True, highlight=False, markup=False
+)  # names come from files: no markup in them is ours
 
 
 def speaks() -> bool:
@@ -64,21 +75,43 @@ def pruning_progress(quiet: bool) -> Iterator[Any]:
 
 def _bar() -> Progress:
     columns = (TextColumn("{task.description:12}"), BarColumn(24), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, *times, console=err, speed_estimate_period=86400)  # a linear may take many minutes
+    times = (
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(
+        *columns, *times, console=err, speed_estimate_period=86400
+    )  # a linear may take many minutes
 
 
 def _live(bar: Progress) -> Any:
     tasks: dict[str, Any] = {}
 
-    def show(step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Any = None) -> None:
+    def show(
+        step: str,
+        done: int,
+        total: int,
+        block: BlockRow | None = None,
+        linear: str = "",
+        losses: Any = None,
+    ) -> None:
         if step not in tasks:
             tasks[step] = bar.add_task(step, total=total, note="")
-        note = _block_note(block) if block else f"{_short(linear)}  {_losses(losses)}" if linear else ""
+        note = (
+            _block_note(block)
+            if block
+            else f"{_short(linear)}  {_losses(losses)}"
+            if linear
+            else ""
+        )
         bar.update(tasks[step], completed=done, total=total)
         if note:
             bar.update(tasks[step], note=note)
-        if step == "linears":  # so that the blocks, and with them the model, have an estimate before the first is done
+        if (
+            step == "linears"
+        ):  # so that the blocks, and with them the model, have an estimate before the first is done
             blocks = next(task for task in bar.tasks if task.id == tasks["blocks"])
             bar.update(blocks.id, completed=int(blocks.completed) + min(done / total, 0.999))
 
@@ -90,7 +123,14 @@ def _lines(started: float) -> Any:
     begun, last, blocks = started, started, (0, 1)
     steps: dict[str, float] = {}  # when each began
 
-    def line(step: str, done: int, total: int, block: BlockRow | None = None, linear: str = "", losses: Any = None) -> None:
+    def line(
+        step: str,
+        done: int,
+        total: int,
+        block: BlockRow | None = None,
+        linear: str = "",
+        losses: Any = None,
+    ) -> None:
         nonlocal begun, last, blocks
         now = time.perf_counter()
         if done == total and step not in ("blocks", "linears"):
@@ -138,7 +178,14 @@ def scoring_progress(quiet: bool) -> Iterator[tuple[Any, Any]]:
         return
     with _bar() as bar:
         task = bar.add_task("", total=None, note="")
-        yield (lambda step, done, total: bar.update(task, description=step, completed=done, total=total)), note
+        yield (
+            (
+                lambda step, done, total: bar.update(
+                    task, description=step, completed=done, total=total
+                )
+            ),
+            note,
+        )
 
 
 @contextmanager
@@ -154,7 +201,13 @@ def counting(what: str, quiet: bool) -> Iterator[Any]:
 
 def table(title: str, columns: str) -> Table:
     """An empty table without borders; `columns` are headings, right-aligned where they begin with `>`."""
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    made = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for heading in columns.split():
-        made.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
+        made.add_column(
+            heading.lstrip(">"),
+            justify="right" if heading.startswith(">") else "left",
+            no_wrap=True,
+        )
     return made

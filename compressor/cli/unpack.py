@@ -12,7 +12,9 @@ from compressor.cli.show import err
 
 
 def unpack(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed checkpoint.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A packed checkpoint.", show_default=False)
+    ],
     output: options.NewFolder,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:

@@ -12,9 +12,14 @@ from compressor.cli.show import counting, out
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that this package made.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A folder that this package made.", show_default=False),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print problems only.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress; print problems only.")
+    ] = False,
 ) -> None:
     """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers. Exit code 1 for any problem.
 

@@ -33,7 +33,9 @@ def find(recipe: str | Path) -> Path:
         return path
     if str(recipe) not in known:
         names, hint = ", ".join(known), did_you_mean(str(recipe), list(known))
-        raise UsageError(f"recipe {str(recipe)[:200]!r} is no file and no bundled recipe; bundled: {names}{hint}")
+        raise UsageError(
+            f"recipe {str(recipe)[:200]!r} is no file and no bundled recipe; bundled: {names}{hint}"
+        )
     return known[str(recipe)]
 
 

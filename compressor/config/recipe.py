@@ -101,10 +101,14 @@ def load(path: Path) -> dict[str, Any]:
     known = [entry.name for entry in fields(Recipe)]
     for key in settings:
         if key not in known:
-            raise UsageError(f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
+            raise UsageError(
+                f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}"
+            )
     if isinstance(plan := settings.get("plan"), str) and plan:
         if Path(plan).is_absolute() or ".." in Path(plan).parts:
-            raise UsageError(f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another")
+            raise UsageError(
+                f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another"
+            )
         settings["plan"] = str(find_plan(plan, path))
     return settings
 
@@ -115,8 +119,14 @@ def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list
     `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`, `ratios.name=value` one of the ratios,
     `ranks.name=value` one of the ranks.
     """
-    asked = Recipe(**{**recipe, **{key: value for key, value in given.items() if value is not None}})
-    options, refine_options, ratio_options = dict(asked.options), dict(asked.refine_options), dict(asked.ratio_options)
+    asked = Recipe(
+        **{**recipe, **{key: value for key, value in given.items() if value is not None}}
+    )
+    options, refine_options, ratio_options = (
+        dict(asked.options),
+        dict(asked.refine_options),
+        dict(asked.ratio_options),
+    )
     rank_options = dict(asked.rank_options)
     owners = {"": options, "ratios": ratio_options, "ranks": rank_options} | (
         {asked.refine: refine_options} if asked.refine else {}
@@ -127,12 +137,22 @@ def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list
         if not equals or not own_name:
             raise UsageError(f"--set {assignment!r} is not of the form name=value")
         if owner not in owners or (dot and not owner):
-            raise UsageError(f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}")
+            raise UsageError(
+                f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}"
+            )
         owners[owner][own_name] = text.strip()
-    return replace(asked, options=options, refine_options=refine_options, ratio_options=ratio_options, rank_options=rank_options)
+    return replace(
+        asked,
+        options=options,
+        refine_options=refine_options,
+        ratio_options=ratio_options,
+        rank_options=rank_options,
+    )
 
 
-def check_options(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(
+    owner: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
     """`options` checked against the keyword-only parameters of `function`, text turned into their types.
 
     Raises:
@@ -147,7 +167,9 @@ def check_options(owner: str, function: Callable[..., Any], options: Mapping[str
     for name, value in options.items():
         if name not in known:
             names = ", ".join(known) or "none"
-            raise UsageError(f"{owner} has no option {name!r}; its options: {names}{did_you_mean(name, list(known))}")
+            raise UsageError(
+                f"{owner} has no option {name!r}; its options: {names}{did_you_mean(name, list(known))}"
+            )
         checked[name] = _typed(f"{owner} option {name}", value, known[name])
     return checked
 
@@ -159,26 +181,42 @@ def _typed(what: str, value: Any, default: Any) -> Any:
         truth = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if isinstance(value, str) and value.lower() in truth:
             return truth[value.lower()]
-    elif kind in (int, float) and not isinstance(value, bool) and isinstance(value, str | int | float):
+    elif (
+        kind in (int, float)
+        and not isinstance(value, bool)
+        and isinstance(value, str | int | float)
+    ):
         try:
             number = kind(value)
         except ValueError:
             number = None
-        if number is not None and (isinstance(value, str) or number == value) and number - number == 0:  # finite
+        if (
+            number is not None
+            and (isinstance(value, str) or number == value)
+            and number - number == 0
+        ):  # finite
             return number
     if type(value) is kind:
         return value
-    raise UsageError(f"{what} is {value!r}; a value of type {kind.__name__} is expected, such as {default!r}")
+    raise UsageError(
+        f"{what} is {value!r}; a value of type {kind.__name__} is expected, such as {default!r}"
+    )
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
     kinds = {"str": str, "int": int, "bool": bool, "list[str]": list, "dict[str, Any]": dict}
     kind = kinds[annotation]
-    right = type(value) is kind and (kind is not list or all(isinstance(item, str) for item in value))
+    right = type(value) is kind and (
+        kind is not list or all(isinstance(item, str) for item in value)
+    )
     if not right:
-        raise UsageError(f"{name.replace('_', '-')} is {value!r}; a value of type {annotation} is expected")
+        raise UsageError(
+            f"{name.replace('_', '-')} is {value!r}; a value of type {annotation} is expected"
+        )
 
 
 def _one_of(name: str, value: str, accepted: list[str]) -> None:
     if value not in accepted:
-        raise UsageError(f"{name} is {value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}")
+        raise UsageError(
+            f"{name} is {value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
+        )

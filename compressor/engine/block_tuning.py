@@ -29,7 +29,9 @@ Place = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Call = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 _BETAS = (0.9, 0.95)
-_PRODUCT = 0.2  # of the step size, for the factors of a product: all of them move at once (docs/armor.md)
+_PRODUCT = (
+    0.2  # of the step size, for the factors of a product: all of them move at once (docs/armor.md)
+)
 
 
 def tune(
@@ -88,7 +90,10 @@ def _caller(block: nn.Module, arguments: Arguments, place: Place) -> Call:
     positional, keywords = arguments
 
     def call(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        placed = {name: weight.to(block.get_parameter(name).dtype) for name, weight in place(weights).items()}
+        placed = {
+            name: weight.to(block.get_parameter(name).dtype)
+            for name, weight in place(weights).items()
+        }
         output = functional_call(block, placed, (hidden, *positional), keywords)
         return output[0] if isinstance(output, tuple) else output
 
@@ -98,7 +103,9 @@ def _caller(block: nn.Module, arguments: Arguments, place: Place) -> Call:
 def _rebuilt(form: Form, factors: Mapping[str, Tensor]) -> Form:
     """A form like `form`, of `factors` rounded to its dtype."""
     kinds = {part: tensor.dtype for part, tensor in form.factors().items()}
-    return type(form).from_factors(**{part: factor.detach().to(kinds[part]) for part, factor in factors.items()})
+    return type(form).from_factors(
+        **{part: factor.detach().to(kinds[part]) for part, factor in factors.items()}
+    )
 
 
 def _train(
@@ -112,7 +119,10 @@ def _train(
 ) -> Factors:
     """The factors of `forms` after Adam on `call`, float32."""
     factors: Factors = {
-        name: {part: nn.Parameter(factor.detach().float().clone()) for part, factor in form.factors().items()}
+        name: {
+            part: nn.Parameter(factor.detach().float().clone())
+            for part, factor in form.factors().items()
+        }
         for name, form in forms.items()
     }
     every = [factor for parts in factors.values() for factor in parts.values()]
@@ -124,18 +134,25 @@ def _train(
     ]
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     total = epochs * len(hidden)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total))
+    )
     scale = _scale(hidden, targets)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for index in torch.randperm(len(hidden), generator=generator).tolist():
             with torch.enable_grad():
-                output = call({name: forms[name].product(**parts) for name, parts in factors.items()}, hidden[index].float())
+                output = call(
+                    {name: forms[name].product(**parts) for name, parts in factors.items()},
+                    hidden[index].float(),
+                )
                 loss = (output - targets[index].float()).square().mean() / scale
                 loss.backward()
             for factor, mask in zip(every, masks, strict=True):
                 assert factor.grad is not None
-                factor.grad.mul_(mask)  # a gradient of zero moves nothing in Adam: pruned weights stay zero
+                factor.grad.mul_(
+                    mask
+                )  # a gradient of zero moves nothing in Adam: pruned weights stay zero
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -150,16 +167,23 @@ def _size(factor: Tensor) -> float:
 
 def _scale(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """What the block adds to the residual stream, mean square: the loss is relative to it."""
-    changes = [(target.float() - batch.float()).square().mean() for batch, target in zip(hidden, targets, strict=True)]
+    changes = [
+        (target.float() - batch.float()).square().mean()
+        for batch, target in zip(hidden, targets, strict=True)
+    ]
     return torch.stack(changes).mean().clamp_min(1e-30)
 
 
 @torch.no_grad()
-def _error(call: Call, forms: Mapping[str, Form], hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+def _error(
+    call: Call, forms: Mapping[str, Form], hidden: Sequence[Tensor], targets: Sequence[Tensor]
+) -> float:
     """‖f(h) - t‖² / ‖t - h‖² over all batches."""
     weights = {name: form.dense() for name, form in forms.items()}
     pairs = zip(hidden, targets, strict=True)
-    missed = [(call(weights, batch).float() - target.float()).square().mean() for batch, target in pairs]
+    missed = [
+        (call(weights, batch).float() - target.float()).square().mean() for batch, target in pairs
+    ]
     return (torch.stack(missed).mean() / _scale(hidden, targets)).item()
 
 
@@ -169,4 +193,6 @@ def _in_float(value: Any) -> Any:
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
         return type(value)(_in_float(item) for item in value)
-    return {key: _in_float(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: _in_float(item) for key, item in value.items()} if isinstance(value, dict) else value
+    )

@@ -101,7 +101,9 @@ def dense_blocks(
     hidden = list(states.hidden)
     for index, tasks in enumerate(job.tasks):
         block = job.skeleton.load_block(index, device)
-        with collecting({task.linear.name: task.linear.module for task in tasks}, gram=gram) as stats:
+        with collecting(
+            {task.linear.name: task.linear.module for task in tasks}, gram=gram
+        ) as stats:
             hidden = [capture.run(block, batch, states.arguments[index]) for batch in hidden]
         for task in tasks:
             (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
@@ -110,17 +112,27 @@ def dense_blocks(
 
 
 def _compress_block(
-    job: Job, index: int, states: States | None, device: torch.device, store: Store, progress: Progress, group: Group
+    job: Job,
+    index: int,
+    states: States | None,
+    device: torch.device,
+    store: Store,
+    progress: Progress,
+    group: Group,
 ) -> float | None:
     """Compress one block; returns the relative squared error of its output, None without calibration."""
     block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
     arguments = states.arguments[index] if states else ((), {})
-    if states and job.tune:  # what the dense model makes of its own hidden states: the target of the tuning
+    if (
+        states and job.tune
+    ):  # what the dense model makes of its own hidden states: the target of the tuning
         advance(states.dense, lambda _, hidden: capture.run(block, hidden, arguments))
     exact: list[Tensor] = []
     inputs: dict[str, InputStats] = {}
     forms: dict[str, Form] = {}  # those of a block that is still to be tuned
-    sharing = group if job.splits_batches else ALONE  # those that have other parts of the calibration
+    sharing = (
+        group if job.splits_batches else ALONE
+    )  # those that have other parts of the calibration
     observe = partial(_observe, job, block, states, arguments, device, sharing, exact)
     owners = group.owners([_cost(job, task) for task in tasks])
     own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
@@ -133,13 +145,23 @@ def _compress_block(
             task.linear.set(form.dense())
             if group.first:
                 store(task, form, seen)
-        progress("linears", number + 1, len(tasks), linear=task.linear.name, losses=getattr(form, "losses", None))
+        progress(
+            "linears",
+            number + 1,
+            len(tasks),
+            linear=task.linear.name,
+            losses=getattr(form, "losses", None),
+        )
     if states and job.tune:
         forms = _tune(job, index, tasks, block, forms, states, arguments)
         for task in tasks:
             form = _packed(job, task, forms[task.linear.name])
             task.linear.set(form.dense())  # compute with what is stored from now on
-            store(task, form, _seen(task.linear.read(job.reader).to(device), form, inputs.get(task.linear.name)))
+            store(
+                task,
+                form,
+                _seen(task.linear.read(job.reader).to(device), form, inputs.get(task.linear.name)),
+            )
     error = _advance(block, states, arguments, exact, sharing) if states else None
     job.skeleton.free_block(index)
     return error
@@ -151,12 +173,17 @@ def _cost(job: Job, task: Task) -> int:
     return rows * columns ** (2 if job.needs_gram else 1)
 
 
-def _groups(job: Job, own: list[Task], block: nn.Module, states: States, arguments: Any) -> list[list[Task]]:
+def _groups(
+    job: Job, own: list[Task], block: nn.Module, states: States, arguments: Any
+) -> list[list[Task]]:
     """The linears `own` of this process, in the groups that are observed together."""
     room = job.gram_room
     if not job.needs_gram or room is None or sum(map(gram_bytes, own)) <= room:
         return [own]
-    with _routing(job, block), collecting({task.linear.name: task.linear.module for task in own}) as stats:
+    with (
+        _routing(job, block),
+        collecting({task.linear.name: task.linear.module for task in own}) as stats,
+    ):
         capture.run(block, states.hidden[0], arguments)  # which of them read the same tensor
     return in_groups(own, room, {name: id(inputs) for name, inputs in stats.items()})
 
@@ -200,7 +227,9 @@ def _made(
 
 
 def _seen(weight: Tensor, form: Form, stats: InputStats | None) -> Seen | None:
-    return Seen(stats.tokens, output_error(weight, form.dense(), stats), stats.note) if stats else None
+    return (
+        Seen(stats.tokens, output_error(weight, form.dense(), stats), stats.note) if stats else None
+    )
 
 
 def _observe(
@@ -224,8 +253,14 @@ def _observe(
                 exact.append(output)
     stats = group.merged(stats, device)
     enough = {name for name, inputs in stats.items() if inputs.tokens >= FEW_TOKENS}
-    idle = {task.linear.name: task.linear.module for task in tasks if task.linear.experts and task.linear.name not in enough}
-    if idle and not job.all_tokens:  # experts that hardly a token was routed to: what they would make of all of them
+    idle = {
+        task.linear.name: task.linear.module
+        for task in tasks
+        if task.linear.experts and task.linear.name not in enough
+    }
+    if (
+        idle and not job.all_tokens
+    ):  # experts that hardly a token was routed to: what they would make of all of them
         with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram, parts=parts) as more:
             for hidden in states.hidden:
                 capture.run(block, hidden, arguments)
@@ -245,7 +280,9 @@ def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) ->
     with about(task.linear.name):
         form: Form = task.method.compress(weight, stats, task.goal, **task.options)
         if job.refine and task.refined:
-            form = Dense(job.refine.refine(weight, form.dense(), stats, task.goal, **job.refine_options))
+            form = Dense(
+                job.refine.refine(weight, form.dense(), stats, task.goal, **job.refine_options)
+            )
     return form
 
 
@@ -255,7 +292,13 @@ def _packed(job: Job, task: Task, form: Form) -> Form:
 
 
 def _tune(
-    job: Job, index: int, tasks: list[Task], block: nn.Module, forms: Mapping[str, Form], states: States, arguments: Any
+    job: Job,
+    index: int,
+    tasks: list[Task],
+    block: nn.Module,
+    forms: Mapping[str, Form],
+    states: States,
+    arguments: Any,
 ) -> dict[str, Form]:
     """The forms of a block's linears, trained together."""
     prefix = f"{job.skeleton.path}.{index}."
@@ -272,11 +315,22 @@ def _tune(
                 placed[name] = weight
         return placed | {name: stacked(parts) for name, parts in stacks.items()}
 
-    tuned, _, _ = tune(block, forms, states.hidden, states.dense, arguments, place=place, epochs=job.tune, seed=job.seed)
+    tuned, _, _ = tune(
+        block,
+        forms,
+        states.hidden,
+        states.dense,
+        arguments,
+        place=place,
+        epochs=job.tune,
+        seed=job.seed,
+    )
     return tuned
 
 
-def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tensor], sharing: Group) -> float:
+def _advance(
+    block: nn.Module, states: States, arguments: Any, exact: list[Tensor], sharing: Group
+) -> float:
     """Run the states through the compressed block, in place; returns the error against the `exact` outputs."""
     errors: list[tuple[float, float]] = []
 
@@ -289,4 +343,6 @@ def _advance(block: nn.Module, states: States, arguments: Any, exact: list[Tenso
 
     advance(states.hidden, step)
     everywhere = sharing.joined(errors)
-    return sum(difference for difference, _ in everywhere) / max(sum(total for _, total in everywhere), 1e-300)
+    return sum(difference for difference, _ in everywhere) / max(
+        sum(total for _, total in everywhere), 1e-300
+    )

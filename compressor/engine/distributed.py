@@ -30,7 +30,9 @@ from compressor.stats import InputStats
 Made = tuple[Form, Any]
 """A form, and whatever belongs beside it and can be pickled."""
 
-_PATIENCE = timedelta(days=1)  # a process may wait long for the slowest linear; that one has died is noticed at once
+_PATIENCE = timedelta(
+    days=1
+)  # a process may wait long for the slowest linear; that one has died is noticed at once
 
 
 class Group:
@@ -62,7 +64,9 @@ class Group:
             made = make(*arguments) if self.first else None
         except (CompressError, OSError) as raised:
             error = raised
-        made, told = self._gathered((made, OutputError(str(error)) if isinstance(error, OSError) else error))[0]
+        made, told = self._gathered(
+            (made, OutputError(str(error)) if isinstance(error, OSError) else error)
+        )[0]
         if told:
             raise error or told
         return made
@@ -78,15 +82,24 @@ class Group:
         distinct = list({id(own): own for own in stats.values()}.values())
         index = {id(own): number for number, own in enumerate(distinct)}
         everywhere = self._gathered({name: index[id(own)] for name, own in stats.items()})
-        parts = self._gathered([[(n, mean.cpu(), variance.cpu()) for n, mean, variance in own.parts or []] for own in distinct])
+        parts = self._gathered(
+            [
+                [(n, mean.cpu(), variance.cpu()) for n, mean, variance in own.parts or []]
+                for own in distinct
+            ]
+        )
         samples = self._gathered([own.sample.cpu() for own in distinct])
         merged: dict[tuple[int | None, ...], InputStats] = {}
         found = {}
         for name in sorted({name for names in everywhere for name in names}):
-            key = tuple(names.get(name) for names in everywhere)  # its number in each process, None in one that saw no token of it
+            key = tuple(
+                names.get(name) for names in everywhere
+            )  # its number in each process, None in one that saw no token of it
             if key not in merged:
                 there = [(rank, number) for rank, number in enumerate(key) if number is not None]
-                merged[key] = total = InputStats(samples[there[0][0]][there[0][1]].shape[1], device=device)
+                merged[key] = total = InputStats(
+                    samples[there[0][0]][there[0][1]].shape[1], device=device
+                )
                 for rank, number in there:
                     total.add_sample(samples[rank][number].to(device))
                     for tokens, mean, variance in parts[rank][number]:
@@ -102,7 +115,9 @@ class Group:
             load[owners[number]] += costs[number]
         return owners
 
-    def shared(self, owners: Sequence[int], made: Iterable[Made], device: torch.device) -> Iterator[Made]:
+    def shared(
+        self, owners: Sequence[int], made: Iterable[Made], device: torch.device
+    ) -> Iterator[Made]:
         """All things in turn, from those that each process makes itself; an error in one process is one in all.
 
         Args:
@@ -130,11 +145,19 @@ class Group:
         packed = form.pack() if form else {}
         kinds = [(suffix, tensor.shape, tensor.dtype) for suffix, tensor in packed.items()]
         said = {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
-        name, kinds, said, beside = self._gathered((form.FORMAT, kinds, said, beside) if form else None)[owner]
+        name, kinds, said, beside = self._gathered(
+            (form.FORMAT, kinds, said, beside) if form else None
+        )[owner]
         tensors = {}
         for suffix, shape, dtype in kinds:
-            tensor = packed[suffix].contiguous() if form else torch.empty(shape, dtype=dtype, device=device)
-            self._broadcast(tensor.view(-1).view(torch.uint8), owner)  # as bytes: not every backend sends int16
+            tensor = (
+                packed[suffix].contiguous()
+                if form
+                else torch.empty(shape, dtype=dtype, device=device)
+            )
+            self._broadcast(
+                tensor.view(-1).view(torch.uint8), owner
+            )  # as bytes: not every backend sends int16
             tensors[suffix] = tensor
         return form or replace(cast(Any, form_class(name).unpack(tensors)), **said), beside
 

@@ -21,7 +21,11 @@ class Factored:
     def keep(self, index: int, forms: dict[str, LowRank]) -> None:
         """Write those of block `index`, by the names of the linears."""
         path = self.folder / f"factors-{index:05}.safetensors"
-        tensors = {f"{name}.{key}": tensor for name, form in forms.items() for key, tensor in form.factors().items()}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, form in forms.items()
+            for key, tensor in form.factors().items()
+        }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
         self._files |= dict.fromkeys(forms, path)
 

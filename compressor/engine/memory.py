@@ -23,7 +23,9 @@ def parse_size(text: str) -> int:
     """Bytes of `"8GB"`, `"500 MB"` or `"1.5GiB"`. Raises UsageError."""
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
-        raise UsageError(f"max-memory is {text!r}; accepted: a number and MB, GB, TB, MiB, GiB or TiB, such as 8GB")
+        raise UsageError(
+            f"max-memory is {text!r}; accepted: a number and MB, GB, TB, MiB, GiB or TiB, such as 8GB"
+        )
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
@@ -42,11 +44,16 @@ def gram_bytes(task: Task) -> int:
 def block_bytes(job: Job) -> int:
     """About what work on the largest block takes, Gram matrices aside: its weights, copies and temporaries of them, and what
     a method makes of one Gram matrix."""
-    size = max(sum(p.numel() for p in block.parameters()) for block in job.skeleton.blocks) * job.skeleton.dtype.itemsize
+    size = (
+        max(sum(p.numel() for p in block.parameters()) for block in job.skeleton.blocks)
+        * job.skeleton.dtype.itemsize
+    )
     return 3 * size + (4 * max(gram_bytes(task) for task in job.every) if job.needs_gram else 0)
 
 
-def choose_home(job: Job, tokens: int, device: torch.device, limit: str, folder: Path) -> torch.device | Path:
+def choose_home(
+    job: Job, tokens: int, device: torch.device, limit: str, folder: Path
+) -> torch.device | Path:
     """The device, the host's memory, or `folder` on disk: the first that has room for the hidden states of `tokens` tokens.
 
     Args:
@@ -70,8 +77,14 @@ def choose_home(job: Job, tokens: int, device: torch.device, limit: str, folder:
     room = _left(job, device, limit)
     if room < 0:
         used = (parse_size(limit) - room) / 1e9
-        raise UsageError(f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} GB")
-    grams = max(sum(map(gram_bytes, tasks)) for tasks in job.tasks) if job.needs_gram and device.type != "cuda" else 0
+        raise UsageError(
+            f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} GB"
+        )
+    grams = (
+        max(sum(map(gram_bytes, tasks)) for tasks in job.tasks)
+        if job.needs_gram and device.type != "cuda"
+        else 0
+    )
     return host if needed + grams < room else folder
 
 
@@ -110,7 +123,11 @@ def _left(job: Job, device: torch.device, limit: str) -> int:
     """Of `limit`, what this process does not use yet, nor will for work on a block."""
     import psutil
 
-    return parse_size(limit) - psutil.Process().memory_info().rss - (0 if device.type == "cuda" else block_bytes(job))
+    return (
+        parse_size(limit)
+        - psutil.Process().memory_info().rss
+        - (0 if device.type == "cuda" else block_bytes(job))
+    )
 
 
 def _free() -> int:

@@ -99,7 +99,11 @@ class Job:
     @property
     def checked_options(self) -> dict[str, dict[str, Any]]:
         """The options of the recipe in their types, however they were given."""
-        return {"options": self.every[0].options, "refine_options": self.refine_options, "ratio_options": self.ratio_options}
+        return {
+            "options": self.every[0].options,
+            "refine_options": self.refine_options,
+            "ratio_options": self.ratio_options,
+        }
 
     @property
     def needs_inputs(self) -> bool:
@@ -127,7 +131,9 @@ class Job:
     @property
     def needs_gram(self) -> bool:
         """Whether the statistics need the Gram matrix."""
-        return any(task.method.NEEDS_GRAM for task in self.every) or (self.refine is not None and self.refine.NEEDS_GRAM)
+        return any(task.method.NEEDS_GRAM for task in self.every) or (
+            self.refine is not None and self.refine.NEEDS_GRAM
+        )
 
     @property
     def splits_batches(self) -> bool:
@@ -151,7 +157,11 @@ class Job:
         """Names of the modules of which some experts' matrices are tasks and others are not."""
         tasks = {task.linear.name for task in self.every}
         chosen = {task.linear.experts for task in self.every} - {""}
-        return {linear.experts for linear in self._linears if linear.experts in chosen and linear.name not in tasks}
+        return {
+            linear.experts
+            for linear in self._linears
+            if linear.experts in chosen and linear.name not in tasks
+        }
 
     @cached_property
     def _unpackable(self) -> set[str]:
@@ -159,13 +169,19 @@ class Job:
 
         def plain(task: Task) -> bool:
             form = self.fits_2_4(task) or not task.method.REFINABLE
-            return not form or task.linear.at is not None or not only_stacks(task.linear.module.owner)
+            return (
+                not form or task.linear.at is not None or not only_stacks(task.linear.module.owner)
+            )
 
-        return self._partial | {task.linear.experts for task in self.every if task.linear.experts and plain(task)}
+        return self._partial | {
+            task.linear.experts for task in self.every if task.linear.experts and plain(task)
+        }
 
     @property
     def _linears(self) -> list[Linear]:
-        return [linear for index in range(len(self.tasks)) for linear in self.skeleton.linears(index)]
+        return [
+            linear for index in range(len(self.tasks)) for linear in self.skeleton.linears(index)
+        ]
 
     def check_experts(self) -> Job:
         """The job itself. Raises UsageError where experts would have to be stored in a way that they cannot be."""
@@ -173,7 +189,11 @@ class Job:
             name = task.linear.experts
             if not task.method.REFINABLE and name in self._unpackable:
                 shared = task.linear.at is not None
-                why = "keeps all experts in one tensor" if shared else "has some experts that stay dense, or biases"
+                why = (
+                    "keeps all experts in one tensor"
+                    if shared
+                    else "has some experts that stay dense, or biases"
+                )
                 glob = f"*{task.linear.name.split('.')[-2]}.*" if shared else "*experts*"
                 raise UsageError(
                     f"{name} {why}: factors cannot be stored for {task.linear.name}; "
@@ -184,9 +204,14 @@ class Job:
     def assign(self, goals: Mapping[str, Pattern | int | None], reason: str) -> Job:
         """The job with these goals, by linear name; a linear whose goal is None stays dense, for `reason`."""
         left = [
-            LeftDense(task.linear.name, list(task.linear.shape), reason) for task in self.every if goals[task.linear.name] is None
+            LeftDense(task.linear.name, list(task.linear.shape), reason)
+            for task in self.every
+            if goals[task.linear.name] is None
         ]
-        tasks = [[_suited(task, goal) for task in block if (goal := goals[task.linear.name]) is not None] for block in self.tasks]
+        tasks = [
+            [_suited(task, goal) for task in block if (goal := goals[task.linear.name]) is not None]
+            for block in self.tasks
+        ]
         return replace(self, tasks=tasks, left_dense=left + self.left_dense).check_experts()
 
 

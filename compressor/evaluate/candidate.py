@@ -22,7 +22,9 @@ from compressor.errors import CheckpointError, DataError, UsageError
 _BLOCK = re.compile(r"\.\d+\.")  # in the name of a tensor that belongs to a decoder block
 
 
-def load_model(model: str, *, device: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Path]:
+def load_model(
+    model: str, *, device: str, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Path]:
     """A plain or compressed checkpoint, ready to be scored, and its folder. Raises CheckpointError."""
     import compressor.runtime  # makes from_pretrained understand compressed folders
 
@@ -30,7 +32,9 @@ def load_model(model: str, *, device: str, dtype: str = "auto", trust_remote_cod
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # loaded where it runs: what is loaded on the CPU is unpacked there, and stays dense when it is moved
     place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
-    return compressor.runtime.load(folder, dtype=kind, trust_remote_code=trust_remote_code, **place), folder
+    return compressor.runtime.load(
+        folder, dtype=kind, trust_remote_code=trust_remote_code, **place
+    ), folder
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,19 @@ class Candidate:
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:
-            raise CheckpointError(f"{self.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            raise CheckpointError(
+                f"{self.name} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from None
 
     @cached_property
     def model(self) -> Any:
         """The model, loaded at the first use."""
-        return load_model(self.name, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)[0]
+        return load_model(
+            self.name,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )[0]
 
     @property
     def loaded(self) -> bool:
@@ -106,16 +117,22 @@ class Candidate:
     def window(self, seq_len: int) -> int:
         """The length of a perplexity window where `seq_len` is asked for, 0 for the default. Raises UsageError."""
         if seq_len and self.limit and seq_len > self.limit:
-            raise UsageError(f"seq-len {seq_len} is longer than the {self.limit} tokens this model was made for")
+            raise UsageError(
+                f"seq-len {seq_len} is longer than the {self.limit} tokens this model was made for"
+            )
         return seq_len or min(2048, self.limit or 2048)
 
     def text(self, dataset: str, seq_len: int, limit: int | None) -> Text:
         """The token rows of a file or Hub dataset for this model. Raises DataError."""
         window, code = self.window(seq_len), self.trust_remote_code
-        rows = tokens.evaluation_rows(dataset, self.folder, self.vocab_size, seq_len=window, trust_remote_code=code)
+        rows = tokens.evaluation_rows(
+            dataset, self.folder, self.vocab_size, seq_len=window, trust_remote_code=code
+        )
         total, rows = len(rows), rows[:limit]
         if self.limit and max(map(len, rows)) > self.limit:
-            raise DataError(f"{dataset} has rows of {max(map(len, rows))} tokens, this model was made for {self.limit}")
+            raise DataError(
+                f"{dataset} has rows of {max(map(len, rows))} tokens, this model was made for {self.limit}"
+            )
         found = hashlib.sha256()
         for row in rows:
             found.update(len(row).to_bytes(8, "little") + row.to(torch.int64).numpy().tobytes())
@@ -130,22 +147,40 @@ class Candidate:
     def linear_bytes(self) -> int:
         """Of the weight matrices inside the decoder blocks, as stored: what compression works on."""
         entries = self.reader.tensors.items()
-        return sum(entry.nbytes for name, entry in entries if len(entry.shape) >= 2 and _BLOCK.search(name))
+        return sum(
+            entry.nbytes for name, entry in entries if len(entry.shape) >= 2 and _BLOCK.search(name)
+        )
 
     @property
     def loaded_bytes(self) -> int:
         """What it takes in memory, unpacked, about."""
-        kind = self.dtype if self.dtype != "auto" else str(self.config.dtype or torch.float32).removeprefix("torch.")
-        packed = sum(entry.nbytes for name, entry in self.reader.tensors.items() if ".weight_values" in name)
-        whole = sum(math.prod(entry.shape) for entry in self.reader.tensors.values()) * getattr(torch, kind).itemsize
+        kind = (
+            self.dtype
+            if self.dtype != "auto"
+            else str(self.config.dtype or torch.float32).removeprefix("torch.")
+        )
+        packed = sum(
+            entry.nbytes for name, entry in self.reader.tensors.items() if ".weight_values" in name
+        )
+        whole = (
+            sum(math.prod(entry.shape) for entry in self.reader.tensors.values())
+            * getattr(torch, kind).itemsize
+        )
         return whole + packed  # the other half of a packed weight
 
 
 @lru_cache(maxsize=1)
-def own_text(writer: str, window: int, num_samples: int, seed: int, device: str, trust_remote_code: bool) -> list[Tensor]:
+def own_text(
+    writer: str, window: int, num_samples: int, seed: int, device: str, trust_remote_code: bool
+) -> list[Tensor]:
     """Rows that the model `writer` writes itself. Raises DataError."""
     return list(
         tokens.sample_from_model(
-            resolve(writer), num_samples=num_samples, seq_len=window, seed=seed, device=device, trust_remote_code=trust_remote_code
+            resolve(writer),
+            num_samples=num_samples,
+            seq_len=window,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
     )

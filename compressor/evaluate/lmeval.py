@@ -27,12 +27,17 @@ def task_manager(include_path: Path | None) -> Any:
         raise UsageError("--tasks needs lm-eval: pip install 'compress-llm[eval]'") from None
     if include_path is not None and not include_path.is_dir():
         raise UsageError(f"--include-path {include_path} is not a folder")
-    return TaskManager(include_path=str(include_path) if include_path else None, include_defaults=include_path is None)
+    return TaskManager(
+        include_path=str(include_path) if include_path else None,
+        include_defaults=include_path is None,
+    )
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
     """Raise UsageError where a task is unknown or lm-eval is not there."""
-    if tasks and (unknown := [task for task in tasks if task not in task_manager(include_path).all_tasks]):
+    if tasks and (
+        unknown := [task for task in tasks if task not in task_manager(include_path).all_tasks]
+    ):
         raise UsageError(
             f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, --include-path adds a folder of task files"
         )
@@ -47,7 +52,11 @@ def task_digest(task: str, include_path: Path | None) -> str:
             _update(found, leaf.dump_config())
             for document in leaf.eval_docs:
                 _update(found, document)
-            if leaf.config.num_fewshot != 0 and leaf.config.fewshot_split and leaf.config.fewshot_split in leaf.dataset:
+            if (
+                leaf.config.num_fewshot != 0
+                and leaf.config.fewshot_split
+                and leaf.config.fewshot_split in leaf.dataset
+            ):
                 for document in leaf.dataset[leaf.config.fewshot_split]:
                     _update(found, document)
     return found.hexdigest()
@@ -85,7 +94,9 @@ def run_task(
     import lm_eval
     from lm_eval.models import huggingface
 
-    adapt: Any = huggingface.HFLM  # its decorators hide the parameters from type checkers, here and below
+    adapt: Any = (
+        huggingface.HFLM
+    )  # its decorators hide the parameters from type checkers, here and below
     run: Any = lm_eval.simple_evaluate
     length = tokens.context_length(model.config)
     tokenizer = tokens.load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -102,7 +113,9 @@ def run_task(
             bootstrap_iters=1000,
         )
     assert found is not None
-    return json.loads(json.dumps({key: value for key, value in found.items() if key != "samples"}, default=str))
+    return json.loads(
+        json.dumps({key: value for key, value in found.items() if key != "samples"}, default=str)
+    )
 
 
 def _count(adapter: Any, progress: Callable[[int, int], None]) -> None:
@@ -120,7 +133,9 @@ def _count(adapter: Any, progress: Callable[[int, int], None]) -> None:
         def run(ids: Any = None, *rest: Any, **options: Any) -> Any:
             found = call(*(() if ids is None else (ids,)), *rest, **options)
             state["done"] += len(options["context"] if ids is None else ids)
-            progress(min(state["done"], state["total"]), state["total"])  # requests of several windows count once for each
+            progress(
+                min(state["done"], state["total"]), state["total"]
+            )  # requests of several windows count once for each
             return found
 
         return run
@@ -136,4 +151,6 @@ def _readable(task: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # of the Hub, of files
-        raise DataError(f"the data of {task} could not be read: {' '.join(str(error).split())[:300]}") from None
+        raise DataError(
+            f"the data of {task} could not be read: {' '.join(str(error).split())[:300]}"
+        ) from None

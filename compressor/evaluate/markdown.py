@@ -34,9 +34,17 @@ def _rows(results: list[Mapping[str, Any]]) -> Iterator[list[str]]:
     for heading, key in (("checkpoint (MB)", "model_bytes"), ("linears (MB)", "linear_bytes")):
         sizes = [result["config"].get(key) for result in results]
         yield [heading, *["-" if size is None else f"{size / 1e6:.2f}" for size in sizes]]
-    for heading, key in (("prompt tokens/s ↑", "prefill_tokens_per_second"), ("written tokens/s ↑", "decode_tokens_per_second")):
+    for heading, key in (
+        ("prompt tokens/s ↑", "prefill_tokens_per_second"),
+        ("written tokens/s ↑", "decode_tokens_per_second"),
+    ):
         yield [heading, *cells(lambda result, key=key: result.get("speed", {}).get(key))]
-    for task, metric in dict.fromkeys((task, metric) for result in results for task, metric, _ in metrics(result)):
+    for task, metric in dict.fromkeys(
+        (task, metric) for result in results for task, metric, _ in metrics(result)
+    ):
         knows = next(result for result in results if task in result["results"])
         heading = f"{task} {label(metric)} {arrow(knows, task, metric)}"
-        yield [heading, *cells(lambda result, at=(task, metric): result["results"].get(at[0], {}).get(at[1]))]
+        yield [
+            heading,
+            *cells(lambda result, at=(task, metric): result["results"].get(at[0], {}).get(at[1])),
+        ]

@@ -111,14 +111,18 @@ def evaluate(model: str, *, baseline: str | None = None, **settings: Any) -> dic
     return _evaluate(asked.candidate(model), asked.candidate(baseline) if baseline else None, asked)
 
 
-def evaluate_all(models: Sequence[str], *, baseline: str | None = None, **settings: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate_all(
+    models: Sequence[str], *, baseline: str | None = None, **settings: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Score the baseline and then `models`, each yielded with its name as soon as it is done, as `evaluate` returns it.
 
     The scores of a model that is a local folder are stored beside it (`compressor.records.scores`), the baseline's among them.
     """
     asked = Settings(**settings)
     lmeval.check_tasks(asked.tasks, asked.include_path)
-    candidates = [asked.candidate(name) for name in dict.fromkeys(models)]  # all of them are there before the first is scored
+    candidates = [
+        asked.candidate(name) for name in dict.fromkeys(models)
+    ]  # all of them are there before the first is scored
     original = asked.candidate(baseline) if baseline else None
     before = _evaluate(original, None, asked) if original else None
     if original and before:
@@ -134,14 +138,21 @@ def evaluate_all(models: Sequence[str], *, baseline: str | None = None, **settin
         candidate.free()
 
 
-def _store(candidate: Candidate, found: Mapping[str, Any], before: Mapping[str, Any] | None, asked: Settings) -> None:
+def _store(
+    candidate: Candidate,
+    found: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    asked: Settings,
+) -> None:
     if before is not None:
         kept = {key: before[key] for key in (*BY_TASK, "digest", "model_name", "config")}
         found = {**found, "baseline": kept}
     try:
         store_scores(candidate.folder, found)
     except OSError as error:
-        asked.note(f"the scores could not be stored beside {candidate.name}: {error.strerror or error}")
+        asked.note(
+            f"the scores could not be stored beside {candidate.name}: {error.strerror or error}"
+        )
 
 
 def _evaluate(candidate: Candidate, original: Candidate | None, asked: Settings) -> dict[str, Any]:
@@ -158,7 +169,9 @@ def _evaluate(candidate: Candidate, original: Candidate | None, asked: Settings)
             found[key][asked.name_of(dataset)] = value
     if asked.device.startswith("cuda"):
         parts = _identity(candidate, asked)
-        found["speed"] = _known(asked, "speed", parts, lambda: measure_speed(candidate.model, limit=candidate.limit))
+        found["speed"] = _known(
+            asked, "speed", parts, lambda: measure_speed(candidate.model, limit=candidate.limit)
+        )
     found["config"] = {
         "model": "compress-llm",
         "model_args": {"pretrained": candidate.name},
@@ -185,11 +198,17 @@ def _dtype(candidate: Candidate) -> str:
 
 def _identity(candidate: Candidate, asked: Settings) -> list[Any]:
     """What every number of a model depends on."""
-    device = torch.cuda.get_device_name(asked.device) if asked.device.startswith("cuda") else asked.device
+    device = (
+        torch.cuda.get_device_name(asked.device)
+        if asked.device.startswith("cuda")
+        else asked.device
+    )
     return [_SCHEME, candidate.digest, device, asked.dtype, versions()]
 
 
-def _known(asked: Settings, kind: str, parts: list[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _known(
+    asked: Settings, kind: str, parts: list[Any], compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """The cached result that `parts` name, or what `compute` gives, cached from now on."""
     key = cache.make_key(kind, *parts)
     known = cache.load(kind, key) if asked.cached else None
@@ -201,7 +220,13 @@ def _known(asked: Settings, kind: str, parts: list[Any], compute: Callable[[], d
 
 def _score_task(candidate: Candidate, task: str, asked: Settings) -> dict[str, Any]:
     asked.progress(task, 0, 1)
-    parts = [*_identity(candidate, asked), task, lmeval.task_digest(task, asked.include_path), asked.limit, asked.num_fewshot]
+    parts = [
+        *_identity(candidate, asked),
+        task,
+        lmeval.task_digest(task, asked.include_path),
+        asked.limit,
+        asked.num_fewshot,
+    ]
     options: dict[str, Any] = {
         "include_path": asked.include_path,
         "limit": asked.limit,
@@ -210,31 +235,49 @@ def _score_task(candidate: Candidate, task: str, asked: Settings) -> dict[str, A
         "trust_remote_code": asked.trust_remote_code,
         "progress": lambda done, total: asked.progress(task, done, total),
     }
-    scored = _known(asked, "task", parts, lambda: lmeval.run_task(candidate.model, candidate.folder, task, **options))
+    scored = _known(
+        asked,
+        "task",
+        parts,
+        lambda: lmeval.run_task(candidate.model, candidate.folder, task, **options),
+    )
     asked.progress(task, 1, 1)
     for found, metric, value in metrics(scored):
         asked.note(f"{candidate.name}: {found} {label(metric)} {value:.4g}")
     return scored
 
 
-def _score_dataset(candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings) -> dict[str, Any]:
+def _score_dataset(
+    candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings
+) -> dict[str, Any]:
     """The entries of one data set under each key of `BY_TASK`."""
     name, window = asked.name_of(dataset), candidate.window(asked.seq_len)
     text = _text(candidate, original, dataset, asked)
-    against = original if original and _comparable(candidate, original, dataset, text, asked) else None
+    against = (
+        original if original and _comparable(candidate, original, dataset, text, asked) else None
+    )
     parts = [*_identity(candidate, asked), text.key, against.digest if against else None]
     writer = original or candidate
-    known = _known(asked, "windows", parts, lambda: _pass(candidate, against, name, text, writer, parts, asked))
+    known = _known(
+        asked, "windows", parts, lambda: _pass(candidate, against, name, text, writer, parts, asked)
+    )
     sums = Sums.read(known) or Sums(**_pass(candidate, against, name, text, writer, parts, asked))
     asked.progress(name, sums.done, sums.done)
     values = {"alias": name, METRIC: sums.perplexity}
     if against:
         values[DIVERGENCE] = sums.divergence / sums.tokens
-    shown = ", ".join(f"{label(metric)} {value:.4g}" for metric, value in values.items() if metric != "alias")
+    shown = ", ".join(
+        f"{label(metric)} {value:.4g}" for metric, value in values.items() if metric != "alias"
+    )
     asked.note(f"{candidate.name}: {name} {shown}")
     return {
         "results": values,
-        "configs": {"task": name, "dataset_path": dataset, "output_type": "token_perplexity", "window": window},
+        "configs": {
+            "task": name,
+            "dataset_path": dataset,
+            "output_type": "token_perplexity",
+            "window": window,
+        },
         "versions": 1,
         "n-shot": 0,
         "higher_is_better": {"token_perplexity": False, "kl_divergence": False},
@@ -247,22 +290,39 @@ def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked:
     if dataset != "self":
         return candidate.text(dataset, asked.seq_len, asked.limit)
     writer, window = original or candidate, candidate.window(asked.seq_len)
-    by = [writer.digest, window, asked.num_samples, asked.seed, asked.device, asked.limit, versions()]
+    by = [
+        writer.digest,
+        window,
+        asked.num_samples,
+        asked.seed,
+        asked.device,
+        asked.limit,
+        versions(),
+    ]
     return Text([], cache.make_key("self", *by), asked.num_samples)
 
 
-def _comparable(candidate: Candidate, original: Candidate, dataset: str, text: Text, asked: Settings) -> bool:
+def _comparable(
+    candidate: Candidate, original: Candidate, dataset: str, text: Text, asked: Settings
+) -> bool:
     """Whether the divergence from `original` on this text is asked for and can be had; a note says why not."""
     if not asked.divergence:
         return False
     reason = ""
     if candidate.vocab_size != original.vocab_size:
         reason = f"it has {candidate.vocab_size} tokens, {original.name} has {original.vocab_size}"
-    elif original.window(0) < candidate.window(asked.seq_len) or _text(original, original, dataset, asked).key != text.key:
+    elif (
+        original.window(0) < candidate.window(asked.seq_len)
+        or _text(original, original, dataset, asked).key != text.key
+    ):
         reason = f"{original.name} reads {dataset} as other windows"
     else:
         needed = sum(model.loaded_bytes for model in (candidate, original) if not model.loaded)
-        free = torch.cuda.mem_get_info(asked.device)[0] if asked.device.startswith("cuda") else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(asked.device)[0]
+            if asked.device.startswith("cuda")
+            else psutil.virtual_memory().available
+        )
         if needed * 1.1 > free:
             original.free()
             reason = f"both models in memory take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
@@ -272,13 +332,24 @@ def _comparable(candidate: Candidate, original: Candidate, dataset: str, text: T
 
 
 def _pass(
-    candidate: Candidate, against: Candidate | None, name: str, text: Text, writer: Candidate, parts: list[Any], asked: Settings
+    candidate: Candidate,
+    against: Candidate | None,
+    name: str,
+    text: Text,
+    writer: Candidate,
+    parts: list[Any],
+    asked: Settings,
 ) -> dict[str, Any]:
     """Score the rows of `text`, from where an earlier pass was interrupted; the sums."""
     key = cache.make_key("windows", *parts)
     asked.progress(name, 0, 1)
     rows = text.rows or own_text(
-        writer.name, candidate.window(asked.seq_len), asked.num_samples, asked.seed, asked.device, asked.trust_remote_code
+        writer.name,
+        candidate.window(asked.seq_len),
+        asked.num_samples,
+        asked.seed,
+        asked.device,
+        asked.trust_remote_code,
     )
     sums = score_windows(
         candidate.model,
@@ -290,5 +361,9 @@ def _pass(
     )
     cache.forget("partial", key)
     if against:  # what it says without the comparison is known now as well
-        cache.save("windows", cache.make_key("windows", *parts[:-1], None), vars(Sums(sums.done, sums.tokens, sums.loss)))
+        cache.save(
+            "windows",
+            cache.make_key("windows", *parts[:-1], None),
+            vars(Sums(sums.done, sums.tokens, sums.loss)),
+        )
     return vars(sums)

@@ -14,7 +14,9 @@ _REPEATS = 5
 
 
 @torch.no_grad()
-def measure_speed(model: Any, *, limit: int | None = None, prompt: int = PROMPT, written: int = WRITTEN) -> dict[str, Any]:
+def measure_speed(
+    model: Any, *, limit: int | None = None, prompt: int = PROMPT, written: int = WRITTEN
+) -> dict[str, Any]:
     """Medians over a few repeats after one that warms up. `limit` is the model's context, which bounds the prompt.
 
     Returns:
@@ -22,7 +24,9 @@ def measure_speed(model: Any, *, limit: int | None = None, prompt: int = PROMPT,
     """
     prompt = min(prompt, max(1, (limit or prompt + written) - written))
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
 
     def read() -> None:
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -35,7 +39,11 @@ def measure_speed(model: Any, *, limit: int | None = None, prompt: int = PROMPT,
 
     reading = _median(read, model.device)
     writing = max(_median(read_and_write, model.device) - reading, 1e-9)
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    name = (
+        torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else model.device.type
+    )
     return {
         "prefill_tokens_per_second": prompt / reading,
         "decode_tokens_per_second": written / writing,

@@ -41,7 +41,11 @@ class Sums:
         if value is None or set(value) != {"done", "tokens", "loss", "divergence"}:
             return None
         whole = type(value["done"]) is type(value["tokens"]) is int and value["done"] >= 0
-        return cls(**value) if whole and all(isinstance(value[key], int | float) for key in ("loss", "divergence")) else None
+        return (
+            cls(**value)
+            if whole and all(isinstance(value[key], int | float) for key in ("loss", "divergence"))
+            else None
+        )
 
     @property
     def perplexity(self) -> float:
@@ -81,7 +85,11 @@ def score_windows(
     return sums
 
 
-def perplexity(model: Any, rows: Sequence[Tensor], progress: Callable[[int, int], None] = lambda done, total: None) -> float:
+def perplexity(
+    model: Any,
+    rows: Sequence[Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
     """exp of the mean token cross-entropy over `rows`, int64 `[seq]` each; logits are taken in float32."""
     return score_windows(model, rows, progress=progress).perplexity
 
@@ -109,8 +117,15 @@ def _plus(sums: Sums, model: Any, baseline: Any, ids: Tensor) -> Sums:
         loss += cross_entropy(own, targets[chunk], reduction="sum").item()
         if baseline is not None:
             log_p = log_softmax(exact[chunk].to(own.device).float(), -1)
-            divergence += (log_p.exp() * (log_p - log_softmax(own, -1))).sum(dtype=torch.float64).item()
-    return Sums(sums.done + len(ids), sums.tokens + len(targets), sums.loss + loss, sums.divergence + divergence)
+            divergence += (
+                (log_p.exp() * (log_p - log_softmax(own, -1))).sum(dtype=torch.float64).item()
+            )
+    return Sums(
+        sums.done + len(ids),
+        sums.tokens + len(targets),
+        sums.loss + loss,
+        sums.divergence + divergence,
+    )
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

@@ -66,7 +66,12 @@ def form_class(name: str) -> type[Form]:
     from compressor.formats.lowrank import LowRank
     from compressor.formats.sparse24 import Sparse24
 
-    known: dict[str, type[Form]] = {"dense": Dense, "sparse24": Sparse24, "armor": Armor, "lowrank": LowRank}
+    known: dict[str, type[Form]] = {
+        "dense": Dense,
+        "sparse24": Sparse24,
+        "armor": Armor,
+        "lowrank": LowRank,
+    }
     if name not in known:
         raise CheckpointError(f"unknown format {name!r}; this version knows {', '.join(known)}")
     return known[name]

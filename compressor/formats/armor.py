@@ -46,7 +46,9 @@ class Armor:
     def dense(self) -> Tensor:
         """A S B, `[out, in]`, multiplied in float32 (or wider) and rounded once."""
         wide = torch.promote_types(self.values.dtype, torch.float32)
-        return self.product(**{name: factor.to(wide) for name, factor in self.factors().items()}).to(self.values.dtype)
+        return self.product(
+            **{name: factor.to(wide) for name, factor in self.factors().items()}
+        ).to(self.values.dtype)
 
     def factors(self) -> dict[str, Tensor]:
         return {"a": self.a, "core": self.core(), "b": self.b}
@@ -58,16 +60,32 @@ class Armor:
 
     def pack(self) -> dict[str, Tensor]:
         """The four stored tensors, by suffix."""
-        return {"weight_values": self.values, "weight_metadata": self.metadata, "weight_a": self.a, "weight_b": self.b}
+        return {
+            "weight_values": self.values,
+            "weight_metadata": self.metadata,
+            "weight_a": self.a,
+            "weight_b": self.b,
+        }
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor]) -> Self:
         """The form stored as `tensors`. Raises ValueError where shapes, dtypes or metadata do not belong together."""
-        values, metadata, a, b = (tensors[f"weight_{part}"] for part in ("values", "metadata", "a", "b"))
+        values, metadata, a, b = (
+            tensors[f"weight_{part}"] for part in ("values", "metadata", "a", "b")
+        )
         check24(values, metadata)
-        for name, blocks, size in (("weight_a", a, len(values)), ("weight_b", b, 2 * values.shape[1])):
-            if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[0] * blocks.shape[1] != size:
-                raise ValueError(f"{name} {tuple(blocks.shape)} is not a stack of square blocks along {size} features")
+        for name, blocks, size in (
+            ("weight_a", a, len(values)),
+            ("weight_b", b, 2 * values.shape[1]),
+        ):
+            if (
+                blocks.dim() != 3
+                or blocks.shape[1] != blocks.shape[2]
+                or blocks.shape[0] * blocks.shape[1] != size
+            ):
+                raise ValueError(
+                    f"{name} {tuple(blocks.shape)} is not a stack of square blocks along {size} features"
+                )
             if blocks.dtype != values.dtype:
                 raise ValueError(f"{name} is {blocks.dtype}, weight_values are {values.dtype}")
         return cls(values, metadata, a, b)

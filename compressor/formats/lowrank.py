@@ -49,7 +49,11 @@ class LowRank:
         """The form stored as `tensors`. Raises ValueError where shapes or dtypes do not belong together."""
         u, v = tensors["weight_u"], tensors["weight_v"]
         if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or not len(v):
-            raise ValueError(f"weight_u {tuple(u.shape)} and weight_v {tuple(v.shape)} are no pair of factors")
+            raise ValueError(
+                f"weight_u {tuple(u.shape)} and weight_v {tuple(v.shape)} are no pair of factors"
+            )
         if u.dtype != v.dtype or not u.is_floating_point():
-            raise ValueError(f"weight_u is {u.dtype}, weight_v {v.dtype}: one floating dtype is expected")
+            raise ValueError(
+                f"weight_u is {u.dtype}, weight_v {v.dtype}: one floating dtype is expected"
+            )
         return cls(u, v)

@@ -35,7 +35,9 @@ def method_module(name: str) -> ModuleType:
     """The module of method `name`. Raises UsageError for an unknown name."""
     known = METHODS + FACTORIZATIONS
     if name not in known:
-        raise UsageError(f"unknown method {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
+        raise UsageError(
+            f"unknown method {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
     return import_module(f"compressor.methods.{name}")
 
 

@@ -27,7 +27,9 @@ NEEDS_INPUTS = True
 NEEDS_GRAM = True
 REFINABLE = False
 PROXIES = ("diagonal", "block", "full")
-_WIDE_RANGE = 1e5  # max h / median h above which float32 Gram matrices lose the quiet channels: then float64
+_WIDE_RANGE = (
+    1e5  # max h / median h above which float32 Gram matrices lose the quiet channels: then float64
+)
 _ROUNDED_STEPS = 8  # conjugate-gradient steps for the core once the wrappers are rounded
 
 
@@ -103,13 +105,25 @@ def compress(
         factors = _factorise(objective, start, iterations, proxy, anneal, finish, damp, generator)
         form = _store(objective, factors, weight.dtype, damp)
     before, after = objective.relative_loss(baseline.dense()), objective.relative_loss(form.dense())
-    if not after <= before:  # and not `after > before`: a loss that is not a number, from an overflow in float16, must lose too
-        return replace(baseline, losses=(before, before), note="plain 2:4: nothing better than NoWag-P was found")
-    why = "" if blocks else f"plain 2:4: no blocks of A and B that divide {list(weight.shape)} fit overhead {overhead:g}"
+    if (
+        not after <= before
+    ):  # and not `after > before`: a loss that is not a number, from an overflow in float16, must lose too
+        return replace(
+            baseline,
+            losses=(before, before),
+            note="plain 2:4: nothing better than NoWag-P was found",
+        )
+    why = (
+        ""
+        if blocks
+        else f"plain 2:4: no blocks of A and B that divide {list(weight.shape)} fit overhead {overhead:g}"
+    )
     return replace(form, losses=(before, after), note=why)
 
 
-def block_sizes(rows: int, columns: int, block_size: int, overhead: float) -> tuple[int, int] | None:
+def block_sizes(
+    rows: int, columns: int, block_size: int, overhead: float
+) -> tuple[int, int] | None:
     """Blocks of A and B for a linear `[rows, columns]`, or None where not even blocks of four fit `overhead`.
 
     Blocks are multiples of four, of 16 from 16 on (what tensor cores multiply). Of all pairs that fit, the one with the
@@ -126,7 +140,11 @@ def block_sizes(rows: int, columns: int, block_size: int, overhead: float) -> tu
 
 
 def _divisors(features: int, limit: int) -> list[int]:
-    return [size for size in range(4, min(features, limit) + 1, 4) if features % size == 0 and (size < 16 or size % 16 == 0)]
+    return [
+        size
+        for size in range(4, min(features, limit) + 1, 4)
+        if features % size == 0 and (size < 16 or size % 16 == 0)
+    ]
 
 
 def _check(
@@ -157,9 +175,13 @@ def _check(
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError("the weight has NaN or Inf entries")
     if not bool(torch.isfinite(stats.norm).all()) or not stats.tokens:
-        raise NumericalError("the statistics of the inputs are not finite (NaN or Inf activations), or no token was seen")
+        raise NumericalError(
+            "the statistics of the inputs are not finite (NaN or Inf activations), or no token was seen"
+        )
     if stats.gram is not None and not bool(torch.isfinite(stats.gram).all()):
-        raise NumericalError("the Gram matrix of the inputs is not finite (activations too large for float32 sums)")
+        raise NumericalError(
+            "the Gram matrix of the inputs is not finite (activations too large for float32 sums)"
+        )
 
 
 def _objective(weight: Tensor, stats: InputStats, h: Tensor, proxy: str, finish: int) -> _Objective:
@@ -169,15 +191,28 @@ def _objective(weight: Tensor, stats: InputStats, h: Tensor, proxy: str, finish:
     if proxy == "diagonal" and not finish:
         rows, columns = nowag.norms(target)
         # a dead channel counts as the quietest live one: its weights are free, but B has to be finite there
-        return _Objective(target / rows / columns, torch.where(h > 0, h, h[h > 0].min()).to(target.dtype), rows, columns)
+        return _Objective(
+            target / rows / columns,
+            torch.where(h > 0, h, h[h > 0].min()).to(target.dtype),
+            rows,
+            columns,
+        )
     assert stats.gram is not None
-    return _Objective(target, stats.gram.to(target.dtype) / stats.tokens, target.new_ones(1, 1), target.new_ones(1))
+    return _Objective(
+        target,
+        stats.gram.to(target.dtype) / stats.tokens,
+        target.new_ones(1, 1),
+        target.new_ones(1),
+    )
 
 
 def _start(objective: _Objective, mask: Tensor, blocks: tuple[int, int]) -> Factors:
     """A = I, S = the masked target, B = I."""
     target = objective.target
-    a, b = eye_blocks(target.shape[0], blocks[0], target), eye_blocks(target.shape[1], blocks[1], target)
+    a, b = (
+        eye_blocks(target.shape[0], blocks[0], target),
+        eye_blocks(target.shape[1], blocks[1], target),
+    )
     return Factors(a, target * mask, mask, b)
 
 
@@ -201,14 +236,27 @@ def _factorise(
     """`iterations` under the proxy, then `finish` greedy rounds under the full Gram matrix."""
     target, gram = objective.target, objective.gram
     if proxy == "full":
-        factors = armor_full.fit(target, _damped(gram, damp), factors, rounds=iterations, anneal=anneal, generator=generator)
+        factors = armor_full.fit(
+            target,
+            _damped(gram, damp),
+            factors,
+            rounds=iterations,
+            anneal=anneal,
+            generator=generator,
+        )
     else:
         root = _root(gram, factors.b.shape[1], damp, diagonal=proxy == "diagonal")
         absorbed = factors._replace(b=factors.b @ root)
-        absorbed = armor_separable.fit(right(target, root), absorbed, iterations=iterations, anneal=anneal, generator=generator)
-        factors = absorbed._replace(b=torch.linalg.solve_triangular(root, absorbed.b, upper=False, left=False))
+        absorbed = armor_separable.fit(
+            right(target, root), absorbed, iterations=iterations, anneal=anneal, generator=generator
+        )
+        factors = absorbed._replace(
+            b=torch.linalg.solve_triangular(root, absorbed.b, upper=False, left=False)
+        )
     if finish:
-        factors = armor_full.fit(target, _damped(gram, damp), factors, rounds=finish, anneal=0, generator=generator)
+        factors = armor_full.fit(
+            target, _damped(gram, damp), factors, rounds=finish, anneal=0, generator=generator
+        )
     return factors
 
 
@@ -220,25 +268,43 @@ def _root(gram: Tensor, size: int, damp: float, *, diagonal: bool) -> Tensor:
     blocks = diagonal_blocks(_damped(gram, damp), size)
     factor, failed = torch.linalg.cholesky_ex(blocks)
     # a block that is indefinite by rounding: its diagonal alone is still a proxy, and the finish sees the whole matrix
-    fallback = torch.diag_embed(blocks.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt())
+    fallback = torch.diag_embed(
+        blocks.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+    )
     return torch.where((failed > 0)[:, None, None], fallback, factor)
 
 
 def _plain(
-    objective: _Objective, start: Factors, dtype: torch.dtype, rounds: int, anneal: float, damp: float, generator: torch.Generator
+    objective: _Objective,
+    start: Factors,
+    dtype: torch.dtype,
+    rounds: int,
+    anneal: float,
+    damp: float,
+    generator: torch.Generator,
 ) -> Sparse24:
     """The best 2:4 weight without wrappers, or NoWag-P's where there is no Gram matrix to improve it with."""
     factors = start
     if objective.gram.dim() == 2:
         gram = _damped(objective.gram, damp)
-        factors = armor_full.fit(objective.target, gram, start, rounds=rounds, anneal=anneal, generator=generator, wrappers=False)
+        factors = armor_full.fit(
+            objective.target,
+            gram,
+            start,
+            rounds=rounds,
+            anneal=anneal,
+            generator=generator,
+            wrappers=False,
+        )
     return Sparse24.from_dense((factors.s * objective.rows * objective.columns).to(dtype))
 
 
 def _store(objective: _Objective, factors: Factors, dtype: torch.dtype, damp: float) -> Armor:
     """Fold the normaliser into the wrappers, round them, and solve S once more for the rounded ones."""
     a = factors.a * objective.rows.expand(len(objective.target), 1).reshape(len(factors.a), -1, 1)
-    b = factors.b * objective.columns.expand(objective.target.shape[1]).reshape(len(factors.b), 1, -1)
+    b = factors.b * objective.columns.expand(objective.target.shape[1]).reshape(
+        len(factors.b), 1, -1
+    )
     factors = balance(factors._replace(a=a, b=b))
     a, b = factors.a.to(dtype), factors.b.to(dtype)
     if objective.gram.dim() == 2 and dtype.itemsize < 4:

@@ -43,7 +43,9 @@ def eye_blocks(size: int, block: int, like: Tensor) -> Tensor:
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     """`[n, n]` -> its diagonal blocks `[n / size, size, size]`."""
-    return matrix.view(len(matrix) // size, size, -1, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return (
+        matrix.view(len(matrix) // size, size, -1, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    )
 
 
 def left(a: Tensor, x: Tensor) -> Tensor:
@@ -119,13 +121,20 @@ def pair_inverses(gram: Tensor) -> Tensor:
         `[3, 6, ...]`: the groups come last, so that what is done to all pairs at once runs over long rows.
     """
     first, second = _pairs(gram.device).T
-    g00, g11, g01 = (gram[..., x, y].movedim(-1, 0) for x, y in ((first, first), (second, second), (first, second)))
+    g00, g11, g01 = (
+        gram[..., x, y].movedim(-1, 0)
+        for x, y in ((first, first), (second, second), (first, second))
+    )
     product = g00 * g11
-    determinant = torch.maximum(product - g01.square(), _SINGULAR * product).clamp_min(torch.finfo(gram.dtype).tiny)
+    determinant = torch.maximum(product - g01.square(), _SINGULAR * product).clamp_min(
+        torch.finfo(gram.dtype).tiny
+    )
     return torch.stack((g11, -g01, g00)) / determinant
 
 
-def best_pair(target: Tensor, inverses: Tensor, scale: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def best_pair(
+    target: Tensor, inverses: Tensor, scale: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The best of the six pairs of each group, given all other groups.
 
     A group contributes scale · s G sᵀ - 2 t sᵀ to the loss; over the values of one pair the minimum is

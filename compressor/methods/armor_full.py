@@ -31,7 +31,9 @@ from compressor.methods.armor_algebra import (
 )
 
 _PANEL = 128  # columns swept before their effect on all other columns is applied in one product
-_ROW_TURNS = 8  # rows of a block of A that are visited one after the other; more rows than that share a turn
+_ROW_TURNS = (
+    8  # rows of a block of A that are visited one after the other; more rows than that share a turn
+)
 
 
 def fit(
@@ -89,7 +91,9 @@ def rotated_gram(gram: Tensor, b: Tensor) -> Tensor:
     return (rotated + rotated.T) / 2
 
 
-def _quadratic(weight_gram: Tensor, gram: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def _quadratic(
+    weight_gram: Tensor, gram: Tensor, factors: Factors
+) -> tuple[Tensor, Tensor, Tensor]:
     """AᵀA `[out / bA, bA, bA]`, G = B H Bᵀ and the half-gradient E = AᵀA S G - Aᵀ W H Bᵀ `[out, in]`."""
     a_gram = factors.a.transpose(1, 2) @ factors.a
     b_gram = rotated_gram(gram, factors.b)
@@ -97,7 +101,13 @@ def _quadratic(weight_gram: Tensor, gram: Tensor, factors: Factors) -> tuple[Ten
     return a_gram, b_gram, left(a_gram, factors.s @ b_gram) - target
 
 
-def sweep(weight_gram: Tensor, gram: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator) -> Factors:
+def sweep(
+    weight_gram: Tensor,
+    gram: Tensor,
+    factors: Factors,
+    noise: Tensor | None,
+    generator: torch.Generator,
+) -> Factors:
     """Re-solve every group of S once, in random order of columns.
 
     Without noise a block row of A that got worse (possible only where rows share a turn) keeps its old state.
@@ -114,7 +124,9 @@ def sweep(weight_gram: Tensor, gram: Tensor, factors: Factors, noise: Tensor | N
     columns = weight_gram.shape[1]
     error, s, mask = start.clone(), factors.s.clone(), factors.mask.clone()
     groups = torch.randperm(columns // 4, generator=generator, device=weight_gram.device)
-    squares = b_gram.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    squares = (
+        b_gram.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    )
     inverses = pair_inverses(squares)
     for panel in groups.split(_PANEL // 4):
         index = (panel[:, None] * 4 + torch.arange(4, device=panel.device)).flatten()
@@ -162,7 +174,9 @@ def _sweep_panel(
     turns = min(size, _ROW_TURNS)
     scale = a_gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(s.dtype).tiny)
     choice = torch.empty(blocks, size, columns // 4, dtype=torch.long, device=s.device)
-    random = None if noise is None else noise * gumbel((columns // 4, 6, blocks, size), s, generator)
+    random = (
+        None if noise is None else noise * gumbel((columns // 4, 6, blocks, size), s, generator)
+    )
     for group in range(columns // 4):
         here = slice(4 * group, 4 * group + 4)
         square, local, old = b_gram[here, here], error[..., here].clone(), s[..., here].clone()
@@ -185,7 +199,9 @@ def solve_values(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int
     """S on its mask by Jacobi-preconditioned conjugate gradients, one independent system per block row of A."""
     a_gram, b_gram, error = _quadratic(weight_gram, gram, factors)
     tiny = torch.finfo(error.dtype).tiny
-    inverse = 1 / (a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal()).clamp_min(tiny)
+    inverse = 1 / (a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal()).clamp_min(
+        tiny
+    )
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         """<x, y> of each block row, spread over its rows: `[out, 1]`."""
@@ -212,7 +228,9 @@ def solve_a(weight_gram: Tensor, gram: Tensor, factors: Factors) -> Factors:
     transposed = product.view(blocks, size, -1).transpose(1, 2)
     normal = (product @ gram).view(blocks, size, -1) @ transposed
     rhs = weight_gram.view(blocks, size, -1) @ transposed
-    solution = proximal_solve((normal + normal.transpose(1, 2)) / 2, rhs.transpose(1, 2), factors.a.transpose(1, 2))
+    solution = proximal_solve(
+        (normal + normal.transpose(1, 2)) / 2, rhs.transpose(1, 2), factors.a.transpose(1, 2)
+    )
     return factors._replace(a=solution.transpose(1, 2).contiguous())
 
 
@@ -221,7 +239,10 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
     product = left(factors.a, factors.s)
     normal = product.T @ product
     blocks, size, _ = factors.b.shape
-    invert_left, invert_right = _damped_cholesky(diagonal_blocks(normal, size)), _damped_cholesky(diagonal_blocks(gram, size))
+    invert_left, invert_right = (
+        _damped_cholesky(diagonal_blocks(normal, size)),
+        _damped_cholesky(diagonal_blocks(gram, size)),
+    )
 
     def apply(x: Tensor) -> Tensor:
         """The diagonal blocks of QᵀQ blockdiag(x) H."""
@@ -229,10 +250,14 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
         return normal.view(blocks, size, -1) @ half.view(-1, blocks, size).transpose(0, 1)
 
     def precondition(x: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(x, invert_left).transpose(1, 2), invert_right).transpose(1, 2)
+        return torch.cholesky_solve(
+            torch.cholesky_solve(x, invert_left).transpose(1, 2), invert_right
+        ).transpose(1, 2)
 
     b = factors.b
-    rhs = product.view(-1, blocks, size).permute(1, 2, 0) @ weight_gram.view(-1, blocks, size).transpose(0, 1)
+    rhs = product.view(-1, blocks, size).permute(1, 2, 0) @ weight_gram.view(
+        -1, blocks, size
+    ).transpose(0, 1)
     residual = rhs - apply(b)
     direction = preconditioned = precondition(residual)
     power = (residual * preconditioned).sum()
@@ -248,7 +273,11 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
 
 def _damped_cholesky(matrices: Tensor) -> Tensor:
     """Cholesky factors of a batch, damped by 1e-5 of the mean diagonal: it preconditions, so it need not be exact."""
-    mean = matrices.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(matrices.dtype).tiny)[:, None, None]
+    mean = (
+        matrices.diagonal(dim1=1, dim2=2)
+        .mean(-1)
+        .clamp_min(torch.finfo(matrices.dtype).tiny)[:, None, None]
+    )
     eye = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
     factor, failed = torch.linalg.cholesky_ex(matrices + 1e-5 * mean * eye)
     return torch.where((failed > 0)[:, None, None], mean.sqrt() * eye, factor)

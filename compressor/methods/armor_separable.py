@@ -28,7 +28,9 @@ _VALUE_STEPS = 4  # conjugate-gradient steps per solve; 2 leave the final loss 0
 _SOLVES = 2  # solves of S, A, B per sweep; 1 leaves the loss 6 % higher for 20 % less time
 
 
-def fit(target: Tensor, factors: Factors, *, iterations: int, anneal: float, generator: torch.Generator) -> Factors:
+def fit(
+    target: Tensor, factors: Factors, *, iterations: int, anneal: float, generator: torch.Generator
+) -> Factors:
     """Improve `factors` and return the best state seen, never worse than the one given.
 
     Args:
@@ -77,7 +79,9 @@ def _from_rows(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).reshape(x.shape[2] * x.shape[0], -1)
 
 
-def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator) -> Factors:
+def sweep(
+    target: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator
+) -> Factors:
     """Re-solve every group of S once: all rows at a time, each row at another column group, b / 4 steps in all.
 
     The coupling of rows through AᵀA waits until the end of the sweep. Without noise a block that got worse for that
@@ -96,21 +100,35 @@ def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: tor
     spread = b_gram.unflatten(1, (count, 4))  # [in / bB, groups, 4, bB]
     squares = spread.unflatten(-1, (count, 4)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     inverses = pair_inverses(squares)
-    scale = a_gram.diagonal(dim1=1, dim2=2).T[:, None].clamp_min(torch.finfo(s.dtype).tiny)  # [bA, 1, out / bA]
+    scale = (
+        a_gram.diagonal(dim1=1, dim2=2).T[:, None].clamp_min(torch.finfo(s.dtype).tiny)
+    )  # [bA, 1, out / bA]
     rows = torch.arange(size, device=s.device)
     order = torch.randperm(count, generator=generator, device=s.device)
-    turns = order[(rows[:, None] + torch.arange(count, device=s.device)) % count]  # [bA, steps]: which group each row is at
-    before = s.gather(3, turns[:, None, None, :, None].expand_as(s)).movedim(3, 0)  # [steps, bA, in / bB, out / bA, 4]
+    turns = order[
+        (rows[:, None] + torch.arange(count, device=s.device)) % count
+    ]  # [bA, steps]: which group each row is at
+    before = s.gather(3, turns[:, None, None, :, None].expand_as(s)).movedim(
+        3, 0
+    )  # [steps, bA, in / bB, out / bA, 4]
     after, choice = [], []
     for step, old in enumerate(before):
         groups = turns[:, step]
-        target = scale[..., None] * (old @ squares[:, groups].transpose(0, 1)) - groups_of_error[rows, :, :, groups]
-        noise_now = None if noise is None else noise * gumbel((6, *target.shape[:-1]), target, generator)
+        target = (
+            scale[..., None] * (old @ squares[:, groups].transpose(0, 1))
+            - groups_of_error[rows, :, :, groups]
+        )
+        noise_now = (
+            None if noise is None else noise * gumbel((6, *target.shape[:-1]), target, generator)
+        )
         inverse = inverses[..., groups].transpose(-1, -2).unsqueeze(-1)  # [3, 6, bA, in / bB, 1]
         new, best = best_pair(target.movedim(-1, 0).contiguous(), inverse, scale, noise_now)
         after.append(new.movedim(0, -1))
         choice.append(best)
-        flat.baddbmm_((scale[..., None] * (after[-1] - old)).flatten(0, 1), spread[:, groups].transpose(0, 1).flatten(0, 1))
+        flat.baddbmm_(
+            (scale[..., None] * (after[-1] - old)).flatten(0, 1),
+            spread[:, groups].transpose(0, 1).flatten(0, 1),
+        )
     back = turns.argsort(1)[:, None, None, :, None].expand_as(s)
     new_s = _from_rows(torch.stack(after, 3).gather(3, back).flatten(-2))
     new_mask = _from_rows(pair_mask(torch.stack(choice, 3)).gather(3, back).flatten(-2))
@@ -119,19 +137,34 @@ def sweep(target: Tensor, factors: Factors, noise: Tensor | None, generator: tor
     return factors._replace(s=new_s, mask=new_mask)
 
 
-def _keep_better(a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_better(
+    a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """The new state in blocks whose exact change of loss, <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS>, is not positive; the old elsewhere."""
     change = s - factors.s
-    rise = ((2 * start + left(a_gram, right(change, b_gram))) * change).view(len(a_gram), a_gram.shape[1], len(b_gram), -1)
-    worse = (rise.sum((1, 3)) > 0).repeat_interleave(a_gram.shape[1], 0).repeat_interleave(b_gram.shape[1], 1)
+    rise = ((2 * start + left(a_gram, right(change, b_gram))) * change).view(
+        len(a_gram), a_gram.shape[1], len(b_gram), -1
+    )
+    worse = (
+        (rise.sum((1, 3)) > 0)
+        .repeat_interleave(a_gram.shape[1], 0)
+        .repeat_interleave(b_gram.shape[1], 1)
+    )
     return torch.where(worse, factors.s, s), torch.where(worse, factors.mask, mask)
 
 
 def solve_values(target: Tensor, factors: Factors) -> Factors:
     """S on its mask: Jacobi-preconditioned conjugate gradients, one independent system per block (i, j)."""
     a_gram, b_gram, error = _quadratic(target, factors)
-    shape = (len(a_gram), a_gram.shape[1], len(b_gram), b_gram.shape[1])  # a free view: block sums and factors broadcast in it
-    diagonal = a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal(dim1=1, dim2=2).reshape(1, -1)
+    shape = (
+        len(a_gram),
+        a_gram.shape[1],
+        len(b_gram),
+        b_gram.shape[1],
+    )  # a free view: block sums and factors broadcast in it
+    diagonal = a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal(
+        dim1=1, dim2=2
+    ).reshape(1, -1)
     keep = factors.mask.to(target.dtype)
     inverse = (keep / diagonal.clamp_min(torch.finfo(target.dtype).tiny)).view(shape)
 

@@ -38,7 +38,9 @@ def root(gram: Tensor, damp: float) -> Tensor:
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 return lower
-    raise NumericalError("a Gram matrix is zero, not finite or cannot be factored: give more calibration samples or raise damp")
+    raise NumericalError(
+        "a Gram matrix is zero, not finite or cannot be factored: give more calibration samples or raise damp"
+    )
 
 
 def check_damp(damp: float) -> None:
@@ -62,12 +64,16 @@ def singular_values(matrix: Tensor) -> Tensor:
     return _values(torch.linalg.eigvalsh(gram))
 
 
-def truncate(weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None) -> LowRank:
+def truncate(
+    weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None
+) -> LowRank:
     """The factors that `decompose` gives."""
     return decompose(weight, rank, left, right)[0]
 
 
-def decompose(weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None) -> tuple[LowRank, Tensor]:
+def decompose(
+    weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None
+) -> tuple[LowRank, Tensor]:
     """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, and all singular values of M, float64, descending.
 
     The factors are of like size and in the weight's dtype. Their first columns are those of the nearest weight of a lower rank.
@@ -84,7 +90,9 @@ def decompose(weight: Tensor, rank: int, left: Tensor | None = None, right: Tens
     """
     rows, columns = weight.shape
     if not 1 <= rank <= min(rows, columns):
-        raise UsageError(f"rank {rank} of a weight {rows} x {columns}; accepted: 1 to {min(rows, columns)}")
+        raise UsageError(
+            f"rank {rank} of a weight {rows} x {columns}; accepted: 1 to {min(rows, columns)}"
+        )
     whitened = whiten(weight, left, right)
     if not bool(torch.isfinite(whitened).all()):
         raise NumericalError("the weight or the statistics of its inputs are not finite")
@@ -110,7 +118,9 @@ def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tenso
     """The last `rank` eigenvectors, largest first, and the square roots of their singular values (1 for those that are zero)."""
     kept = squares[-rank:].flip(0)
     scale = kept.clamp_min(0).pow(0.25)
-    return vectors[:, -rank:].flip(1), torch.where(kept > squares[-1] * 1e-24, scale, torch.ones_like(scale))
+    return vectors[:, -rank:].flip(1), torch.where(
+        kept > squares[-1] * 1e-24, scale, torch.ones_like(scale)
+    )
 
 
 def _balanced(u: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> LowRank:

@@ -22,7 +22,13 @@ RANKS = "threshold"
 
 
 def decompose(
-    weight: Tensor, rank: int, inputs: Tensor, outputs: Tensor, *, damp: float = 1e-6, gradient_damp: float = 1e-3
+    weight: Tensor,
+    rank: int,
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    damp: float = 1e-6,
+    gradient_damp: float = 1e-3,
 ) -> tuple[LowRank, Tensor]:
     """Factor `weight` `[out, in]`; gives the factors and all singular values of M, float64 `[min(out, in)]`.
 
@@ -43,4 +49,6 @@ def decompose(
     if not bool(inputs.any()):
         raise NumericalError("no gradient of the loss reaches it: leave it dense with --ignore")
     wide = inputs.double()
-    return factor.decompose(weight, rank, root(outputs, gradient_damp), root(wide / wide.trace(), damp))
+    return factor.decompose(
+        weight, rank, root(outputs, gradient_damp), root(wide / wide.trace(), damp)
+    )

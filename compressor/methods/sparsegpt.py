@@ -21,7 +21,14 @@ REFINABLE = True
 _TRIES = 4  # the damping is raised tenfold after each Cholesky that fails
 
 
-def compress(weight: Tensor, stats: InputStats, pattern: Pattern, *, damp: float = 0.01, block_size: int = 128) -> Dense:
+def compress(
+    weight: Tensor,
+    stats: InputStats,
+    pattern: Pattern,
+    *,
+    damp: float = 0.01,
+    block_size: int = 128,
+) -> Dense:
     """Prune `weight` `[out, in]` and update what is kept; arithmetic in float32, result in the weight's dtype.
 
     Args:
@@ -44,7 +51,9 @@ def compress(weight: Tensor, stats: InputStats, pattern: Pattern, *, damp: float
     U = _inverse_factor(W, stats, damp)
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
-        errors = _prune_columns(W[:, start:stop], U[start:stop, start:stop], pattern.part(start, stop, W.shape[1]))
+        errors = _prune_columns(
+            W[:, start:stop], U[start:stop, start:stop], pattern.part(start, stop, W.shape[1])
+        )
         W[:, stop:] -= errors @ U[start:stop, stop:]
     return Dense(W.to(weight.dtype))
 

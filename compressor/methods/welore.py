@@ -7,8 +7,23 @@ SVD: no calibration text. Weights that became factors are the ones worth trainin
 
 from __future__ import annotations
 
-from compressor.methods.svd import NEEDS_GRADIENTS, NEEDS_GRAM, NEEDS_INPUTS, REFINABLE, compress, spectrum
+from compressor.methods.svd import (
+    NEEDS_GRADIENTS,
+    NEEDS_GRAM,
+    NEEDS_INPUTS,
+    REFINABLE,
+    compress,
+    spectrum,
+)
 
 RANKS = "welore"
 
-__all__ = ["NEEDS_GRADIENTS", "NEEDS_GRAM", "NEEDS_INPUTS", "RANKS", "REFINABLE", "compress", "spectrum"]
+__all__ = [
+    "NEEDS_GRADIENTS",
+    "NEEDS_GRAM",
+    "NEEDS_INPUTS",
+    "RANKS",
+    "REFINABLE",
+    "compress",
+    "spectrum",
+]

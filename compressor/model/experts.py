@@ -45,7 +45,11 @@ class ExpertLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, in]` -> `[tokens, out]`. The bias is added to the rounded product, as transformers does for experts."""
         y = linear(x, self.weight.T if self.owner.is_transposed else self.weight)
-        return y + getattr(self.owner, f"{self.parameter}_bias")[self.expert][self.rows] if self.owner.has_bias else y
+        return (
+            y + getattr(self.owner, f"{self.parameter}_bias")[self.expert][self.rows]
+            if self.owner.has_bias
+            else y
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,16 @@ class Matrix:
 
 def expert_modules(root: nn.Module) -> list[tuple[str, Any]]:
     """Modules below `root` whose forward is one of transformers' expert implementations, by name."""
-    found = [(name, module) for name, module in root.named_modules() if hasattr(type(module), "_apply_gate")]
-    return [(name, module) for name, module in found if isinstance(getattr(module, "num_experts", None), int)]
+    found = [
+        (name, module)
+        for name, module in root.named_modules()
+        if hasattr(type(module), "_apply_gate")
+    ]
+    return [
+        (name, module)
+        for name, module in found
+        if isinstance(getattr(module, "num_experts", None), int)
+    ]
 
 
 def entering(module: Any) -> str:
@@ -88,7 +100,10 @@ def entering(module: Any) -> str:
 
 def only_stacks(module: Any) -> bool:
     """Whether an experts' module holds nothing but its two stacked parameters: no biases, no norm."""
-    return {name for name, _ in module.named_parameters()} == {entering(module), "down_proj"} and not list(module.buffers())
+    return {name for name, _ in module.named_parameters()} == {
+        entering(module),
+        "down_proj",
+    } and not list(module.buffers())
 
 
 def matrices(
@@ -114,7 +129,13 @@ def matrices(
         whole = tuple(shapes[name]) == tuple(shape) and tensors[0][1] is None
         return (
             [
-                Matrix(f"{base}.{expert}", name, expert, expert, slice(0, columns if transposed else rows))
+                Matrix(
+                    f"{base}.{expert}",
+                    name,
+                    expert,
+                    expert,
+                    slice(0, columns if transposed else rows),
+                )
                 for expert in range(experts)
             ]
             if whole
@@ -132,7 +153,15 @@ def matrices(
         for _, name in sorted(parts):
             if len(shapes[name]) != 2 or shapes[name][1] != columns:
                 return None
-            found.append(Matrix(name.removesuffix(".weight"), name, None, expert, slice(start, start + shapes[name][0])))
+            found.append(
+                Matrix(
+                    name.removesuffix(".weight"),
+                    name,
+                    None,
+                    expert,
+                    slice(start, start + shapes[name][0]),
+                )
+            )
             start += shapes[name][0]
         if start != rows:
             return None
@@ -140,7 +169,13 @@ def matrices(
 
 
 def run_experts(
-    module: Any, experts: Sequence[Expert], hidden: Tensor, index: Tensor, weights: Tensor, *, everything: bool = False
+    module: Any,
+    experts: Sequence[Expert],
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    everything: bool = False,
 ) -> Tensor:
     """What transformers' implementations compute, matrix by matrix.
 
@@ -167,7 +202,9 @@ def run_experts(
             y = module.post_expert_norm(y)
         weighted = (y[token] if everything else y) * weights[token, slot, None]
         if parts is None:
-            parts = torch.zeros(*index.shape, hidden.shape[-1], dtype=weighted.dtype, device=hidden.device)
+            parts = torch.zeros(
+                *index.shape, hidden.shape[-1], dtype=weighted.dtype, device=hidden.device
+            )
         parts[token, slot] = weighted
     return torch.zeros_like(hidden) if parts is None else parts.sum(dim=1).to(hidden.dtype)
 
@@ -179,7 +216,14 @@ def use_linears(model: Any) -> None:
     def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if "experts" not in module.__dict__:
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, index, weights)
-        return run_experts(module, module.experts, hidden, index, weights, everything=module.__dict__.get("everything", False))
+        return run_experts(
+            module,
+            module.experts,
+            hidden,
+            index,
+            weights,
+            everything=module.__dict__.get("everything", False),
+        )
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
     model.set_experts_implementation(IMPLEMENTATION)
@@ -199,7 +243,9 @@ def attach(module: Any, found: Mapping[str, Sequence[Matrix]]) -> dict[str, Expe
             named[piece.name] = ExpertLinear(module, parameter, piece.expert, piece.rows)
             made.setdefault(parameter, {}).setdefault(piece.expert, []).append(named[piece.name])
     enter, leave = made[entering(module)], made["down_proj"]
-    module.__dict__["experts"] = [Expert(enter[number], leave[number][0]) for number in range(module.num_experts)]
+    module.__dict__["experts"] = [
+        Expert(enter[number], leave[number][0]) for number in range(module.num_experts)
+    ]
     return named
 
 
@@ -210,7 +256,9 @@ def stacked(parts: Sequence[tuple[ExpertLinear, Tensor]]) -> Tensor:
     experts = []
     for number, own in enumerate(base):
         pieces, row = [], 0
-        for start, matrix in sorted(((m.rows.start, w) for m, w in parts if m.expert == number), key=lambda part: part[0]):
+        for start, matrix in sorted(
+            ((m.rows.start, w) for m, w in parts if m.expert == number), key=lambda part: part[0]
+        ):
             pieces += [own[row:start], matrix]
             row = start + len(matrix)
         experts.append(torch.cat([*pieces, own[row:]]))

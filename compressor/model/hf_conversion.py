@@ -26,7 +26,9 @@ def sources(model: Any, names: Iterable[str]) -> Sources:
     state = model.state_dict()
     found: Sources = {}
     for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
         if target not in state and name in state:
             target, pattern = name, None
         found.setdefault(target, []).append((name, pattern))
@@ -70,9 +72,14 @@ def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
             LoadStateDictConfig(device_map={"": "cpu"}, dtype=dtype, weight_mapping=mapping),
             disk_offload_index=None,
         )
-    for what, found in (("does not fit", info.mismatched_keys), ("cannot be converted", info.conversion_errors)):
+    for what, found in (
+        ("does not fit", info.mismatched_keys),
+        ("cannot be converted", info.conversion_errors),
+    ):
         if found:
-            raise CheckpointError(f"{str(next(iter(found)))[:200]} {what} the {model.config.model_type} model of config.json")
+            raise CheckpointError(
+                f"{str(next(iter(found)))[:200]} {what} the {model.config.model_type} model of config.json"
+            )
     model.tie_weights()  # parameters were replaced, so ties made earlier are gone
 
 

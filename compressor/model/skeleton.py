@@ -78,10 +78,14 @@ class Linear:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise NumericalError naming `name` where the tensor holds NaN or Inf."""
-    low, high = tensor.aminmax()  # both are NaN if any value is; reads the tensor once and makes no mask
+    low, high = (
+        tensor.aminmax()
+    )  # both are NaN if any value is; reads the tensor once and makes no mask
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         kind = "NaN" if bool(torch.isnan(low)) else "Inf"
-        raise NumericalError(f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was written")
+        raise NumericalError(
+            f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was written"
+        )
 
 
 class Skeleton:
@@ -97,7 +101,9 @@ class Skeleton:
         CheckpointError: an architecture transformers does not know, no decoder stack, or tensors that do not fit it.
     """
 
-    def __init__(self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    ) -> None:
         _return_large_allocations()
         self.reader = reader
         self.trust_remote_code = trust_remote_code
@@ -107,7 +113,9 @@ class Skeleton:
         self.model = _on_meta(self.config, self.dtype, trust_remote_code)
         self.path, self.blocks = _decoder_blocks(self.model, self.config)
         self.sources = hf_conversion.sources(self.model, reader.tensors)
-        self.on_disk = {parameter: [name for name, _ in found] for parameter, found in self.sources.items()}
+        self.on_disk = {
+            parameter: [name for name, _ in found] for parameter, found in self.sources.items()
+        }
         self._check_tensors()
         self._order = hf_conversion.order(self.model)
         self._experts = [self._find_experts(index) for index in range(len(self.blocks))]
@@ -116,7 +124,11 @@ class Skeleton:
 
     def in_dtype(self, dtype: torch.dtype) -> Skeleton:
         """A skeleton of the same checkpoint that computes in `dtype`; this one, if it does."""
-        return self if self.dtype == dtype else Skeleton(self.reader, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        return (
+            self
+            if self.dtype == dtype
+            else Skeleton(self.reader, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        )
 
     def _check_tensors(self) -> None:
         """Raise CheckpointError unless the tensors on disk are those of this model."""
@@ -124,14 +136,28 @@ class Skeleton:
         for parameter, found in self.sources.items():
             for name, pattern in found:
                 shape = self.reader.tensors[name].shape
-                if pattern is None and parameter in state and tuple(state[parameter].shape) != shape:
-                    expected = f"a {kind} model with this config.json has {list(state[parameter].shape)}"
-                    raise CheckpointError(f"{self.reader.folder}: {name} has shape {list(shape)}, {expected}")
+                if (
+                    pattern is None
+                    and parameter in state
+                    and tuple(state[parameter].shape) != shape
+                ):
+                    expected = (
+                        f"a {kind} model with this config.json has {list(state[parameter].shape)}"
+                    )
+                    raise CheckpointError(
+                        f"{self.reader.folder}: {name} has shape {list(shape)}, {expected}"
+                    )
         ties = self.config.get_text_config().tie_word_embeddings
         tied = set(getattr(self.model, "_tied_weights_keys", None) or {}) if ties else set()
-        missing = sorted(name for name, _ in self.model.named_parameters() if name not in self.on_disk and name not in tied)
+        missing = sorted(
+            name
+            for name, _ in self.model.named_parameters()
+            if name not in self.on_disk and name not in tied
+        )
         if missing:
-            raise CheckpointError(f"{self.reader.folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]} among them")
+            raise CheckpointError(
+                f"{self.reader.folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]} among them"
+            )
 
     def _find_experts(self, index: int) -> list[Linear]:
         """The experts' matrices of block `index`; none where their layout on disk is not understood."""
@@ -141,12 +167,18 @@ class Skeleton:
             full, stacks = f"{self.path}.{index}.{local}", (entering(module), "down_proj")
             found = {}
             for stack in stacks:
-                shape, tensors = tuple(getattr(module, stack).shape), self.sources[f"{full}.{stack}"]
+                shape, tensors = (
+                    tuple(getattr(module, stack).shape),
+                    self.sources[f"{full}.{stack}"],
+                )
                 found[stack] = matrices(shape, module.is_transposed, tensors, shapes, self._order)
             if all(found.values()):
                 named = attach(module, found)
                 places = [place for stack in stacks for place in found[stack]]
-                linears += [Linear(p.name, p.tensor, named[p.name], module.is_transposed, p.at, full) for p in places]
+                linears += [
+                    Linear(p.name, p.tensor, named[p.name], module.is_transposed, p.at, full)
+                    for p in places
+                ]
         return linears
 
     def _load(self, parameters: Iterable[str]) -> None:
@@ -163,9 +195,13 @@ class Skeleton:
         self._load(name for name in self.on_disk if name.startswith(prefix))
         for name, tensor in self.blocks[index].named_parameters():
             require_finite(prefix + name, tensor)
-        for linear in self._experts[index][-1:]:  # that the layout was understood shows on one matrix as well as on all
+        for linear in self._experts[index][
+            -1:
+        ]:  # that the layout was understood shows on one matrix as well as on all
             if not torch.equal(linear.get(), linear.read(self.reader).to(self.dtype)):
-                raise CheckpointError(f"{linear.name} is not where it was expected in {linear.experts}; leave its experts dense")
+                raise CheckpointError(
+                    f"{linear.name} is not where it was expected in {linear.experts}; leave its experts dense"
+                )
         return self.blocks[index].to(device)
 
     def free_block(self, index: int) -> None:
@@ -179,14 +215,23 @@ class Skeleton:
         """
         inner = self.model if head else self.model.base_model
         prefix = f"{self.model.base_model_prefix}." if inner is not self.model else ""
-        known = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
+        known = {name for name, _ in self.model.named_parameters()} | {
+            name for name, _ in self.model.named_buffers()
+        }
         wanted = [
-            name for name in self.on_disk if name in known and name.startswith(prefix) and not name.startswith(f"{self.path}.")
+            name
+            for name in self.on_disk
+            if name in known and name.startswith(prefix) and not name.startswith(f"{self.path}.")
         ]
         self._load(wanted)
         for name, module in inner.named_modules():
             full = prefix + name
-            if full != self.path and not full.startswith(f"{self.path}.") and not self.path.startswith(f"{full}.") and name:
+            if (
+                full != self.path
+                and not full.startswith(f"{self.path}.")
+                and not self.path.startswith(f"{full}.")
+                and name
+            ):
                 module.to(device)
         return inner
 
@@ -213,13 +258,20 @@ class Skeleton:
         for inside, experts in expert_modules(block):
             beside = inside.rpartition(".")[0]
             for name, parameter in block.get_submodule(beside).named_parameters(beside):
-                if parameter.dim() == 2 and len(parameter) in (1, experts.num_experts) and not name.startswith(f"{inside}."):
+                if (
+                    parameter.dim() == 2
+                    and len(parameter) in (1, experts.num_experts)
+                    and not name.startswith(f"{inside}.")
+                ):
                     found.add(name)
         return found
 
     def others(self, index: int) -> list[tuple[str, tuple[int, ...], str]]:
         """Parameters of block `index` with two dimensions or more that are no weight of `linears(index)`, and what they are."""
-        routers, inside = self._routers(index), [f"{name}." for name, _ in expert_modules(self.blocks[index])]
+        routers, inside = (
+            self._routers(index),
+            [f"{name}." for name, _ in expert_modules(self.blocks[index])],
+        )
         ours = {linear.parameter for linear in self.linears(index)}
         found = []
         for name, parameter in self.blocks[index].named_parameters():
@@ -227,7 +279,13 @@ class Skeleton:
             if len(shape) < 2 or full in ours:
                 continue
             bias = name.endswith("_bias") and name.startswith(tuple(inside))
-            reason = "router" if name in routers else "biases of experts" if bias else "not a linear layer"
+            reason = (
+                "router"
+                if name in routers
+                else "biases of experts"
+                if bias
+                else "not a linear layer"
+            )
             found.append((full, shape, reason))
         return found
 
@@ -237,7 +295,11 @@ def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> Non
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if chosen(name) and parameter.device.type != "meta":
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            setattr(
+                module.get_submodule(parent),
+                leaf,
+                nn.Parameter(parameter.to("meta"), requires_grad=False),
+            )
 
 
 def _return_large_allocations() -> None:
@@ -259,7 +321,9 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
     if reader.config.get("quantization_config"):
         described = reader.config["quantization_config"]
         method = described.get("quant_method") if isinstance(described, dict) else described
-        raise CheckpointError(f"{reader.folder} is quantised or compressed already ({method}); give the original checkpoint")
+        raise CheckpointError(
+            f"{reader.folder} is quantised or compressed already ({method}); give the original checkpoint"
+        )
     try:
         return AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not take
@@ -281,7 +345,9 @@ def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -294,9 +360,15 @@ def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 def _decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList as long as the config has layers; true of every decoder family tried."""
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
     if not lists:
-        raise CheckpointError(f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could be found")
+        raise CheckpointError(
+            f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could be found"
+        )
     return min(lists, key=lambda item: item[0].count("."))
 
 

@@ -35,11 +35,18 @@ def render(record: Record) -> str:
 
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=here,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(size=text.size, number=text.number, duration=text.duration)
     drawn = [
-        (chart, Markup(ElementTree.tostring(chart.svg, encoding="unicode")))  # escaped by the XML writer
+        (
+            chart,
+            Markup(ElementTree.tostring(chart.svg, encoding="unicode")),
+        )  # escaped by the XML writer
         for chart in draw(record)
     ]
     return environment.get_template("page.html").render(
@@ -71,15 +78,29 @@ def draw(record: Record) -> list[Chart]:
         )
     ]
     if record.block_errors:
-        drawn.append(charts.columns("block-error", "Error by block", "relative squared error", record.block_errors, text.number))
-    blocks = sorted({row.block for row in record.rows if row.block is not None} | record.block_errors.keys())
+        drawn.append(
+            charts.columns(
+                "block-error",
+                "Error by block",
+                "relative squared error",
+                record.block_errors,
+                text.number,
+            )
+        )
+    blocks = sorted(
+        {row.block for row in record.rows if row.block is not None} | record.block_errors.keys()
+    )
     for name, (title, values, show, missing) in _maps(record).items():
         if values and min(values.values()) < max(values.values()):
             drawn.append(charts.heat_map(name, title, blocks, values, show, missing))
     if chart := spectra("spectra", "Singular values by linear", record.spectra):
         drawn.append(chart)
     if seconds := record.run.get("block_seconds"):
-        drawn.append(charts.columns("block-seconds", "Time by block", "seconds", dict(enumerate(seconds)), text.number))
+        drawn.append(
+            charts.columns(
+                "block-seconds", "Time by block", "seconds", dict(enumerate(seconds)), text.number
+            )
+        )
     return drawn
 
 
@@ -93,7 +114,12 @@ def _maps(record: Record) -> dict[str, tuple[str, Mapping[tuple[int, str], float
     zeros = cells(lambda row: row.sparsity if row.rank is None else None)
     return {
         "error": ("Error by linear", cells(lambda row: row.error), text.number, "left dense"),
-        "loss": ("Loss left by linear, of that at the start", cells(lambda row: row.loss), _percent, "not said by its method"),
+        "loss": (
+            "Loss left by linear, of that at the start",
+            cells(lambda row: row.loss),
+            _percent,
+            "not said by its method",
+        ),
         "sparsity": ("Zeros by linear", zeros, _percent, "left dense, or of low rank"),
         "rank": ("Rank by linear", cells(lambda row: row.rank), text.number, "not of low rank"),
         "bytes": ("Bytes by linear, of dense", share, _share, "left dense"),
@@ -139,11 +165,17 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
         ),
     ]
     if record.kept is not None:
-        found.append(("parameters kept", f"{record.kept:.2%}", "of those of all linears in the blocks"))
+        found.append(
+            ("parameters kept", f"{record.kept:.2%}", "of those of all linears in the blocks")
+        )
     pruned = [row for row in record.rows if row.rank is None]  # there are no zeros in factors
     if weights := sum(math.prod(row.shape[:2]) for row in pruned):
         zeros = sum(row.sparsity * math.prod(row.shape[:2]) for row in pruned) / weights
-        which = "these linears" if len(pruned) == len(record.rows) else f"the {len(pruned)} linears that are not of low rank"
+        which = (
+            "these linears"
+            if len(pruned) == len(record.rows)
+            else f"the {len(pruned)} linears that are not of low rank"
+        )
         found.append(("zeros", _percent(zeros), f"of the weights of {which}"))
     for score in record.scores[:2]:
         name = score.metric.split(",")[0].replace("_", " ")
@@ -166,7 +198,9 @@ def _calibration(record: Record) -> str:
     if not record.calibration_tokens:
         return "no calibration"
     source = record.recipe.get("dataset")
-    return f"{record.calibration_tokens:,} calibration tokens, " + ("written by the model" if source == "self" else f"of {source}")
+    return f"{record.calibration_tokens:,} calibration tokens, " + (
+        "written by the model" if source == "self" else f"of {source}"
+    )
 
 
 def _share(share: float) -> str:

@@ -27,7 +27,9 @@ class Chart:
     svg: Element
 
 
-def columns(name: str, title: str, unit: str, values: Mapping[int, float], show: Callable[[float], str]) -> Chart:
+def columns(
+    name: str, title: str, unit: str, values: Mapping[int, float], show: Callable[[float], str]
+) -> Chart:
     """One column for each block, `values` by its index, zero at the foot."""
     low, high = min(values, key=lambda key: values[key]), max(values, key=lambda key: values[key])
     text = f"{title}, {unit}: from {show(values[low])} in block {low} to {show(values[high])} in block {high}."
@@ -44,7 +46,15 @@ def columns(name: str, title: str, unit: str, values: Mapping[int, float], show:
     thin = _every(len(values), step, 24)
     for place, (index, value) in enumerate(sorted(values.items())):
         x, bar = _LEFT + place * step, max(1.0, min(step * 0.8, 48))
-        rect(svg, x + (step - bar) / 2, foot - value * scale, bar, value * scale, "bar", f"block {index}: {show(value)}")
+        rect(
+            svg,
+            x + (step - bar) / 2,
+            foot - value * scale,
+            bar,
+            value * scale,
+            "bar",
+            f"block {index}: {show(value)}",
+        )
         if place % thin == 0:
             write(svg, x + step / 2, foot + 16, str(index), "label", anchor="middle")
     write(svg, (WIDTH + _LEFT) / 2, height - 4, "block", "label", anchor="middle")
@@ -84,7 +94,14 @@ def heat_map(
             gap = min(1.0, row / 10)
             rect(svg, left + place * width, y, max(width - gap, 0.5), row - gap, kind, said)
             if value is not None and row >= 18 and width >= 34:
-                write(svg, left + (place + 0.5) * width, y + row / 2 + 4, f"{value:.2g}", f"t{kind[1:]}", anchor="middle")
+                write(
+                    svg,
+                    left + (place + 0.5) * width,
+                    y + row / 2 + 4,
+                    f"{value:.2g}",
+                    f"t{kind[1:]}",
+                    anchor="middle",
+                )
     _legend(svg, left, foot + 14, show(low), show(high), logarithmic)
     if gaps:
         rect(svg, left, foot + 48, 18, 10, "none")
@@ -93,7 +110,11 @@ def heat_map(
 
 
 def stacked(
-    name: str, title: str, bars: Mapping[str, Sequence[float]], parts: Sequence[str], show: Callable[[float], str]
+    name: str,
+    title: str,
+    bars: Mapping[str, Sequence[float]],
+    parts: Sequence[str],
+    show: Callable[[float], str],
 ) -> Chart:
     """One horizontal bar for each entry of `bars`, made of as many pieces as `parts` has names."""
     text = f"{title}: " + "; ".join(
@@ -107,7 +128,15 @@ def stacked(
         write(svg, 0, y + 14, label, "label")
         write(svg, WIDTH, y + 14, show(sum(pieces)), "label", anchor="end")
         for number, piece in enumerate(pieces):
-            rect(svg, x, y + 20, piece * scale, 20, f"s{number}", f"{label}, {parts[number]}: {show(piece)}")
+            rect(
+                svg,
+                x,
+                y + 20,
+                piece * scale,
+                20,
+                f"s{number}",
+                f"{label}, {parts[number]}: {show(piece)}",
+            )
             x += piece * scale
     for number, part in enumerate(parts):
         y = 52 * len(bars) + 24 * number + 4
@@ -122,7 +151,9 @@ def canvas(height: float, text: str) -> Element:
     return Element("svg", {**size, "role": "img", "aria-label": text})
 
 
-def rect(svg: Element, x: float, y: float, width: float, height: float, kind: str, said: str = "") -> None:
+def rect(
+    svg: Element, x: float, y: float, width: float, height: float, kind: str, said: str = ""
+) -> None:
     """A rectangle of a class of colour, and what is shown when one points at it."""
     place = {"x": f"{x:.2f}", "y": f"{y:.2f}", "width": f"{width:.2f}", "height": f"{height:.2f}"}
     drawn = SubElement(svg, "rect", {**place, "class": kind})
@@ -142,7 +173,16 @@ def curve(svg: Element, points: Sequence[tuple[float, float]], kind: str, width:
     SubElement(svg, "polyline", {"points": places, "class": kind, "stroke-width": f"{width:g}"})
 
 
-def write(svg: Element, x: float, y: float, text: str, kind: str, *, anchor: str = "start", turn: float = 0) -> None:
+def write(
+    svg: Element,
+    x: float,
+    y: float,
+    text: str,
+    kind: str,
+    *,
+    anchor: str = "start",
+    turn: float = 0,
+) -> None:
     """Text with its foot at `y`, turned by degrees."""
     place = {"x": f"{x:.2f}", "y": f"{y:.2f}", "class": kind, "text-anchor": anchor}
     if turn:
@@ -179,7 +219,9 @@ def _ticks(most: float) -> list[float]:
 
 def _every(count: int, step: float, room: float) -> int:
     """Label every so many of `count` marks that are `step` apart, each label taking `room`; a round number."""
-    return next((thin for thin in (1, 2, 5, 10, 20, 50, 100, 200, 500) if thin * step >= room), count)
+    return next(
+        (thin for thin in (1, 2, 5, 10, 20, 50, 100, 200, 500) if thin * step >= room), count
+    )
 
 
 def _in_order(cells: Iterable[tuple[int, str]]) -> list[str]:

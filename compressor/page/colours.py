@@ -7,8 +7,28 @@
 
 from __future__ import annotations
 
-_LIGHT_SCALE = ["#e3edf8", "#cbdff1", "#aacfe6", "#82badb", "#5ba3cf", "#2b77b0", "#1d68a8", "#0e559f", "#08407f"]
-_DARK_SCALE = ["#17293b", "#1b3a56", "#1f4b71", "#255e8e", "#2d6a9c", "#4a8cbf", "#6ba6d2", "#94c1e2", "#c3dff2"]
+_LIGHT_SCALE = [
+    "#e3edf8",
+    "#cbdff1",
+    "#aacfe6",
+    "#82badb",
+    "#5ba3cf",
+    "#2b77b0",
+    "#1d68a8",
+    "#0e559f",
+    "#08407f",
+]
+_DARK_SCALE = [
+    "#17293b",
+    "#1b3a56",
+    "#1f4b71",
+    "#255e8e",
+    "#2d6a9c",
+    "#4a8cbf",
+    "#6ba6d2",
+    "#94c1e2",
+    "#c3dff2",
+]
 
 _LIGHT_DEPTHS = ["#c06a00", "#c4453a", "#b02c78", "#7d3fa8", "#4653b8", "#123a8c"]
 _DARK_DEPTHS = ["#ffd166", "#ff9f6b", "#f2789f", "#cf82dd", "#9a93f2", "#5f8df5"]

@@ -24,13 +24,19 @@ def write_pictures(charts: list[Chart], folder: Path) -> None:
 
     for chart in charts:
         if (folder / f"{chart.name}.png").exists():
-            raise OutputError(f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png or remove it")
+            raise OutputError(
+                f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png or remove it"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for chart in charts:
             figure = Figure(facecolor=LIGHT["page"])
             _draw(figure, chart)
-            figure.savefig(folder / f"{chart.name}.png", dpi=200, metadata={"Title": chart.title, "Description": chart.text})
+            figure.savefig(
+                folder / f"{chart.name}.png",
+                dpi=200,
+                metadata={"Title": chart.title, "Description": chart.text},
+            )
     except OSError as error:
         raise OutputError(f"{folder} could not be written: {error.strerror or error}") from None
 
@@ -45,7 +51,9 @@ def _draw(figure: Any, chart: Chart) -> None:
     axes.set_xlim(-margin, right)
     axes.set_ylim(below, -head)
     axes.axis("off")
-    axes.text(0, -14, _plain(chart.title), fontsize=_points(15), fontweight="bold", color=LIGHT["ink"])
+    axes.text(
+        0, -14, _plain(chart.title), fontsize=_points(15), fontweight="bold", color=LIGHT["ink"]
+    )
     for order, element in enumerate(chart.svg):
         _element(axes, element, order)
 
@@ -59,17 +67,44 @@ def _element(axes: Any, element: Element, order: int) -> None:
 
     colour = LIGHT[element.get("class", "ink")]
     if element.tag == "rect":
-        axes.add_patch(Rectangle((at("x"), at("y")), at("width"), at("height"), color=colour, linewidth=0, zorder=order))
+        axes.add_patch(
+            Rectangle(
+                (at("x"), at("y")),
+                at("width"),
+                at("height"),
+                color=colour,
+                linewidth=0,
+                zorder=order,
+            )
+        )
     elif element.tag == "line":
-        axes.plot([at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75, zorder=order)
+        axes.plot(
+            [at("x1"), at("x2")], [at("y1"), at("y2")], color=colour, linewidth=0.75, zorder=order
+        )
     elif element.tag == "polyline":
-        places = [tuple(map(float, point.split(","))) for point in element.get("points", "").split()]
+        places = [
+            tuple(map(float, point.split(","))) for point in element.get("points", "").split()
+        ]
         width = _points(at("stroke-width"))
-        axes.plot([x for x, _ in places], [y for _, y in places], color=colour, linewidth=width, zorder=order)
+        axes.plot(
+            [x for x, _ in places],
+            [y for _, y in places],
+            color=colour,
+            linewidth=width,
+            zorder=order,
+        )
     elif element.tag == "text":
         turn = -float(element.get("transform", "rotate(0 ").removeprefix("rotate(").split()[0])
-        side = {"start": "left", "middle": "center", "end": "right"}[element.get("text-anchor", "start")]
-        style = {"ha": side, "va": "baseline", "rotation": turn, "rotation_mode": "anchor", "fontsize": _points(11)}
+        side = {"start": "left", "middle": "center", "end": "right"}[
+            element.get("text-anchor", "start")
+        ]
+        style = {
+            "ha": side,
+            "va": "baseline",
+            "rotation": turn,
+            "rotation_mode": "anchor",
+            "fontsize": _points(11),
+        }
         axes.text(at("x"), at("y"), _plain(element.text or ""), color=colour, zorder=order, **style)
 
 

@@ -39,7 +39,13 @@ def spectra(name: str, title: str, found: Sequence[Spectrum]) -> Chart | None:
         row, column = divmod(number, _ACROSS)
         x, y = _LEFT + column * (_BROAD + _BETWEEN), _TOP + row * (_HIGH + _HEAD + _FOOT) + _HEAD
         write(svg, x, y - 8, label, "ink")
-        _panel(svg, _Axes(x, y, low, high), [one for one in found if one.part == part], blocks, labelled=column == 0)
+        _panel(
+            svg,
+            _Axes(x, y, low, high),
+            [one for one in found if one.part == part],
+            blocks,
+            labelled=column == 0,
+        )
         if number >= len(parts) - _ACROSS:
             write(svg, x, y + _HIGH + 13, "0", "label")
             write(svg, x + _BROAD, y + _HIGH + 13, "full rank", "label", anchor="end")
@@ -50,7 +56,9 @@ def spectra(name: str, title: str, found: Sequence[Spectrum]) -> Chart | None:
 def _range(found: Sequence[Spectrum], values: Sequence[float]) -> tuple[float, float]:
     """Logarithms of the least and the largest value that are shown: a few decades, and more where kept ranks lie deeper."""
     high = math.log10(max(values)) + 0.1
-    kept = [value for one in found if one.rank is not None and (value := _value(one, one.rank - 1)) > 0]
+    kept = [
+        value for one in found if one.rank is not None and (value := _value(one, one.rank - 1)) > 0
+    ]
     deepest = min(high - _DECADES, math.log10(min(kept, default=max(values))) - 0.5)
     return min(max(math.log10(min(values)), deepest, high - _MOST_DECADES), high - 1), high
 
@@ -59,7 +67,9 @@ def _said(title: str, found: Sequence[Spectrum]) -> str:
     ranks = [one for one in found if one.rank is not None]
     kept = ""
     if ranks:
-        least, most = (pick(ranks, key=lambda one: (one.rank or 0) / one.full) for pick in (min, max))
+        least, most = (
+            pick(ranks, key=lambda one: (one.rank or 0) / one.full) for pick in (min, max)
+        )
         kept = ", kept ranks from " + " to ".join(
             f"{one.rank:g} of {one.full} ({one.part} of block {one.block})" for one in (least, most)
         )
@@ -85,7 +95,9 @@ class _Axes:
         return self.y + _HIGH * (1 - min(1.0, max(0.0, share)))
 
 
-def _panel(svg: Element, axes: _Axes, own: Sequence[Spectrum], blocks: Sequence[int], *, labelled: bool) -> None:
+def _panel(
+    svg: Element, axes: _Axes, own: Sequence[Spectrum], blocks: Sequence[int], *, labelled: bool
+) -> None:
     foot = axes.y + _HIGH
     decades = range(math.ceil(axes.low), math.floor(axes.high) + 1)
     for decade in decades:
@@ -99,11 +111,19 @@ def _panel(svg: Element, axes: _Axes, own: Sequence[Spectrum], blocks: Sequence[
     many = len(blocks) > _MANY
     for one in own:
         points = [(axes.across(one, place + 1), axes.height(value)) for place, value in one.points]
-        seen = next((count for count, (_, height) in enumerate(points, 1) if height >= foot), len(points))
+        seen = next(
+            (count for count, (_, height) in enumerate(points, 1) if height >= foot), len(points)
+        )
         curve(svg, points[:seen], _depth(blocks, one.block), 0.5 if many else 1.25)
     for one in own:
         if one.rank is not None:
-            _mark(svg, axes.across(one, one.rank), axes.height(_value(one, one.rank - 1)), 2.0 if many else 4.0, one)
+            _mark(
+                svg,
+                axes.across(one, one.rank),
+                axes.height(_value(one, one.rank - 1)),
+                2.0 if many else 4.0,
+                one,
+            )
 
 
 def _mark(svg: Element, x: float, y: float, side: float, one: Spectrum) -> None:

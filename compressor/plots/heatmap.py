@@ -29,7 +29,9 @@ def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], li
         prefix = f"{job.skeleton.path}.{index}."
         blocks.append({})
         for linear in job.skeleton.linears(index):
-            blocks[-1].setdefault(part(linear.name.removeprefix(prefix)), []).append(known.get(linear.name, dense))
+            blocks[-1].setdefault(part(linear.name.removeprefix(prefix)), []).append(
+                known.get(linear.name, dense)
+            )
     columns = list(dict.fromkeys(name for block in blocks for name in block))
     return columns, [[block.get(name, []) for name in columns] for block in blocks]
 
@@ -39,7 +41,8 @@ def headings(columns: Sequence[str]) -> list[str]:
     words = [[word for word in name.split(".") if word != "*"] for name in columns]
     last = Counter(each[-1] for each in words)
     return [
-        "\n".join(each[-2:]) if "*" in name or last[each[-1]] > 1 else each[-1] for name, each in zip(columns, words, strict=True)
+        "\n".join(each[-2:]) if "*" in name or last[each[-1]] > 1 else each[-1]
+        for name, each in zip(columns, words, strict=True)
     ]
 
 
@@ -60,14 +63,24 @@ def draw(job: Job, path: Path, title: str, what: str) -> None:
     from matplotlib.figure import Figure
 
     columns, rows = sparsities(job)
-    figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.8 + 0.34 * len(rows)), layout="constrained")
+    figure = Figure(
+        figsize=(1.6 + 0.9 * len(columns), 1.8 + 0.34 * len(rows)), layout="constrained"
+    )
     axes = figure.add_subplot()
     values = [[100 * fmean(each) if each else float("nan") for each in row] for row in rows]
     image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if value == value:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 60 else "black")
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value < 60 else "black",
+                )
     axes.set_xticks(range(len(columns)), headings(columns), rotation=35, ha="right")
     axes.set_yticks(range(len(rows)))
     axes.set_ylabel("block")

@@ -12,7 +12,15 @@ from compressor.records.scores import arrow, label, metrics
 
 _SUFFIXES = (".png", ".svg")
 _MOST = 9  # panels
-_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # told apart by the colour-blind too
+_COLOURS = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+]  # told apart by the colour-blind too
 _MARKERS = "ovDP^X*<>h"
 
 
@@ -23,11 +31,15 @@ def check_plot(path: Path) -> None:
     if path.exists():
         raise OutputError(f"output {path} exists already; choose another with --plot or remove it")
     if not path.resolve().parent.is_dir():
-        raise OutputError(f"output {path} cannot be written: {path.resolve().parent} is not a folder")
+        raise OutputError(
+            f"output {path} cannot be written: {path.resolve().parent} is not a folder"
+        )
     require_matplotlib("--plot")
 
 
-def draw(scored: Mapping[str, Mapping[str, Any]], path: Path, *, baseline: str | None = None) -> None:
+def draw(
+    scored: Mapping[str, Mapping[str, Any]], path: Path, *, baseline: str | None = None
+) -> None:
     """Write the picture. The same scores give the same bytes.
 
     Args:
@@ -38,12 +50,25 @@ def draw(scored: Mapping[str, Mapping[str, Any]], path: Path, *, baseline: str |
     import matplotlib
     from matplotlib.figure import Figure
 
-    wanted = list(dict.fromkeys((task, metric) for result in scored.values() for task, metric, _ in metrics(result)))[:_MOST]
+    wanted = list(
+        dict.fromkeys(
+            (task, metric) for result in scored.values() for task, metric, _ in metrics(result)
+        )
+    )[:_MOST]
     columns = min(3, max(1, len(wanted)))
     lines = -(-len(wanted) // columns)
-    style: Any = {"svg.hashsalt": "compress", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {
+        "svg.hashsalt": "compress",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.2 * columns + 0.4, 3.2 * lines + 0.6), layout="constrained", facecolor="white")
+        figure = Figure(
+            figsize=(4.2 * columns + 0.4, 3.2 * lines + 0.6),
+            layout="constrained",
+            facecolor="white",
+        )
         axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
         for axis, (task, metric) in zip(axes, wanted, strict=False):
             _panel(axis, scored, task, metric, baseline)
@@ -51,8 +76,16 @@ def draw(scored: Mapping[str, Mapping[str, Any]], path: Path, *, baseline: str |
             axis.set_visible(False)
         handles = {str(handle.get_label()): handle for axis in axes for handle in axis.get_lines()}
         names = [name for name in _short(scored).values() if name in handles]
-        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+        figure.legend(
+            [handles[name] for name in names],
+            names,
+            loc="outside lower center",
+            ncols=min(4, len(names)),
+            frameon=False,
+        )
+        figure.savefig(
+            path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None}
+        )
 
 
 def _short(scored: Mapping[str, Any]) -> dict[str, str]:
@@ -61,8 +94,14 @@ def _short(scored: Mapping[str, Any]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {name: name for name in scored}
 
 
-def _panel(axis: Any, scored: Mapping[str, Mapping[str, Any]], task: str, metric: str, baseline: str | None) -> None:
-    unit, divisor = ("GB", 1e9) if max(result["config"]["model_bytes"] for result in scored.values()) >= 1e9 else ("MB", 1e6)
+def _panel(
+    axis: Any, scored: Mapping[str, Mapping[str, Any]], task: str, metric: str, baseline: str | None
+) -> None:
+    unit, divisor = (
+        ("GB", 1e9)
+        if max(result["config"]["model_bytes"] for result in scored.values()) >= 1e9
+        else ("MB", 1e6)
+    )
     names, values = _short(scored), []
     for index, (name, result) in enumerate(scored.items()):
         value = result["results"].get(task, {}).get(metric)
@@ -70,12 +109,22 @@ def _panel(axis: Any, scored: Mapping[str, Mapping[str, Any]], task: str, metric
             continue
         values.append(value)
         colour, marker = (
-            ("#555555", "s") if name == baseline else (_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)])
+            ("#555555", "s")
+            if name == baseline
+            else (_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)])
         )
         if name == baseline:
             axis.axhline(value, color=colour, linewidth=0.8, linestyle=":")
         size = result["config"]["model_bytes"] / divisor
-        axis.plot([size], [value], color=colour, marker=marker, linestyle="none", markersize=7, label=names[name])
+        axis.plot(
+            [size],
+            [value],
+            color=colour,
+            marker=marker,
+            linestyle="none",
+            markersize=7,
+            label=names[name],
+        )
     if min(values) > 0 and max(values) > 8 * min(values):
         axis.set_yscale("log")
     axis.margins(x=0.2, y=0.15)

@@ -50,8 +50,19 @@ def make_card(facts: Facts, recipe_text: str) -> Any:
 
     metadata = _metadata(facts).to_yaml()
     name = facts.repo.partition("/")[2]
-    parts = [f"---\n{metadata}\n---", f"# {name}", _introduction(facts), _what_was_done(facts), _scores(facts)]
-    parts += [_how_to_load(facts), _limits(facts), _licence(facts), _how_to_repeat(facts, recipe_text)]
+    parts = [
+        f"---\n{metadata}\n---",
+        f"# {name}",
+        _introduction(facts),
+        _what_was_done(facts),
+        _scores(facts),
+    ]
+    parts += [
+        _how_to_load(facts),
+        _limits(facts),
+        _licence(facts),
+        _how_to_repeat(facts, recipe_text),
+    ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -66,10 +77,16 @@ def eval_results_file(scores: Mapping[str, Any]) -> str | None:
         dataset, subset = config.get("dataset_path"), config.get("dataset_name") or "default"
         if not _is_hub_dataset(dataset) or (dataset, subset) in seen:
             continue
-        seen.add((dataset, subset))  # one value for each: the first metric of a task is its main one
+        seen.add(
+            (dataset, subset)
+        )  # one value for each: the first metric of a task is its main one
         shots = f"{scores['n-shot'].get(task, 0)}-shot"
         notes = f"{metric.split(',')[0]}, {shots}, {_how_many(scores, task)}, task {task} of compress eval"
-        entries.append(EvalResultEntry(dataset.partition(":")[0], subset, value, date=scores.get("date"), notes=notes))
+        entries.append(
+            EvalResultEntry(
+                dataset.partition(":")[0], subset, value, date=scores.get("date"), notes=notes
+            )
+        )
     return yaml_dump(eval_result_entries_to_yaml(entries)) if entries else None
 
 
@@ -95,9 +112,16 @@ def _metadata(facts: Facts) -> Any:
     given["tags"] = ["compress-llm", *["pruned"] * pruned, *["low-rank"] * factored, method]
     given["tags"] += ["2:4"] if pattern == "2:4" and pruned else []
     if facts.base:
-        given |= {"base_model": facts.base, "base_model_relation": "quantized"}  # the Hub's word for every kind of compression
+        given |= {
+            "base_model": facts.base,
+            "base_model_relation": "quantized",
+        }  # the Hub's word for every kind of compression
     if facts.licence:
-        pairs = {"license": facts.licence.id, "license_name": facts.licence.name, "license_link": facts.licence.link}
+        pairs = {
+            "license": facts.licence.id,
+            "license_name": facts.licence.name,
+            "license_link": facts.licence.link,
+        }
         given |= {key: value for key, value in pairs.items() if value}
     if facts.scores and (results := _eval_results(facts.scores)):
         given |= {"model_name": facts.repo.partition("/")[2], "eval_results": results}
@@ -117,7 +141,9 @@ def _eval_results(scores: Mapping[str, Any]) -> list[Any]:
                 task_type="text-generation",
                 dataset_type=str(dataset).partition(":")[0] if known else task,
                 dataset_name=task,
-                dataset_config=str(config["dataset_name"]) if known and config.get("dataset_name") else None,
+                dataset_config=str(config["dataset_name"])
+                if known and config.get("dataset_name")
+                else None,
                 metric_type=metric.split(",")[0],
                 metric_name=f"{label(metric)}, {_how_many(scores, task)}",
                 metric_value=value,
@@ -127,9 +153,15 @@ def _eval_results(scores: Mapping[str, Any]) -> list[Any]:
 
 
 def _introduction(facts: Facts) -> str:
-    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else f"A {facts.report['architecture']} model"
+    base = (
+        f"[{facts.base}](https://huggingface.co/{facts.base})"
+        if facts.base
+        else f"A {facts.report['architecture']} model"
+    )
     refined = f" and refined by {facts.recipe['refine']}" if facts.recipe.get("refine") else ""
-    tuned = f", its blocks tuned for {facts.recipe['tune']} epochs" if facts.recipe.get("tune") else ""
+    tuned = (
+        f", its blocks tuned for {facts.recipe['tune']} epochs" if facts.recipe.get("tune") else ""
+    )
     version = facts.report["versions"]["compress-llm"]
     goal = f"pruned to {facts.recipe['pattern']}"
     if facts.recipe.get("keep"):
@@ -153,18 +185,26 @@ def _what_was_done(facts: Facts) -> str:
     totals, left = report["totals"], report["left_dense"]
     inside = sum(entry["reason"] != "outside the decoder blocks" for entry in left)
     tokens = report["calibration_tokens"]
-    source = "text that the model wrote itself" if recipe["dataset"] == "self" else f"`{recipe['dataset']}`"
+    source = (
+        "text that the model wrote itself"
+        if recipe["dataset"] == "self"
+        else f"`{recipe['dataset']}`"
+    )
     rows = {
         "method": "; ".join(_summary("methods", method) for method in _methods(facts)),
         "refinement": _summary("refine", recipe["refine"]) if recipe.get("refine") else "",
         "calibration": f"{tokens} tokens of {source}" if tokens else "none",
         "compressed": _forms(report["linears"]),
         "their bytes": f"{_megabytes(totals['dense_bytes'])} → {_megabytes(totals['bytes'])} ({totals['ratio']:.4f} of dense)",
-        "parameters kept": "" if facts.kept is None else f"{facts.kept:.1%} of those of all linears in the decoder blocks",
+        "parameters kept": ""
+        if facts.kept is None
+        else f"{facts.kept:.1%} of those of all linears in the decoder blocks",
         "checkpoint": f"{_megabytes(report['input_bytes'])} → {_megabytes(report['output_bytes'])}",
         "left dense": f"{_counted(len(left), 'weight')}, {inside or 'none'} inside the decoder blocks: report.json has reasons",
     }
-    return "## What was done\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text)
+    return "## What was done\n\n| | |\n|---|---|\n" + "\n".join(
+        f"| {name} | {text} |" for name, text in rows.items() if text
+    )
 
 
 def _forms(linears: list[Mapping[str, Any]]) -> str:
@@ -185,7 +225,9 @@ def _form(form: str, rows: list[Mapping[str, Any]]) -> str:
         span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
         kept = sum(row["entry"]["rank"] * sum(row["shape"]) for row in rows)
         return f"of low rank ({span}, {kept / weights:.1%} of their parameters)"
-    zeros = f"{sum(row['sparsity'] * math.prod(row['shape'][:2]) for row in rows) / weights:.1%} zeros"
+    zeros = (
+        f"{sum(row['sparsity'] * math.prod(row['shape'][:2]) for row in rows) / weights:.1%} zeros"
+    )
     if form == "armor":
         return f"packed 2:4 between block-diagonal factors ({zeros} in the 2:4 core)"
     return f"packed 2:4 ({zeros})" if form == "sparse24" else f"dense with zeros in place ({zeros})"
@@ -199,7 +241,9 @@ def _summary(room: str, name: str) -> str:
     """The first line of a method's docstring, which names the paper; read without importing it, for that takes torch."""
     path = Path(__file__).with_name(room) / f"{name}.py"
     doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    return f"`{name}`. {doc.splitlines()[0].rstrip('.')}".replace("|", "\\|") if doc else f"`{name}`"
+    return (
+        f"`{name}`. {doc.splitlines()[0].rstrip('.')}".replace("|", "\\|") if doc else f"`{name}`"
+    )
 
 
 def _scores(facts: Facts) -> str:
@@ -216,10 +260,14 @@ def _scores(facts: Facts) -> str:
         before = baseline["results"].get(task, {}).get(metric) if baseline else None
         known = f"{before:.4g}" if isinstance(before, float) else "–"
         cells = [known, f"{value:.4g}"] if baseline else [f"{value:.4g}"]
-        heading = f"{task}, {label(metric)} {arrow(scores, task, metric)}, {_how_many(scores, task)}"
+        heading = (
+            f"{task}, {label(metric)} {arrow(scores, task, metric)}, {_how_many(scores, task)}"
+        )
         lines.append([heading, *cells])
     where = scores["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in scores.get("versions_of", {}).items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in scores.get("versions_of", {}).items()
+    )
     note = f"Measured by `compress eval` on {where['device']} in {where['dtype']} ({versions})."
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     explained = (
@@ -232,7 +280,11 @@ def _scores(facts: Facts) -> str:
 
 
 def _how_to_load(facts: Facts) -> str:
-    plug_in = "import compressor.runtime  # teaches transformers the packed format\n" if facts.packed else ""
+    plug_in = (
+        "import compressor.runtime  # teaches transformers the packed format\n"
+        if facts.packed
+        else ""
+    )
     install = "```\npip install compress-llm\n```\n\n" if facts.packed else ""
     code = (
         f'```python\n{plug_in}from transformers import AutoModelForCausalLM, AutoTokenizer\n\nname = "{facts.repo}"\n'
@@ -254,7 +306,9 @@ def _limits(facts: Facts) -> str:
             "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: `compress bench` measures it."
         )
     if totals["bytes"] >= totals["dense_bytes"]:
-        limits.append("The zeros are stored in place: this checkpoint is not smaller than the original, and no faster by itself.")
+        limits.append(
+            "The zeros are stored in place: this checkpoint is not smaller than the original, and no faster by itself."
+        )
     limits += [
         "Compression costs quality, more on text unlike that of the calibration. The scores above are all that was measured.",
         "Nobody has checked how it changed the model's safety, bias or languages. All limits of the base model remain.",
@@ -264,9 +318,7 @@ def _limits(facts: Facts) -> str:
 
 def _licence(facts: Facts) -> str:
     if facts.licence is None:
-        return (
-            "## Licence\n\nThat of the base model. It was not known when this card was made: read the base model's own card first."
-        )
+        return "## Licence\n\nThat of the base model. It was not known when this card was made: read the base model's own card first."
     named = facts.licence.name or facts.licence.id
     linked = f"[{named}]({facts.licence.link})" if facts.licence.link else named
     return f"## Licence\n\n{linked}, taken over from the base model ({facts.licence.source})."

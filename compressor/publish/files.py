@@ -57,7 +57,12 @@ class Publication:
     notes: list[str]
 
 
-def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str], tuple[bool, Licence | None]]) -> Publication:
+def prepare(
+    folder: Path,
+    repo: str,
+    base: str,
+    published_licence: Callable[[str], tuple[bool, Licence | None]],
+) -> Publication:
     """Choose the files of `folder` and write the card for the repository `repo`.
 
     Args:
@@ -73,7 +78,9 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
     notes: list[str] = []
     base, licence = _base(recipe, base, published_licence)
     if not base:
-        notes.append(f"the base model {recipe['model']!r} is not on the Hub; --base-model ORG/NAME lets the card name it")
+        notes.append(
+            f"the base model {recipe['model']!r} is not on the Hub; --base-model ORG/NAME lets the card name it"
+        )
     licence = licence or from_file(folder)
     if licence is None:
         notes.append("the licence of the base model is not known; the card says so")
@@ -86,11 +93,20 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
             if stale
             else "no scores are stored: run compress eval first, and the card will have them"
         )
-    public = {**recipe, "model": base or Path(recipe["model"]).name, "dataset": _without_path(recipe["dataset"])}
+    public = {
+        **recipe,
+        "model": base or Path(recipe["model"]).name,
+        "dataset": _without_path(recipe["dataset"]),
+    }
     recipe_text = _to_toml(public)
-    facts = Facts(repo, base, public, report, bool(packed_modules(reader.config)), kept, scores, licence)
+    facts = Facts(
+        repo, base, public, report, bool(packed_modules(reader.config)), kept, scores, licence
+    )
     card = make_card(facts, recipe_text)
-    public_report = {**report, "recipe": {**report["recipe"], "model": public["model"], "dataset": public["dataset"]}}
+    public_report = {
+        **report,
+        "recipe": {**report["recipe"], "model": public["model"], "dataset": public["dataset"]},
+    }
     made = {CARD: str(card), RECIPE: recipe_text, REPORT: json.dumps(public_report, indent=1)}
     if scores and (entries := eval_results_file(scores)):
         made[EVAL_RESULTS] = entries
@@ -98,7 +114,9 @@ def prepare(folder: Path, repo: str, base: str, published_licence: Callable[[str
         del made[CARD]
         card = _own_card(folder / CARD)
         notes.append(f"{CARD} of the folder is published as it is, no card was made")
-    return Publication(*_choose(reader, made, code=bool(recipe.get("trust_remote_code"))), card, notes)
+    return Publication(
+        *_choose(reader, made, code=bool(recipe.get("trust_remote_code"))), card, notes
+    )
 
 
 def _own_card(path: Path) -> Any:
@@ -107,7 +125,9 @@ def _own_card(path: Path) -> Any:
     try:
         return ModelCard(path.read_text(encoding="utf-8"))
     except Exception as error:  # of YAML, mostly
-        raise CheckpointError(f"{path} is no model card: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(
+            f"{path} is no model card: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None]:
@@ -120,16 +140,33 @@ def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None
             f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` and `compress lowrank` make"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / RECIPE} is not readable TOML: {str(error)[:200]}") from None
-    needed = {"recipe": dict, "architecture": str, "totals": dict, "linears": list, "left_dense": list, "versions": dict}
+        raise CheckpointError(
+            f"{folder / RECIPE} is not readable TOML: {str(error)[:200]}"
+        ) from None
+    needed = {
+        "recipe": dict,
+        "architecture": str,
+        "totals": dict,
+        "linears": list,
+        "left_dense": list,
+        "versions": dict,
+    }
     if not all(isinstance(report.get(key), kind) for key, kind in needed.items()):
         raise CheckpointError(f"{folder / REPORT} is no report of this package")
-    known = is_number(report["totals"].get("ratio")) and isinstance(report["versions"].get("compress-llm"), str)
+    known = is_number(report["totals"].get("ratio")) and isinstance(
+        report["versions"].get("compress-llm"), str
+    )
     record = read_record(folder)  # checks every value
     if not known or any(row.format == "lowrank" and row.rank is None for row in record.rows):
-        raise CheckpointError(f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is missing")
-    if not all(isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")):
-        raise CheckpointError(f"{folder / RECIPE} is no complete recipe: model, method, pattern and dataset are expected in it")
+        raise CheckpointError(
+            f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is missing"
+        )
+    if not all(
+        isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")
+    ):
+        raise CheckpointError(
+            f"{folder / RECIPE} is no complete recipe: model, method, pattern and dataset are expected in it"
+        )
     return recipe, report, record.kept
 
 
@@ -142,7 +179,11 @@ def _base(
     name = given or ("" if local.is_dir() else recipe["model"])
     if not name:
         return "", own
-    known, licence = published(name) if name.count("/") == 1 and not name.startswith((".", "/", "~")) else (False, None)
+    known, licence = (
+        published(name)
+        if name.count("/") == 1 and not name.startswith((".", "/", "~"))
+        else (False, None)
+    )
     return (name if known or given else ""), licence or own
 
 
@@ -150,14 +191,25 @@ def _choose(reader: Reader, made: Mapping[str, str], *, code: bool) -> tuple[lis
     folder = reader.folder
     chosen = list(reader.shards)
     for path in sorted(folder.iterdir()):
-        wanted = is_side_file(path.name, code=code) or path.suffix in _PICTURES or path.name in (CARD, PLAN)
-        if wanted and path.is_file() and path.name not in (*chosen, *made) and not path.name.startswith("."):
+        wanted = (
+            is_side_file(path.name, code=code)
+            or path.suffix in _PICTURES
+            or path.name in (CARD, PLAN)
+        )
+        if (
+            wanted
+            and path.is_file()
+            and path.name not in (*chosen, *made)
+            and not path.name.startswith(".")
+        ):
             chosen.append(path.name)
     if reader.index is None and INDEX in chosen:
         chosen.remove(INDEX)
     for name in chosen:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{folder / name} is a link that leads out of the folder; put a copy of the file in its place")
+            raise CheckpointError(
+                f"{folder / name} is a link that leads out of the folder; put a copy of the file in its place"
+            )
     stays = sorted(path.name for path in folder.iterdir() if path.name not in (*chosen, *made))
     files = [File(name, folder / name) for name in chosen]
     return files + [File(name, text.encode()) for name, text in made.items()], stays

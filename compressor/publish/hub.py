@@ -85,7 +85,9 @@ def push(
             api.create_repo(repo, private=private or None, exist_ok=True)
         before = api.model_info(repo, files_metadata=True)
     if private and not before.private:
-        raise HubError(f"{repo} exists already and is public; make it private in its settings on the Hub, or choose another name")
+        raise HubError(
+            f"{repo} exists already and is public; make it private in its settings on the Hub, or choose another name"
+        )
     there = {sibling.rfilename: sibling for sibling in before.siblings or []}
     changed = [file for file in what.files if not _same(file, there.get(file.name))]
     names = {file.name for file in what.files}
@@ -94,16 +96,22 @@ def push(
     if not changed and not stale:
         return Pushed(f"{api.endpoint}/{repo}", None, [], unchanged, [])
     additions = [CommitOperationAdd(file.name, file.source) for file in changed]
-    large = [operation for operation in additions if operation.path_in_repo.endswith(".safetensors")]
+    large = [
+        operation for operation in additions if operation.path_in_repo.endswith(".safetensors")
+    ]
     for number, operation in enumerate(large, 1):
         progress(operation.path_in_repo, number, len(large))
         with _explained(repo, f"sending {operation.path_in_repo}"):
             api.preupload_lfs_files(repo, [operation], create_pr=create_pr, free_memory=False)
     with _explained(repo, "making the commit"):
         operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-        commit = api.create_commit(repo, operations, commit_message=message, create_pr=create_pr, parent_commit=before.sha)
+        commit = api.create_commit(
+            repo, operations, commit_message=message, create_pr=create_pr, parent_commit=before.sha
+        )
     _check_arrival(api, repo, commit.oid, what)
-    return Pushed(commit.commit_url, commit.pr_url, [file.name for file in changed], unchanged, stale)
+    return Pushed(
+        commit.commit_url, commit.pr_url, [file.name for file in changed], unchanged, stale
+    )
 
 
 def _check_arrival(api: Any, repo: str, revision: str, what: Publication) -> None:
@@ -112,7 +120,9 @@ def _check_arrival(api: Any, repo: str, revision: str, what: Publication) -> Non
         after = api.model_info(repo, revision=revision, files_metadata=True)
     there = {sibling.rfilename: sibling for sibling in after.siblings or []}
     if wrong := [file.name for file in what.files if not _same(file, there.get(file.name))]:
-        raise HubError(f"{repo} does not hold {wrong[0]} as it is here, though the Hub took it: run the same command again")
+        raise HubError(
+            f"{repo} does not hold {wrong[0]} as it is here, though the Hub took it: run the same command again"
+        )
 
 
 def _same(file: File, remote: Any) -> bool:
@@ -120,10 +130,17 @@ def _same(file: File, remote: Any) -> bool:
     if remote is None or remote.size != file.size:
         return False
     if remote.lfs:
-        own = hashlib.sha256(file.source).hexdigest() if isinstance(file.source, bytes) else file_sha256(file.source)
+        own = (
+            hashlib.sha256(file.source).hexdigest()
+            if isinstance(file.source, bytes)
+            else file_sha256(file.source)
+        )
         return own == remote.lfs.sha256
     content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == remote.blob_id
+    return (
+        hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        == remote.blob_id
+    )
 
 
 @contextmanager
@@ -133,7 +150,9 @@ def _explained(repo: str, step: str) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except Exception as error:  # the Hub client raises a dozen kinds, some of them wrapped in others
+    except (
+        Exception
+    ) as error:  # the Hub client raises a dozen kinds, some of them wrapped in others
         raise HubError(f"{step} failed: {_reason(repo, error)}") from None
 
 
@@ -142,7 +161,11 @@ def _reason(repo: str, error: BaseException) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HfHubHTTPError) and not type(cause).__module__.startswith("httpx"):
+    while (
+        cause is not None
+        and not isinstance(cause, HfHubHTTPError)
+        and not type(cause).__module__.startswith("httpx")
+    ):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code

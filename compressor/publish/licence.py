@@ -51,7 +51,9 @@ def from_folder(folder: Path) -> Licence | None:
     card = folder / "README.md"
     if card.is_file():
         try:
-            metadata = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+            metadata = ModelCard(
+                card.read_text(encoding="utf-8"), ignore_metadata_errors=True
+            ).data.to_dict()
         except Exception:  # whatever a foreign README holds
             metadata = {}
         if found := from_card(metadata, f"{folder.name}/README.md"):
@@ -61,10 +63,20 @@ def from_folder(folder: Path) -> Licence | None:
 
 def from_file(folder: Path) -> Licence | None:
     """The licence that a LICENSE file in `folder` names; `other`, with a link to it, where it is not recognised."""
-    paths = sorted(path for path in folder.iterdir() if path.name.upper().startswith(("LICENSE", "LICENCE")) and path.is_file())
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.upper().startswith(("LICENSE", "LICENCE")) and path.is_file()
+    )
     if not paths:
         return None
     name = paths[0].name
-    text = " ".join(paths[0].read_text(encoding="utf-8", errors="replace")[:_BEGINNING].lower().split())
+    text = " ".join(
+        paths[0].read_text(encoding="utf-8", errors="replace")[:_BEGINNING].lower().split()
+    )
     found = next((licence for says, licence in _TEXTS.items() if says in text), None)
-    return Licence(found, source=name) if found else Licence("other", "see-the-licence-file", name, name)
+    return (
+        Licence(found, source=name)
+        if found
+        else Licence("other", "see-the-licence-file", name, name)
+    )

@@ -120,7 +120,9 @@ def read_record(folder: Path) -> Record:
     recipe = found.get("recipe", dict)
     left: dict[str, list[tuple[str, list[int]]]] = {}
     for entry in found.entries("left_dense"):
-        left.setdefault(entry.get("reason", str), []).append((entry.get("name", str), entry.shape()))
+        left.setdefault(entry.get("reason", str), []).append(
+            (entry.get("name", str), entry.shape())
+        )
     return Record(
         name=beside.name,
         recipe=recipe,
@@ -134,10 +136,14 @@ def read_record(folder: Path) -> Record:
         calibration_tokens=found.whole("calibration_tokens"),
         rows=[_row(entry) for entry in found.entries("linears")],
         block_errors={
-            entry.whole("index"): entry.real("error") for entry in found.entries("blocks") if entry.found.get("error") is not None
+            entry.whole("index"): entry.real("error")
+            for entry in found.entries("blocks")
+            if entry.found.get("error") is not None
         },
         kept=_kept(found.found.get("allocation")),
-        spectra=[spectrum for entry in found.entries("spectra", []) if (spectrum := _spectrum(entry))],
+        spectra=[
+            spectrum for entry in found.entries("spectra", []) if (spectrum := _spectrum(entry))
+        ],
         left_dense=left,
         versions={str(key): str(value) for key, value in found.get("versions", dict).items()},
         run=_run(beside.with_name(f"{beside.name}.report.json"), found.found),
@@ -154,7 +160,9 @@ class _Checked:
     found: Mapping[str, Any]
 
     def refuse(self, key: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is no report of this package: {key!r} is missing or of another kind than expected")
+        return CheckpointError(
+            f"{self.path} is no report of this package: {key!r} is missing or of another kind than expected"
+        )
 
     def get(self, key: str, kind: type) -> Any:
         value = self.found.get(key)
@@ -220,13 +228,25 @@ def _kept(allocation: Any) -> float | None:
         return None
     kept: Any = allocation.get("parameters")
     dense: Any = allocation.get("dense_parameters")
-    return kept / dense if is_number(kept) and is_number(dense) and 0 <= kept <= dense and dense > 0 else None
+    return (
+        kept / dense
+        if is_number(kept) and is_number(dense) and 0 <= kept <= dense and dense > 0
+        else None
+    )
 
 
 def _spectrum(entry: _Checked) -> Spectrum | None:
     """None for a linear outside the blocks."""
-    index, values, full = entry.get("index", list), entry.get("values", list), min(entry.shape(), default=0)
-    if not index or len(index) != len(values) or not all(type(place) is int and 0 <= place < full for place in index):
+    index, values, full = (
+        entry.get("index", list),
+        entry.get("values", list),
+        min(entry.shape(), default=0),
+    )
+    if (
+        not index
+        or len(index) != len(values)
+        or not all(type(place) is int and 0 <= place < full for place in index)
+    ):
         raise entry.refuse("index")
     if not all(is_number(value) and value >= 0 for value in values):
         raise entry.refuse("values")
@@ -235,7 +255,11 @@ def _spectrum(entry: _Checked) -> Spectrum | None:
         raise entry.refuse("rank")
     points = sorted(zip(index, map(float, values), strict=True))
     part, largest = entry.get("linear", str), entry.whole("largest_rank")
-    return None if entry.found.get("block") is None else Spectrum(entry.whole("block"), part, full, rank, largest, points)
+    return (
+        None
+        if entry.found.get("block") is None
+        else Spectrum(entry.whole("block"), part, full, rank, largest, points)
+    )
 
 
 def _fraction(losses: Any) -> float | None:
@@ -258,14 +282,20 @@ def _run(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     except CheckpointError:
         return {}
     run = found.pop("run", None)
-    if not isinstance(run, dict) or json.dumps(found, sort_keys=True) != json.dumps(dict(facts), sort_keys=True):
+    if not isinstance(run, dict) or json.dumps(found, sort_keys=True) != json.dumps(
+        dict(facts), sort_keys=True
+    ):
         return {}
     seconds, peak = run.get("block_seconds"), run.get("peak_memory")
     return {
         "device": str(run.get("device", "")),
         "seconds": float(run["seconds"]) if is_number(run.get("seconds")) else 0.0,
-        "block_seconds": [float(value) for value in seconds] if isinstance(seconds, list) and all(map(is_number, seconds)) else [],
-        "peak_memory": {str(key): value for key, value in peak.items() if is_number(value)} if isinstance(peak, dict) else {},
+        "block_seconds": [float(value) for value in seconds]
+        if isinstance(seconds, list) and all(map(is_number, seconds))
+        else [],
+        "peak_memory": {str(key): value for key, value in peak.items() if is_number(value)}
+        if isinstance(peak, dict)
+        else {},
     }
 
 
@@ -276,10 +306,13 @@ def _scores(folder: Path) -> tuple[list[Score], list[str]]:
         return [], []
     found = read_scores(folder, checkpoint_digest(Reader(folder)))
     if found is None:
-        return [], [f"{path.name} was left out: it is about another checkpoint. Run compress eval again."]
+        return [], [
+            f"{path.name} was left out: it is about another checkpoint. Run compress eval again."
+        ]
     baseline: Any = found.get("baseline")
     known = isinstance(baseline, dict) and isinstance(baseline.get("results"), dict)
     before = {(task, metric): value for task, metric, value in metrics(baseline)} if known else {}
     return [
-        Score(task, metric, arrow(found, task, metric), value, before.get((task, metric))) for task, metric, value in metrics(found)
+        Score(task, metric, arrow(found, task, metric), value, before.get((task, metric)))
+        for task, metric, value in metrics(found)
     ], []

@@ -78,7 +78,12 @@ class Report:
         """The report that `everything()` described."""
         known = {entry.name: everything[entry.name] for entry in fields(cls)}
         rows = {"linears": LinearRow, "blocks": BlockRow, "left_dense": LeftDense}
-        return cls(**{**known, **{name: [row(**facts) for facts in known[name]] for name, row in rows.items()}})
+        return cls(
+            **{
+                **known,
+                **{name: [row(**facts) for facts in known[name]] for name, row in rows.items()},
+            }
+        )
 
     def facts(self) -> dict[str, Any]:
         """All that the input, the recipe and the versions determine."""

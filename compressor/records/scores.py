@@ -38,7 +38,9 @@ def read_scores(folder: Path, digest: str) -> dict[str, Any] | None:
     if found.get("digest") != digest:
         return None
     if not _is_record(found):
-        raise CheckpointError(f"{path} is no record of `compress eval`: remove it and score {folder} again")
+        raise CheckpointError(
+            f"{path} is no record of `compress eval`: remove it and score {folder} again"
+        )
     return found
 
 
@@ -49,10 +51,22 @@ def _is_record(found: Mapping[str, Any]) -> bool:
     baseline = found.get("baseline") or {"results": {}}
     if not isinstance(baseline, dict) or not isinstance(baseline.get("results"), dict):
         return False
-    by_task = [values for key in ("results", "configs", "higher_is_better") for values in found[key].values()]
+    by_task = [
+        values
+        for key in ("results", "configs", "higher_is_better")
+        for values in found[key].values()
+    ]
     counts = [count or {} for count in found["n-samples"].values()]
     return (
-        all(isinstance(values, dict) for values in (*by_task, *baseline["results"].values(), *counts, found.get("versions_of", {})))
+        all(
+            isinstance(values, dict)
+            for values in (
+                *by_task,
+                *baseline["results"].values(),
+                *counts,
+                found.get("versions_of", {}),
+            )
+        )
         and all(type(number) is int for count in counts for number in count.values())
         and {"device", "dtype"} <= set(found["config"])
     )

@@ -26,5 +26,7 @@ def refinement(name: str) -> ModuleType:
         UsageError: there is no refinement of that name.
     """
     if name not in NAMES:
-        raise UsageError(f"unknown refinement {name!r}; known: {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+        raise UsageError(
+            f"unknown refinement {name!r}; known: {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
+        )
     return importlib.import_module(f"compressor.refine.{name}")

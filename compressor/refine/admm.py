@@ -63,7 +63,10 @@ def refine(
     quadratic = Quadratic(stats, damping)
     scale = quadratic.diagonal.sqrt()
     scaled = _scaled_gram(quadratic, scale)
-    states = [_State(weight[rows].float() * scale, pruned[rows].float() * scale, scaled, pattern) for rows in row_chunks(weight)]
+    states = [
+        _State(weight[rows].float() * scale, pruned[rows].float() * scale, scaled, pattern)
+        for rows in row_chunks(weight)
+    ]
     for stage in range(stages):
         penalty = _penalty(stage, stages)
         inverse = _inverse(scaled, penalty)
@@ -100,7 +103,9 @@ class _State:
         right = torch.add(self.product - self.dual, self.legal, alpha=penalty)
         pulled = torch.add(right @ inverse, self.dual, alpha=1 / penalty)  # X + V/ρ
         exact = self.pattern.zeros is not None
-        self.legal = pulled * (keep_counts(pulled.abs(), self.zeros) if exact else self.pattern.mask(pulled.abs()))
+        self.legal = pulled * (
+            keep_counts(pulled.abs(), self.zeros) if exact else self.pattern.mask(pulled.abs())
+        )
         self.dual = (pulled - self.legal).mul_(penalty)  # = V + ρ(X - Z)
 
 
@@ -124,5 +129,7 @@ def _inverse(scaled: Tensor, penalty: float) -> Tensor:
     shifted.diagonal().add_(penalty)
     factor, info = torch.linalg.cholesky_ex(shifted)
     if int(info) or not bool(torch.isfinite(factor[-1, -1])):
-        raise NumericalError("the Gram matrix is not positive definite even with the penalty of ADMM: are the inputs finite?")
+        raise NumericalError(
+            "the Gram matrix is not positive definite even with the penalty of ADMM: are the inputs finite?"
+        )
     return torch.cholesky_inverse(factor)

@@ -69,7 +69,9 @@ def refine(
     return refined
 
 
-def _exchange(lists: _Lists, pattern: Pattern, cycles: int, threshold: float, same_sign: bool) -> Tensor:
+def _exchange(
+    lists: _Lists, pattern: Pattern, cycles: int, threshold: float, same_sign: bool
+) -> Tensor:
     """The cycles of all rows at once; gives the new mask, bool `[rows, in]`."""
     start = error = lists.error
     mask = lists.mask.clone()
@@ -103,7 +105,13 @@ class _Lists:
     """
 
     def __init__(
-        self, weight: Tensor, pruned: Tensor, stats: InputStats, grouped: bool, cycles: int, variance_power: float
+        self,
+        weight: Tensor,
+        pruned: Tensor,
+        stats: InputStats,
+        grouped: bool,
+        cycles: int,
+        variance_power: float,
     ) -> None:
         variance = stats.m2 / max(stats.tokens, 1)
         self.mask = pruned != 0
@@ -117,7 +125,10 @@ class _Lists:
         if grouped:
             self._score.masked_fill_(~self.mask, torch.inf)
         else:
-            self._prune = _Queue(self._score, self.present < 0, cycles), _Queue(self._score, self.present > 0, cycles)
+            self._prune = (
+                _Queue(self._score, self.present < 0, cycles),
+                _Queue(self._score, self.present > 0, cycles),
+            )
 
     def grow(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """The column to grow, int64 `[rows, 1]`, and whether there is one."""
@@ -142,7 +153,9 @@ class _Queue:
     """Columns of every row in ascending order of a key, each read once."""
 
     def __init__(self, key: Tensor, allowed: Tensor, length: int) -> None:
-        self.order = torch.where(allowed, key, torch.inf).argsort(dim=1, stable=True)[:, :length].clone()
+        self.order = (
+            torch.where(allowed, key, torch.inf).argsort(dim=1, stable=True)[:, :length].clone()
+        )
         self.count = allowed.sum(1, keepdim=True)
         self.position = torch.zeros_like(self.count)
 

@@ -27,7 +27,13 @@ _CONVERGED = 1e-14  # of the squared residual at the start: what float32 can res
 
 @torch.no_grad()
 def refine(
-    weight: Tensor, pruned: Tensor, stats: InputStats, pattern: Pattern, *, iterations: int = 60, damping: float = 0.01
+    weight: Tensor,
+    pruned: Tensor,
+    stats: InputStats,
+    pattern: Pattern,
+    *,
+    iterations: int = 60,
+    damping: float = 0.01,
 ) -> Tensor:
     """Refit the non-zero weights of `pruned`; its zeros stay zero.
 
@@ -51,7 +57,9 @@ def refine(
     return refined
 
 
-def solve(quadratic: Quadratic, weight: Tensor, start: Tensor, mask: Tensor, iterations: int) -> Tensor:
+def solve(
+    quadratic: Quadratic, weight: Tensor, start: Tensor, mask: Tensor, iterations: int
+) -> Tensor:
     """Masked Jacobi-preconditioned conjugate gradients from `start`, all rows at once.
 
     Args:
@@ -83,4 +91,6 @@ def solve(quadratic: Quadratic, weight: Tensor, start: Tensor, mask: Tensor, ite
 
 def _ratio(numerator: Tensor, denominator: Tensor, moving: Tensor) -> Tensor:
     """`numerator / denominator` where a row is moving, else 0: below the floor it would be a ratio of rounding errors."""
-    return torch.where(moving & (denominator > 0), numerator / denominator, torch.zeros_like(numerator))
+    return torch.where(
+        moving & (denominator > 0), numerator / denominator, torch.zeros_like(numerator)
+    )

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from compressor.stats import InputStats
 
-_CHUNK = 1 << 24  # weights refined at once: 64 MB for each fp32 buffer of that shape, whatever the matrix
+_CHUNK = (
+    1 << 24
+)  # weights refined at once: 64 MB for each fp32 buffer of that shape, whatever the matrix
 
 
 class Quadratic:
@@ -67,6 +69,11 @@ def better_rows(quadratic: Quadratic, weight: Tensor, start: Tensor, refined: Te
     that became NaN or Inf is not better either.
     """
     refined = refined.to(start.dtype)
-    doubt = torch.finfo(torch.float32).eps * ((weight.float() - refined.float()).abs() @ quadratic.gram.diagonal().sqrt()).square()
-    improved = quadratic.output_errors(weight, refined) + doubt < quadratic.output_errors(weight, start)
+    doubt = (
+        torch.finfo(torch.float32).eps
+        * ((weight.float() - refined.float()).abs() @ quadratic.gram.diagonal().sqrt()).square()
+    )
+    improved = quadratic.output_errors(weight, refined) + doubt < quadratic.output_errors(
+        weight, start
+    )
     return torch.where(improved[:, None], refined, start)

@@ -96,7 +96,9 @@ def sweep(quadratic: Quadratic, selectors: Selectors, weight: Tensor, current: T
     """
     m, columns = selectors.m, weight.shape[1]
     block = max(1, _BLOCK // m) * m
-    residual = quadratic.times(weight - current)  # from scratch: what rounding has added up in one sweep ends with it
+    residual = quadratic.times(
+        weight - current
+    )  # from scratch: what rounding has added up in one sweep ends with it
     current = current.clone()
     for start in range(0, columns, block):
         stop = min(start + block, columns)

@@ -37,9 +37,15 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     method = method_module(recipe.method)
     options = check_options(f"method {recipe.method}", options_of(method), recipe.options)
     refine = refinement(recipe.refine) if recipe.refine else None
-    refine_options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options) if refine else {}
+    refine_options = (
+        check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options)
+        if refine
+        else {}
+    )
     if refine and not method.REFINABLE:
-        raise UsageError(f"--refine improves a plain pruned weight; method {recipe.method} stores another form")
+        raise UsageError(
+            f"--refine improves a plain pruned weight; method {recipe.method} stores another form"
+        )
     entries = plan_file.read(Path(recipe.plan)) if recipe.plan else {}
     if factors(method):
         rehearse_rank(method, options)
@@ -59,9 +65,14 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         if not entries and not factors(method):
             pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
-            raise CheckpointError(f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed")
+            raise CheckpointError(
+                f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed"
+            )
     refined = _refined(recipe, [linear.name for block in blocks for linear in block])
-    tasks = [[Task(linear, method, options, goal, linear.name in refined) for linear in block] for block in blocks]
+    tasks = [
+        [Task(linear, method, options, goal, linear.name in refined) for linear in block]
+        for block in blocks
+    ]
     job = Job(
         reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options, tune=recipe.tune,
         packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len, seed=recipe.seed,
@@ -70,12 +81,22 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
     if job.needs_inputs:
         tokens.check_dataset(recipe.dataset)
     if job.keep:  # every choice of ranks begins with these
-        uniform.of_shapes({task.linear.name: task.linear.shape for task in job.every}, job.keep, job.rank_options.get("align", 0))
+        uniform.of_shapes(
+            {task.linear.name: task.linear.shape for task in job.every},
+            job.keep,
+            job.rank_options.get("align", 0),
+        )
     if not entries:
         return job.check_experts()
-    goals = plan_file.fit(entries, [task.linear for task in job.every], {left.name: left.reason for left in left_dense})
+    goals = plan_file.fit(
+        entries,
+        [task.linear for task in job.every],
+        {left.name: left.reason for left in left_dense},
+    )
     if not any(goals.values()):
-        raise UsageError(f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense")
+        raise UsageError(
+            f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense"
+        )
     return job.assign(goals, "the plan")
 
 
@@ -85,14 +106,22 @@ def _refined(recipe: Recipe, names: list[str]) -> set[str]:
         if not recipe.refine:
             raise UsageError(f"--refine-only {glob!r} is for --refine, which is not given")
         if not any(fnmatchcase(name, glob) for name in names):
-            raise UsageError(f"--refine-only {glob!r} matches no linear; names look like {names[0]!r}")
-    return {name for name in names if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)}
+            raise UsageError(
+                f"--refine-only {glob!r} matches no linear; names look like {names[0]!r}"
+            )
+    return {
+        name
+        for name in names
+        if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)
+    }
 
 
 def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
     """The fields keep, ranks and rank_options of a job that makes factors."""
     if recipe.ratios or recipe.dense_fraction or recipe.ratio_options:
-        raise UsageError(f"method {recipe.method} makes factors: --ratios and --dense-fraction are for patterns; give --ranks")
+        raise UsageError(
+            f"method {recipe.method} makes factors: --ratios and --dense-fraction are for patterns; give --ranks"
+        )
     if bool(recipe.keep) == bool(recipe.plan):
         raise UsageError(
             "--plan says what every linear becomes; --keep would choose it again: give one of them" if recipe.plan
@@ -113,7 +142,9 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
 def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
     """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
     if recipe.keep or recipe.ranks or recipe.rank_options:
-        raise UsageError(f"--keep and --ranks are for methods that make factors, such as kfac; {recipe.method} prunes")
+        raise UsageError(
+            f"--keep and --ranks are for methods that make factors, such as kfac; {recipe.method} prunes"
+        )
     if recipe.plan and (recipe.ratios or recipe.dense_fraction):
         raise UsageError(
             "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
@@ -125,27 +156,38 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
         )
     if recipe.ratios:
         if recipe.dense_fraction:
-            raise UsageError("--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself")
+            raise UsageError(
+                "--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself"
+            )
         module = allocator(recipe.ratios)
         options = check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
         check_ratio_options(options, pattern.sparsity)
         return {"ratios": module, "ratio_options": options}
     if recipe.dense_fraction:
         if not pattern.m:
-            raise UsageError(f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios")
+            raise UsageError(
+                f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios"
+            )
         from compressor.allocation.sparsity import leave_dense
 
         options = check_options("--dense-fraction", leave_dense.choose, recipe.ratio_options)
         check_ratio_options(options, pattern.sparsity)
-        return {"dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction), "ratio_options": options}
+        return {
+            "dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction),
+            "ratio_options": options,
+        }
     if recipe.ratio_options:
-        raise UsageError(f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given")
+        raise UsageError(
+            f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given"
+        )
     return {}
 
 
 def _sequence_length(asked: int, limit: int | None) -> int:
     if asked and limit and asked > limit:
-        raise UsageError(f"seq-len {asked} is longer than the {limit} tokens this model was made for")
+        raise UsageError(
+            f"seq-len {asked} is longer than the {limit} tokens this model was made for"
+        )
     return asked or min(2048, limit or 2048)
 
 
@@ -169,7 +211,9 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
                 blocks[-1].append(linear)
         for name, shape, reason in skeleton.others(index):
             glob = matching(name)
-            if len(shape) > 2 and min(shape) > 1 and not glob:  # a convolution over time is [channels, 1, width]
+            if (
+                len(shape) > 2 and min(shape) > 1 and not glob
+            ):  # a convolution over time is [channels, 1, width]
                 raise CheckpointError(
                     f"{name} has shape {list(shape)}: weights stacked in this way are not supported; "
                     f"leave them dense with --ignore '*{name.split('.')[-1]}'"
@@ -179,7 +223,9 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
         example = blocks[0][0].name if blocks and blocks[0] else "none"
         raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {example!r}")
     if not any(blocks):
-        raise UsageError("there is nothing to compress: the decoder blocks hold no linears, or all are ignored")
+        raise UsageError(
+            "there is nothing to compress: the decoder blocks hold no linears, or all are ignored"
+        )
     left += _outside(skeleton)
     return blocks, left
 
@@ -191,7 +237,15 @@ def _outside(skeleton: Skeleton) -> list[LeftDense]:
     for name, tensors in skeleton.on_disk.items():
         if name.startswith(f"{skeleton.path}.") and name in known:
             continue
-        reason = "outside the decoder blocks" if name in known else "not part of the model that config.json describes"
+        reason = (
+            "outside the decoder blocks"
+            if name in known
+            else "not part of the model that config.json describes"
+        )
         shapes = {tensor: skeleton.reader.tensors[tensor].shape for tensor in tensors}
-        left += [LeftDense(tensor, list(shape), reason) for tensor, shape in shapes.items() if len(shape) >= 2]
+        left += [
+            LeftDense(tensor, list(shape), reason)
+            for tensor, shape in shapes.items()
+            if len(shape) >= 2
+        ]
     return left

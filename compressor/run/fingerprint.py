@@ -39,7 +39,11 @@ def fingerprint(
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    machine = {"device": name, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    machine = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
     files = [*(reader.folder / name for name in (*reader.shards, "config.json")), *others]
     dataset = Path(recipe.dataset).expanduser()
     plan = Path(recipe.plan)

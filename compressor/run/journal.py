@@ -28,7 +28,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from compressor.checkpoint.atomic import sync, write_file
-from compressor.checkpoint.work_state import BEGIN, COMPLETE, REPORT, damaged, is_complete, report_path, state_file, work_path
+from compressor.checkpoint.work_state import (
+    BEGIN,
+    COMPLETE,
+    REPORT,
+    damaged,
+    is_complete,
+    report_path,
+    state_file,
+    work_path,
+)
 from compressor.errors import CompressError, InterruptedRun, OutputError, ProcessError
 from compressor.run.fingerprint import difference
 
@@ -38,7 +47,9 @@ def read_settings(output: Path) -> dict[str, Any]:
     work = work_path(output)
     if not state_file(work, BEGIN).is_file():
         there = f"; {output} is there, and complete" if output.is_dir() else ""
-        raise OutputError(f"there is no unfinished run of {output} to go on with: {work} holds none{there}")
+        raise OutputError(
+            f"there is no unfinished run of {output} to go on with: {work} holds none{there}"
+        )
     return _read(work, BEGIN)["settings"]
 
 
@@ -74,14 +85,22 @@ class Journal:
         OutputError: another run is at it, the unfinished run is not this one, or its state is damaged; all is left as it was.
     """
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output: Path, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> None:
         self.output, self.folder = output, work_path(output)
-        self._begin = {"fingerprint": json.loads(json.dumps(fingerprint)), "settings": dict(settings), "made": []}
+        self._begin = {
+            "fingerprint": json.loads(json.dumps(fingerprint)),
+            "settings": dict(settings),
+            "made": [],
+        }
         self.blocks: list[dict[str, Any]] = []
         self.complete = False
 
     def __enter__(self) -> Self:
-        made = [str(parent) for parent in self.output.resolve().parents if not parent.exists()]  # innermost first
+        made = [
+            str(parent) for parent in self.output.resolve().parents if not parent.exists()
+        ]  # innermost first
         try:
             self._lock = _lock(self.folder)
         except OSError as error:
@@ -93,14 +112,18 @@ class Journal:
                 self._remove()
             os.close(self._lock)
             if isinstance(error, OSError):
-                raise OutputError(f"output {self.output} cannot be made: {error.strerror}") from None
+                raise OutputError(
+                    f"output {self.output} cannot be made: {error.strerror}"
+                ) from None
             raise
         return self
 
     def _open(self, made: list[str]) -> None:
         self.complete = is_complete(self.output)
         if self.output.exists() and not self.complete:
-            raise OutputError(f"output {self.output} exists already; choose another with -o or remove it")
+            raise OutputError(
+                f"output {self.output} exists already; choose another with -o or remove it"
+            )
         if not state_file(self.folder, BEGIN).is_file():
             for path in self.folder.iterdir():
                 if path.name != "lock":
@@ -115,26 +138,41 @@ class Journal:
                 f"give the same to go on with it, or remove {self.folder} to start anew"
             )
         self._begin = found
-        numbers = sorted(int(path.stem[6:]) for path in self.folder.glob("block-*.json") if re.fullmatch(r"block-\d+", path.stem))
+        numbers = sorted(
+            int(path.stem[6:])
+            for path in self.folder.glob("block-*.json")
+            if re.fullmatch(r"block-\d+", path.stem)
+        )
         if numbers != list(range(len(numbers))):
             raise damaged(self.folder, "records of blocks are missing")
         self.blocks = [_read(self.folder, f"block-{number:05}") for number in numbers]
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        final = isinstance(error, CompressError) and not isinstance(error, OutputError | ProcessError | InterruptedRun)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        final = isinstance(error, CompressError) and not isinstance(
+            error, OutputError | ProcessError | InterruptedRun
+        )
         if error is None or final or not self._worth():
             self._remove()
         os.close(self._lock)
         if isinstance(error, OSError):
             left = describe(self.output)
             advice = f"; make room or mend it, then: {left}" if left else ""
-            raise OutputError(f"output {self.output} could not be written: {error.strerror or error}{advice}") from None
+            raise OutputError(
+                f"output {self.output} could not be written: {error.strerror or error}{advice}"
+            ) from None
 
     def _worth(self) -> bool:
         return any(path.name != "begin.json" for path in self.folder.glob("*.json"))
 
     def _remove(self) -> None:
-        state_file(self.folder, BEGIN).unlink(missing_ok=True)  # first: what a kill leaves of the rest then counts for nothing
+        state_file(self.folder, BEGIN).unlink(
+            missing_ok=True
+        )  # first: what a kill leaves of the rest then counts for nothing
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.output.exists():
             for parent in self._begin["made"]:
@@ -164,7 +202,9 @@ class Journal:
         value = _read(self.folder, COMPLETE)
         if folder.exists():
             if output.exists():
-                raise OutputError(f"output {output} has come into being meanwhile; move it away, then: {describe(output)}")
+                raise OutputError(
+                    f"output {output} has come into being meanwhile; move it away, then: {describe(output)}"
+                )
             os.replace(folder, output)
             sync(output.parent)
         if (self.folder / REPORT).exists():

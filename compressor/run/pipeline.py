@@ -48,7 +48,14 @@ from compressor.run.fingerprint import fingerprint
 from compressor.run.journal import Journal
 
 
-def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str = "", progress: Progress = silent) -> Report:
+def prune(
+    recipe: Recipe,
+    output: Path,
+    *,
+    device: str = "auto",
+    max_memory: str = "",
+    progress: Progress = silent,
+) -> Report:
     """Compress `recipe.model` into the new folder `output`; beside it, `<output>.report.json` gets the cost of this run.
 
     A run that was cut off (a kill, an interruption, a full disk) goes on where it was when the same is asked for again.
@@ -63,9 +70,16 @@ def prune(recipe: Recipe, output: Path, *, device: str = "auto", max_memory: str
         where = choose_device(local_device(device))
         job = make_job(recipe, output)
         if job.tune and group.size > 1:
-            raise UsageError("--tune trains on all samples at once, in one process: start it without torchrun")
+            raise UsageError(
+                "--tune trains on all samples at once, in one process: start it without torchrun"
+            )
         recipe = replace(recipe, seq_len=job.seq_len, **job.checked_options)
-        settings = {"recipe": asdict(recipe), "device": device, "max_memory": max_memory, "folder": os.getcwd()}
+        settings = {
+            "recipe": asdict(recipe),
+            "device": device,
+            "max_memory": max_memory,
+            "folder": os.getcwd(),
+        }
         others = side_files(job.reader.folder, code=recipe.trust_remote_code)
         mark = fingerprint(recipe, job.reader, others, where, group.size)
         with Journal(output, mark, settings) if group.first else nullcontext() as journal:
@@ -87,22 +101,38 @@ def _prune(
     """What is not done yet; the first process has the journal, writes and reports."""
     started, work, reader = time.perf_counter(), work_path(output), job.reader
     recipe = replace(recipe, plan=plan_file.FILE if recipe.plan else "")
-    report = Report(asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes)
-    states = _calibrate(job, recipe, device, max_memory, work, journal, group, progress) if job.needs_inputs else None
+    report = Report(
+        asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes
+    )
+    states = (
+        _calibrate(job, recipe, device, max_memory, work, journal, group, progress)
+        if job.needs_inputs
+        else None
+    )
     job = replace(job, gram_room=gram_room(job, device, max_memory) if job.needs_gram else None)
     factored, spectra = group.agreed(ranks.with_gradients, job, states, device, work, progress)
     job = replace(job, factored=factored)
     job = _allocate(job, states, spectra, device, journal, group, progress)
-    report.left_dense, report.allocation, report.spectra = job.left_dense, job.allocation, job.spectra
+    report.left_dense, report.allocation, report.spectra = (
+        job.left_dense,
+        job.allocation,
+        job.spectra,
+    )
     report.calibration_tokens = recipe.num_samples * job.seq_len if states else 0
-    writer = Writer(reader, output, {task.linear.tensor for task in job.every}, work) if journal else None
+    writer = (
+        Writer(reader, output, {task.linear.tensor for task in job.every}, work)
+        if journal
+        else None
+    )
     done, saved = group.agreed(_restore, journal, writer, report)
     mine = saved[group.rank if job.splits_batches else 0] if saved else None
     if states and mine:  # nothing is saved after the last block
         states.load(work, mine)
     begun, spent = time.perf_counter(), 0.0
     progress("blocks", done, len(job.tasks))
-    for row in compress_blocks(job, states, device, _storing(job, writer, report), progress, first=done, group=group):
+    for row in compress_blocks(
+        job, states, device, _storing(job, writer, report), progress, first=done, group=group
+    ):
         computed = time.perf_counter()
         saves = row.index + 1 < len(job.tasks) and (group.first or job.splits_batches)
         saved = group.joined([states.save(work) if states and saves else None])
@@ -121,7 +151,9 @@ def _prune(
     return Report.load(group.agreed(_publish, journal, writer, report, job, recipe))
 
 
-def _restore(journal: Journal | None, writer: Writer | None, report: Report) -> tuple[int, list[Any] | None]:
+def _restore(
+    journal: Journal | None, writer: Writer | None, report: Report
+) -> tuple[int, list[Any] | None]:
     """Take up what the journal has; gives how many blocks are done, and what each process saved of the hidden states."""
     assert journal
     assert writer
@@ -133,7 +165,12 @@ def _restore(journal: Journal | None, writer: Writer | None, report: Report) -> 
 
 
 def _record(
-    journal: Journal | None, writer: Writer | None, report: Report, row: BlockRow, seconds: float, hidden: list[Any]
+    journal: Journal | None,
+    writer: Writer | None,
+    report: Report,
+    row: BlockRow,
+    seconds: float,
+    hidden: list[Any],
 ) -> None:
     """Note a finished block, once everything it wrote is on disk."""
     assert journal
@@ -146,17 +183,23 @@ def _record(
     writer.forget()
 
 
-def _publish(journal: Journal | None, writer: Writer | None, report: Report, job: Job, recipe: Recipe) -> dict[str, Any]:
+def _publish(
+    journal: Journal | None, writer: Writer | None, report: Report, job: Job, recipe: Recipe
+) -> dict[str, Any]:
     """Write what is left to write, and give the folder its name; returns the whole report."""
     assert journal
     assert writer
     stored = {row.name: row.entry for row in report.linears if row.format != Dense.FORMAT}
-    report.output_bytes = report.input_bytes - sum(row.dense_bytes - row.bytes for row in report.linears)
+    report.output_bytes = report.input_bytes - sum(
+        row.dense_bytes - row.bytes for row in report.linears
+    )
     report.run["block_seconds"] = [record["seconds"] for record in journal.blocks]
     files = {"report.json": _json(report.facts()), "recipe.toml": recipe.to_toml()}
     if recipe.plan or job.allocation:
         files[plan_file.FILE] = plan_file.dumps(job)
-    writer.complete(compressed_config(writer.reader.config, stored), files, code=recipe.trust_remote_code)
+    writer.complete(
+        compressed_config(writer.reader.config, stored), files, code=recipe.trust_remote_code
+    )
     return journal.publish(_json(report.everything()))
 
 
@@ -174,19 +217,39 @@ def _allocate(
         return job
 
     def choose() -> dict[str, Any]:
-        found, known = _chosen(job, states, spectra, device, progress), {left.name for left in job.left_dense}
+        found, known = (
+            _chosen(job, states, spectra, device, progress),
+            {left.name for left in job.left_dense},
+        )
         reasons = [left.reason for left in found.left_dense if left.name not in known]
         facts = {"allocation": found.allocation, "spectra": found.spectra}
         return {"plan": plan_file.dumps(found), "reason": reasons[0] if reasons else "", **facts}
 
     chosen = group.agreed(lambda: journal and journal.once("goals", choose))
-    entries, dense = tomllib.loads(chosen["plan"])["linears"], {left.name: left.reason for left in job.left_dense}
+    entries, dense = (
+        tomllib.loads(chosen["plan"])["linears"],
+        {left.name: left.reason for left in job.left_dense},
+    )
     goals = plan_file.fit(entries, [task.linear for task in job.every], dense)
-    return replace(job.assign(goals, chosen["reason"]), allocation=chosen["allocation"], spectra=chosen["spectra"])
+    return replace(
+        job.assign(goals, chosen["reason"]),
+        allocation=chosen["allocation"],
+        spectra=chosen["spectra"],
+    )
 
 
-def _chosen(job: Job, states: States | None, spectra: dict[str, Spectrum] | None, device: torch.device, progress: Progress) -> Job:
-    return ranks.allocate(job, states, spectra, device, progress) if job.keep else allocate(job, states, device, progress)
+def _chosen(
+    job: Job,
+    states: States | None,
+    spectra: dict[str, Spectrum] | None,
+    device: torch.device,
+    progress: Progress,
+) -> Job:
+    return (
+        ranks.allocate(job, states, spectra, device, progress)
+        if job.keep
+        else allocate(job, states, device, progress)
+    )
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = silent) -> Job:
@@ -194,14 +257,18 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     where = choose_device(device)
     job = make_job(recipe, None)
     if not (job.ratios or job.dense_fraction or job.shares_by_spectra):
-        return _chosen(job, None, None, where, progress)  # what the method itself needs is not needed for that
+        return _chosen(
+            job, None, None, where, progress
+        )  # what the method itself needs is not needed for that
     states = calibrate(job, recipe, where, progress) if job.measures else None
     with TemporaryDirectory() as folder:
         factored, spectra = ranks.with_gradients(job, states, where, Path(folder), progress)
         return _chosen(replace(job, factored=factored), states, spectra, where, progress)
 
 
-def calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progress = silent) -> States:
+def calibrate(
+    job: Job, recipe: Recipe, device: torch.device, progress: Progress = silent
+) -> States:
     """The calibration on entering block 0, all of it on `device`."""
     progress("calibration", 0, 1)
     states = capture.capture(job.skeleton, _samples(job, recipe, device), device)
@@ -211,13 +278,19 @@ def calibrate(job: Job, recipe: Recipe, device: torch.device, progress: Progress
 
 def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
     """Write each linear and report on it."""
-    together: dict[str, Tensor] = {}  # tensors that hold the matrices of all experts, until the last has come
+    together: dict[
+        str, Tensor
+    ] = {}  # tensors that hold the matrices of all experts, until the last has come
     waiting = Counter(task.linear.tensor for task in job.every)
 
     def store(task: Task, form: Form, seen: Seen | None) -> None:
         assert writer
         linear = task.linear
-        stored = {"weight": form.dense().T} if isinstance(form, Dense) and linear.transposed else form.pack()
+        stored = (
+            {"weight": form.dense().T}
+            if isinstance(form, Dense) and linear.transposed
+            else form.pack()
+        )
         waiting[linear.tensor] -= 1
         if linear.at is None:
             writer.replace(linear.tensor, stored)
@@ -226,10 +299,16 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
                 together[linear.tensor] = job.reader.read(linear.tensor)
             together[linear.tensor][linear.at] = stored["weight"]
             if not waiting[linear.tensor]:
-                writer.replace(linear.tensor, {linear.tensor.rpartition(".")[2]: together.pop(linear.tensor)})
+                writer.replace(
+                    linear.tensor, {linear.tensor.rpartition(".")[2]: together.pop(linear.tensor)}
+                )
         notes = [getattr(form, "note", ""), seen.note if seen else ""]
         if job.packed and isinstance(form, Dense) and job.fits_2_4(task):
-            shared = "all experts share one tensor" if linear.at is not None else "other experts of the block are not packed"
+            shared = (
+                "all experts share one tensor"
+                if linear.at is not None
+                else "other experts of the block are not packed"
+            )
             notes.append(f"zeros in place: {shared}")
         report.linears.append(
             LinearRow(
@@ -238,7 +317,8 @@ def _storing(job: Job, writer: Writer | None, report: Report) -> Store:
                 format=form.FORMAT,
                 sparsity=form.sparsity,
                 error=seen.error if seen else None,
-                dense_bytes=linear.size * WEIGHT_DTYPES[job.reader.tensors[linear.tensor].dtype].itemsize,
+                dense_bytes=linear.size
+                * WEIGHT_DTYPES[job.reader.tensors[linear.tensor].dtype].itemsize,
                 bytes=sum(tensor.nbytes for tensor in stored.values()),
                 entry=module_entry(form.entry, transposed=linear.transposed),
                 tokens=seen.tokens if seen else None,
@@ -263,7 +343,9 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0].partition('. ')[0][:200]}") from None
+        raise UsageError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0].partition('. ')[0][:200]}"
+        ) from None
     return chosen
 
 
@@ -283,11 +365,17 @@ def _calibrate(
 ) -> States:
     """Token samples, and their hidden states entering block 0: of all batches, or of this process's part of them."""
     progress("calibration", 0, 1)
-    ids = torch.tensor(group.agreed(lambda: journal and journal.once("ids", lambda: _samples(job, recipe, device).tolist())))
+    ids = torch.tensor(
+        group.agreed(
+            lambda: journal and journal.once("ids", lambda: _samples(job, recipe, device).tolist())
+        )
+    )
     size = batch_size(*ids.shape)
     part = group.part(len(ids) // size) if job.splits_batches else slice(0, len(ids) // size)
     home = choose_home(job, (part.stop - part.start) * size * job.seq_len, device, max_memory, work)
-    states = capture.capture(job.skeleton, ids, device, Batches(device, home, f"hidden.{group.rank}"), part)
+    states = capture.capture(
+        job.skeleton, ids, device, Batches(device, home, f"hidden.{group.rank}"), part
+    )
     if job.tune:
         states.dense = Batches(device, home, f"dense.{group.rank}")
         for hidden in states.hidden:
@@ -298,12 +386,21 @@ def _calibrate(
 
 def _samples(job: Job, recipe: Recipe, device: torch.device) -> Tensor:
     """Token ids of the calibration, `[num_samples, seq_len]`."""
-    folder, asked = job.reader.folder, {"num_samples": recipe.num_samples, "seq_len": job.seq_len, "seed": recipe.seed}
+    folder, asked = (
+        job.reader.folder,
+        {"num_samples": recipe.num_samples, "seq_len": job.seq_len, "seed": recipe.seed},
+    )
     if recipe.dataset == "self":
-        ids = tokens.sample_from_model(folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code)
+        ids = tokens.sample_from_model(
+            folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code
+        )
     else:
         vocabulary = job.skeleton.config.get_text_config().vocab_size
-        ids = tokens.calibration_rows(recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code)
+        ids = tokens.calibration_rows(
+            recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code
+        )
     if ids.shape != (recipe.num_samples, job.seq_len):
-        raise DataError(f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, job.seq_len]} was asked for")
+        raise DataError(
+            f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, job.seq_len]} was asked for"
+        )
     return ids

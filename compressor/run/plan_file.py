@@ -85,16 +85,22 @@ def read(path: Path) -> Entries:
     """
     try:
         if path.stat().st_size > _LARGEST:
-            raise UsageError(f"plan {path} has {path.stat().st_size} bytes; a plan has one short line for each linear")
+            raise UsageError(
+                f"plan {path} has {path.stat().st_size} bytes; a plan has one short line for each linear"
+            )
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"plan {path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"plan {path} is not readable TOML: {str(error)[:200]}") from None
     if type(content.get("version")) is not int or content["version"] != 1:
-        raise UsageError(f"plan {path} has version {str(content.get('version'))[:50]!r}; version = 1 is accepted")
+        raise UsageError(
+            f"plan {path} has version {str(content.get('version'))[:50]!r}; version = 1 is accepted"
+        )
     if unknown := set(content) - {"version", "linears"}:
-        raise UsageError(f"plan {path} has an unknown key {min(unknown)[:100]!r}; known: version, linears")
+        raise UsageError(
+            f"plan {path} has an unknown key {min(unknown)[:100]!r}; known: version, linears"
+        )
     entries = content.get("linears")
     if not isinstance(entries, dict) or not entries:
         raise UsageError(f"plan {path} has no [linears]")
@@ -108,7 +114,9 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
     kinds = {"pattern": str, "zeros": int, "rank": int, "keep": str, "dense": bool}
     kind = next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else ""
     if kind not in kinds or type(entry[kind]) is not kinds[kind] or entry == {"dense": False}:
-        raise UsageError(f"plan {path}: the entry of {name[:100]!r} is {str(entry)[:100]}; {_KINDS}")
+        raise UsageError(
+            f"plan {path}: the entry of {name[:100]!r} is {str(entry)[:100]}; {_KINDS}"
+        )
     if kind in ("pattern", "keep"):
         try:
             Pattern.parse(entry[kind]) if kind == "pattern" else parse_fraction(kind, entry[kind])
@@ -118,11 +126,17 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
 
 def patterns(entries: Entries) -> list[Pattern]:
     """The different patterns of a plan; a half stands for all numbers of zeros."""
-    texts = [entry.get("pattern", "50%") for entry in entries.values() if not {"dense", "rank", "keep"} & set(entry)]
+    texts = [
+        entry.get("pattern", "50%")
+        for entry in entries.values()
+        if not {"dense", "rank", "keep"} & set(entry)
+    ]
     return [Pattern.parse(text) for text in dict.fromkeys(texts)]
 
 
-def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -> dict[str, Pattern | int | None]:
+def fit(
+    entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]
+) -> dict[str, Pattern | int | None]:
     """The goal of every linear: a pattern, a rank, or None for one that stays dense.
 
     Args:
@@ -137,9 +151,13 @@ def fit(entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]) -
     entries = _named(entries, names, dense)
     for name, entry in entries.items():
         if name in dense and "dense" not in entry:
-            raise UsageError(f"the plan has a goal for {name}, which stays dense ({dense[name]}); make one of the two agree")
+            raise UsageError(
+                f"the plan has a goal for {name}, which stays dense ({dense[name]}); make one of the two agree"
+            )
         if name not in names and name not in dense:
-            raise UsageError(f"the plan names {name[:100]!r}, which is no linear of this model{did_you_mean(name, names)}")
+            raise UsageError(
+                f"the plan names {name[:100]!r}, which is no linear of this model{did_you_mean(name, names)}"
+            )
     if missing := [name for name in names if name not in entries]:
         raise UsageError(
             f"the plan lacks {len(missing)} linears of this model, {missing[0]} among them; leave one out as {{ dense = true }}"
@@ -153,7 +171,9 @@ def _named(entries: Entries, names: Sequence[str], dense: Mapping[str, str]) -> 
     found = {name: entry for name, entry in entries.items() if name not in globs}
     for glob, entry in globs.items():
         if not any(fnmatchcase(name, glob) for name in (*names, *dense)):
-            raise UsageError(f"the plan's {glob[:100]!r} matches no linear; names look like {names[0]!r}")
+            raise UsageError(
+                f"the plan's {glob[:100]!r} matches no linear; names look like {names[0]!r}"
+            )
         found |= {name: entry for name in names if name not in found and fnmatchcase(name, glob)}
     return found
 
@@ -178,5 +198,7 @@ def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
         return pattern
     zeros = entry.get("zeros", 0)
     if not 0 <= zeros <= linear.size:
-        raise UsageError(f"the plan asks for {zeros} zeros in {linear.name}, which has {linear.size} weights")
+        raise UsageError(
+            f"the plan asks for {zeros} zeros in {linear.name}, which has {linear.size} weights"
+        )
     return Pattern.exact(zeros, linear.size) if zeros else None

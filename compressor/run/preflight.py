@@ -13,7 +13,11 @@ from compressor.stats import InputStats
 
 
 def rehearse(
-    method: ModuleType, options: dict[str, Any], refine: ModuleType | None, refine_options: dict[str, Any], pattern: Pattern
+    method: ModuleType,
+    options: dict[str, Any],
+    refine: ModuleType | None,
+    refine_options: dict[str, Any],
+    pattern: Pattern,
 ) -> None:
     """Run method and refinement on a tiny weight: what they refuse, they refuse now and not after the calibration."""
     columns = -(-16 // (pattern.m or 1)) * (pattern.m or 1)

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -40,7 +44,13 @@ class CompressedConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own names are an enum, others are text
         self.version = version
         self.modules = packed_modules(
-            {"quantization_config": {"quant_method": QUANT_METHOD, "version": version, "modules": modules}}
+            {
+                "quantization_config": {
+                    "quant_method": QUANT_METHOD,
+                    "version": version,
+                    "modules": modules,
+                }
+            }
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +75,11 @@ class CompressedQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # type: ignore[override]  # up to 5.20 without the model
         """Patterns that take whole names, and no renaming of `weight_v`: to transformers half a weight norm, here a factor."""
-        kept = [step for step in weight_conversions if not any("weight_v" in name for name in step.source_patterns)]
+        kept = [
+            step
+            for step in weight_conversions
+            if not any("weight_v" in name for name in step.source_patterns)
+        ]
         for step in kept:
             step.compiled_sources = whole_names(step.compiled_sources)
         return super().update_weight_conversions(kept, *model)
@@ -81,7 +95,9 @@ class CompressedQuantizer(HfQuantizer):
             )
         stacked = [name for name in entries if name not in modules]
         if stacked:
-            self.paths |= swap_experts(model, stacked, lambda name, module: packed_module(name, module, entries[name]))
+            self.paths |= swap_experts(
+                model, stacked, lambda name, module: packed_module(name, module, entries[name])
+            )
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -96,7 +112,12 @@ class CompressedQuantizer(HfQuantizer):
             del config.__dict__["save_pretrained"]
             config.save_pretrained(directory, **options)
             path = Path(directory) / "config.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_weights": GUARD}, indent=2) + "\n")
+            path.write_text(
+                json.dumps(
+                    {**json.loads(path.read_text()), "transformers_weights": GUARD}, indent=2
+                )
+                + "\n"
+            )
 
         config.__dict__["save_pretrained"] = save_once
         return None, {}
@@ -108,7 +129,9 @@ class CompressedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """Packed weights are frozen, but thin factors are plain matrices."""
-        return any(entry["format"] == "lowrank" for entry in self.quantization_config.modules.values())
+        return any(
+            entry["format"] == "lowrank" for entry in self.quantization_config.modules.values()
+        )
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -120,8 +143,16 @@ class CompressedQuantizer(HfQuantizer):
             module = model.get_submodule(path)
             _unpack(name, module)
             if path == name:
-                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-                linear.weight, linear.bias = nn.Parameter(module.weight, requires_grad=False), module.bias
+                linear = nn.Linear(
+                    module.in_features,
+                    module.out_features,
+                    bias=module.bias is not None,
+                    device="meta",
+                )
+                linear.weight, linear.bias = (
+                    nn.Parameter(module.weight, requires_grad=False),
+                    module.bias,
+                )
                 _replace(model, path, linear, dtype)
         for path, module in list(model.named_modules()):
             if isinstance(module, PackedExperts):
@@ -168,20 +199,34 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     try:
         if Path(path).is_dir():
             reader = Reader(Path(path))
-            check_sizes(reader, AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False)))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+            check_sizes(
+                reader,
+                AutoConfig.from_pretrained(
+                    path, trust_remote_code=options.get("trust_remote_code", False)
+                ),
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, **options, output_loading_info=True
+        )
     except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
-        raise CheckpointError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(
+            f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
     finally:
         _RUNTIME.reset(asked)
     model, info = loaded
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     stray = [name for name in info["unexpected_keys"] if ".weight_" in name]
-    for problem, names in (("lacks", set(info["missing_keys"]) - tied), ("does not list in config.json", stray)):
+    for problem, names in (
+        ("lacks", set(info["missing_keys"]) - tied),
+        ("does not list in config.json", stray),
+    ):
         if names:
-            raise CheckpointError(f"{path} {problem} {min(names)} ({len(names)} tensors in all): its weights cannot be trusted")
+            raise CheckpointError(
+                f"{path} {problem} {min(names)} ({len(names)} tensors in all): its weights cannot be trusted"
+            )
     return model.eval()
 
 

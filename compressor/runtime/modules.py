@@ -16,8 +16,14 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
     """An empty module for the stored form `entry` in place of `module`. Raises CheckpointError."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-        raise CheckpointError(f"config.json names {name!r} as a packed linear, but it is a {type(module).__name__}")
-    in_features, out_features = (module.in_features, module.out_features) if hasattr(module, "in_features") else weight.shape
+        raise CheckpointError(
+            f"config.json names {name!r} as a packed linear, but it is a {type(module).__name__}"
+        )
+    in_features, out_features = (
+        (module.in_features, module.out_features)
+        if hasattr(module, "in_features")
+        else weight.shape
+    )
     common = {"bias": bias is not None, "dtype": weight.dtype, "device": "meta"}
     if entry["format"] == "sparse24":
         return Sparse24Linear(in_features, out_features, **common)
@@ -28,12 +34,16 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
             for size, features in zip(blocks.values(), (out_features, in_features), strict=True)
         ):
             return ArmorLinear(in_features, out_features, **blocks, **common)
-        raise CheckpointError(f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}")
+        raise CheckpointError(
+            f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}"
+        )
     if entry["format"] == "lowrank":
         rank = entry.get("rank")
         if type(rank) is int and 0 < rank <= min(in_features, out_features):
             return LowRankLinear(in_features, out_features, rank=rank, **common)
-        raise CheckpointError(f"config.json gives {name} the rank {str(rank)[:50]}, its weight is {[out_features, in_features]}")
+        raise CheckpointError(
+            f"config.json gives {name} the rank {str(rank)[:50]}, its weight is {[out_features, in_features]}"
+        )
     raise CheckpointError(
         f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, armor and lowrank: update it"
     )

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from compressor.errors import CheckpointError
 from compressor.model import hf_conversion
-from compressor.model.experts import Expert, Matrix, entering, expert_modules, matrices, only_stacks, run_experts
+from compressor.model.experts import (
+    Expert,
+    Matrix,
+    entering,
+    expert_modules,
+    matrices,
+    only_stacks,
+    run_experts,
+)
 
 Make = Callable[[str, nn.Module], nn.Module]
 """Name of a linear and a plain one of its shape -> an empty packed one."""
@@ -27,13 +35,23 @@ class PackedExperts(nn.Module):
 
     original: Any
 
-    def __init__(self, original: Any, found: Mapping[str, Sequence[Matrix]], packed: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, original: Any, found: Mapping[str, Sequence[Matrix]], packed: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__()
-        object.__setattr__(self, "original", original)  # not a submodule: its parameters are no longer there
-        self.leaves = {stack: [p.name.rpartition(".")[2] for p in pieces if not p.expert] for stack, pieces in found.items()}
+        object.__setattr__(
+            self, "original", original
+        )  # not a submodule: its parameters are no longer there
+        self.leaves = {
+            stack: [p.name.rpartition(".")[2] for p in pieces if not p.expert]
+            for stack, pieces in found.items()
+        }
         for expert in range(original.num_experts):
             own = [piece for pieces in found.values() for piece in pieces if piece.expert == expert]
-            self.add_module(str(expert), nn.ModuleDict({piece.name.rpartition(".")[2]: packed[piece.name] for piece in own}))
+            self.add_module(
+                str(expert),
+                nn.ModuleDict({piece.name.rpartition(".")[2]: packed[piece.name] for piece in own}),
+            )
 
     def matrices(self, stack: str, expert: int) -> list[Any]:
         """The packed linears that make up one expert's part of the stacked parameter `stack`."""
@@ -42,14 +60,20 @@ class PackedExperts(nn.Module):
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`[tokens, dim]`, the experts of each token `[tokens, k]` and their weights -> `[tokens, dim]`."""
         stack, number = entering(self.original), self.original.num_experts
-        experts = [Expert(self.matrices(stack, one), self.matrices("down_proj", one)[0]) for one in range(number)]
+        experts = [
+            Expert(self.matrices(stack, one), self.matrices("down_proj", one)[0])
+            for one in range(number)
+        ]
         return run_experts(self.original, experts, hidden, index, weights)
 
     @torch.no_grad()
     def dense(self) -> Any:
         """The original module with its stacked parameters, unpacked."""
         for stack in self.leaves:
-            rows = [torch.cat([part.weight for part in self.matrices(stack, one)]) for one in range(self.original.num_experts)]
+            rows = [
+                torch.cat([part.weight for part in self.matrices(stack, one)])
+                for one in range(self.original.num_experts)
+            ]
             setattr(self.original, stack, nn.Parameter(torch.stack(rows), requires_grad=False))
         return self.original
 
@@ -68,29 +92,44 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
     Raises:
         CheckpointError: a name that is none of an expert, or some experts of a block that are packed and others that are not.
     """
-    sources, order, paths = hf_conversion.sources(model, [f"{name}.weight" for name in names]), hf_conversion.order(model), {}
+    sources, order, paths = (
+        hf_conversion.sources(model, [f"{name}.weight" for name in names]),
+        hf_conversion.order(model),
+        {},
+    )
     for inside, module in expert_modules(model):
         stacks = (entering(module), "down_proj")
         if not any(f"{inside}.{stack}" in sources for stack in stacks):
             continue
-        found = {stack: _pieces(module, stack, sources.get(f"{inside}.{stack}", []), order) for stack in stacks}
+        found = {
+            stack: _pieces(module, stack, sources.get(f"{inside}.{stack}", []), order)
+            for stack in stacks
+        }
         if not all(found.values()) or not only_stacks(module):
-            raise CheckpointError(f"config.json lists matrices of {inside} as packed, but not those of all its experts")
+            raise CheckpointError(
+                f"config.json lists matrices of {inside} as packed, but not those of all its experts"
+            )
         packed = {}
         for stack, pieces in found.items():
             columns, dtype = getattr(module, stack).shape[2], getattr(module, stack).dtype
             for piece in pieces:
                 rows = piece.rows.stop - piece.rows.start
-                packed[piece.name] = make(piece.name, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype))
+                packed[piece.name] = make(
+                    piece.name, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+                )
                 paths[piece.name] = f"{inside}.{piece.expert}.{piece.name.rpartition('.')[2]}"
         parent, _, leaf = inside.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedExperts(module, found, packed))
     if unknown := [name for name in names if name not in paths]:
-        raise CheckpointError(f"config.json names the packed linear {unknown[0]!r}, which this model does not have")
+        raise CheckpointError(
+            f"config.json names the packed linear {unknown[0]!r}, which this model does not have"
+        )
     return paths
 
 
-def _pieces(module: Any, stack: str, tensors: Sequence[tuple[str, str | None]], order: Sequence[str]) -> list[Matrix]:
+def _pieces(
+    module: Any, stack: str, tensors: Sequence[tuple[str, str | None]], order: Sequence[str]
+) -> list[Matrix]:
     """The matrices that a stacked parameter is made of, equal parts of its rows; none where they are not complete."""
     number, rows, columns = getattr(module, stack).shape
     parts = len(tensors) // max(1, number)

@@ -18,7 +18,11 @@ from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.siblings import join
 
 RUNTIMES = ("auto", "packed", "dense")
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # names of linears that read one tensor
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)  # names of linears that read one tensor
 DECODING = (1, 4, 16)  # rows of x that `auto` looks up
 
 
@@ -45,14 +49,19 @@ def arrange(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[st
             chosen[name] = _arrange_one(model.get_submodule(path), runtime)
         except ValueError as error:
             raise CheckpointError(f"{name} is damaged: {error}") from None
-    alone = [name for name, path in paths.items() if name == path]  # an expert's matrices are called one by one
+    alone = [
+        name for name, path in paths.items() if name == path
+    ]  # an expert's matrices are called one by one
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in alone):
         for family in SIBLINGS:
             members = [f"{parent}.{child}".lstrip(".") for child in family]
             found = [model.get_submodule(member) for member in members if member in chosen]
             packed = [linear for linear in found if isinstance(linear, Sparse24Linear)]
             if len(packed) == len(members) and join(packed):
-                chosen |= {member: f"{chosen[member]}; one launch for {', '.join(family)}" for member in members}
+                chosen |= {
+                    member: f"{chosen[member]}; one launch for {', '.join(family)}"
+                    for member in members
+                }
     return chosen
 
 
@@ -86,10 +95,19 @@ def _moved(module: Any, weight: torch.Tensor) -> bool:
 
 def _slower(module: Any, weight: torch.Tensor) -> float | None:
     """The best speedup measured at a few rows, if it is below 1 and the dense weight fits into free memory thrice."""
-    op = "armor" if isinstance(module, ArmorLinear) else "fragments" if isinstance(module, Sparse24Linear) else None
+    op = (
+        "armor"
+        if isinstance(module, ArmorLinear)
+        else "fragments"
+        if isinstance(module, Sparse24Linear)
+        else None
+    )
     if op is None:
         return None
-    rows = (choice.measured(op, weight.device, module.out_features, module.in_features, count) for count in DECODING)
+    rows = (
+        choice.measured(op, weight.device, module.out_features, module.in_features, count)
+        for count in DECODING
+    )
     speedups = [row["speedup"] for row in rows if row is not None and "speedup" in row]
     free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 0
     fits = 3 * module.out_features * module.in_features * weight.itemsize < free

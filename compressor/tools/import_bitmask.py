@@ -27,7 +27,11 @@ from compressor.formats.sparse24 import Sparse24
 
 PARTS = ("compressed", "bitmask", "shape")
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-_CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")  # where its versions described themselves
+_CONFIG_KEYS = (
+    "quantization_config",
+    "compression_config",
+    "sparsity_config",
+)  # where its versions described themselves
 
 
 def import_bitmask(folder: Path, output: Path) -> tuple[int, int]:
@@ -39,7 +43,9 @@ def import_bitmask(folder: Path, output: Path) -> tuple[int, int]:
         CheckpointError: no bitmask weights, quantised ones, or tensors that do not belong together.
     """
     reader = Reader(folder)
-    names = [name.removesuffix(".compressed") for name in reader.tensors if name.endswith(".compressed")]
+    names = [
+        name.removesuffix(".compressed") for name in reader.tensors if name.endswith(".compressed")
+    ]
     _refuse_others(reader, names)
     check_output(output, reader)
     packed, dense = [], 0
@@ -55,31 +61,41 @@ def import_bitmask(folder: Path, output: Path) -> tuple[int, int]:
             for part in PARTS[1:]:
                 writer.replace(f"{name}.{part}", {})
         config = {key: value for key, value in reader.config.items() if key not in _CONFIG_KEYS}
-        writer.finish(compressed_config(config, {name: {"format": Sparse24.FORMAT} for name in packed}), {})
+        writer.finish(
+            compressed_config(config, {name: {"format": Sparse24.FORMAT} for name in packed}), {}
+        )
     return len(packed), dense
 
 
 def _refuse_others(reader: Reader, names: list[str]) -> None:
-    described = reader.config.get("quantization_config") or reader.config.get("compression_config") or {}
+    described = (
+        reader.config.get("quantization_config") or reader.config.get("compression_config") or {}
+    )
     if not names:
         raise CheckpointError(
             f"{reader.folder} holds no sparse-24-bitmask weights (no tensor NAME.compressed); "
             "for a dense checkpoint with zeros use `compress pack`"
         )
     if isinstance(described, Mapping) and described.get("config_groups"):
-        raise CheckpointError(f"{reader.folder} is quantised as well (config_groups); only float weights are imported")
+        raise CheckpointError(
+            f"{reader.folder} is quantised as well (config_groups); only float weights are imported"
+        )
     for name in names:
         if missing := [part for part in PARTS if f"{name}.{part}" not in reader.tensors]:
             raise CheckpointError(f"{reader.folder}: {name} has no tensor {name}.{missing[0]}")
         if f"{name}.weight" in reader.tensors:
-            raise CheckpointError(f"{reader.folder}: {name} has a dense weight beside the compressed one")
+            raise CheckpointError(
+                f"{reader.folder}: {name} has a dense weight beside the compressed one"
+            )
 
 
 def _weight(reader: Reader, name: str) -> Tensor:
     """The dense weight `[out, in]` of linear `name`. Raises CheckpointError."""
     declared = reader.tensors[f"{name}.shape"]
     if declared.dtype != "I64" or declared.shape not in ((2, 1), (2,)):
-        raise CheckpointError(f"{name}.shape is {declared.dtype} {list(declared.shape)}, two int64 numbers are expected")
+        raise CheckpointError(
+            f"{name}.shape is {declared.dtype} {list(declared.shape)}, two int64 numbers are expected"
+        )
     shape = tuple(reader.read(f"{name}.shape").view(-1).tolist())
     _check_entries(reader, name, shape)
     try:
@@ -91,7 +107,10 @@ def _weight(reader: Reader, name: str) -> Tensor:
 def _check_entries(reader: Reader, name: str, shape: tuple[int, ...]) -> None:
     """The declared shape against the headers, before anything of that size is made."""
     rows, columns = shape
-    expected = {"compressed": (WEIGHT_DTYPES, (rows, columns // 2)), "bitmask": (("U8",), (rows, -(-columns // 8)))}
+    expected = {
+        "compressed": (WEIGHT_DTYPES, (rows, columns // 2)),
+        "bitmask": (("U8",), (rows, -(-columns // 8))),
+    }
     for part, (dtypes, wanted) in expected.items():
         entry = reader.tensors[f"{name}.{part}"]
         if columns % 4 or entry.shape != wanted or entry.dtype not in dtypes:
@@ -119,6 +138,8 @@ def decode(compressed: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tenso
     wrong = kept.view(rows, columns // 4, 4).sum(-1) != 2
     if bool(wrong.any()):
         row, group = wrong.nonzero()[0].tolist()
-        raise ValueError(f"its bitmask does not keep two of the columns {4 * group}..{4 * group + 3} of row {row}")
+        raise ValueError(
+            f"its bitmask does not keep two of the columns {4 * group}..{4 * group + 3} of row {row}"
+        )
     weight = torch.zeros(rows, columns, dtype=compressed.dtype)
     return weight.masked_scatter_(kept, compressed)

@@ -35,12 +35,23 @@ def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Pack
     skeleton = Skeleton(reader, trust_remote_code=trust_remote_code)
     blocks = [skeleton.linears(index) for index in range(len(skeleton.blocks))]
     done = Packed({}, [])
-    with Writer(reader, output, {linear.tensor for block in blocks for linear in block if _alone(reader, linear)}) as writer:
+    with Writer(
+        reader,
+        output,
+        {linear.tensor for block in blocks for linear in block if _alone(reader, linear)},
+    ) as writer:
         for index, block in enumerate(blocks):
             _pack_block(reader, writer, block, done)
-            done.left_dense.extend(LeftDense(name, list(shape), reason) for name, shape, reason in skeleton.others(index))
+            done.left_dense.extend(
+                LeftDense(name, list(shape), reason)
+                for name, shape, reason in skeleton.others(index)
+            )
         if not done.packed:
-            first = f": {done.left_dense[0].name} has {done.left_dense[0].reason}" if done.left_dense else ""
+            first = (
+                f": {done.left_dense[0].name} has {done.left_dense[0].reason}"
+                if done.left_dense
+                else ""
+            )
             raise CheckpointError(f"{folder} holds no 2:4 linear that could be packed{first}")
         writer.finish(compressed_config(reader.config, done.packed), {}, code=trust_remote_code)
     return done
@@ -70,7 +81,11 @@ def _alone(reader: Reader, linear: Linear) -> bool:
 def _form(reader: Reader, linear: Linear) -> Sparse24 | str:
     """The packed weight, or what it has that keeps it from being packed."""
     if not _alone(reader, linear):
-        return "all experts in one tensor" if linear.at is not None else f"values of type {reader.tensors[linear.tensor].dtype}"
+        return (
+            "all experts in one tensor"
+            if linear.at is not None
+            else f"values of type {reader.tensors[linear.tensor].dtype}"
+        )
     if linear.experts and not only_stacks(linear.module.owner):
         return "experts with biases"
     try:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, packed_modules, plain_config
+from compressor.checkpoint.packed_config import (
+    TRANSPOSED,
+    module_entry,
+    packed_modules,
+    plain_config,
+)
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
@@ -15,7 +20,9 @@ from compressor.formats import form_class
 def stored_suffixes(reader: Reader, name: str) -> list[str]:
     """Suffixes of the tensors stored for the packed linear `name` in place of its weight, such as `weight_values`."""
     prefix = f"{name}.weight_"
-    return [tensor.removeprefix(f"{name}.") for tensor in reader.tensors if tensor.startswith(prefix)]
+    return [
+        tensor.removeprefix(f"{name}.") for tensor in reader.tensors if tensor.startswith(prefix)
+    ]
 
 
 def unpack(folder: Path, output: Path) -> int:
@@ -31,9 +38,15 @@ def unpack(folder: Path, output: Path) -> int:
     check_output(output, reader)
     suffixes = {name: stored_suffixes(reader, name) for name in modules}
     if missing := [name for name in modules if not suffixes[name]]:
-        raise CheckpointError(f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are not there")
+        raise CheckpointError(
+            f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are not there"
+        )
     listed = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
-    if stray := [tensor for tensor in reader.tensors if tensor.rpartition(".")[2].startswith("weight_v") and tensor not in listed]:
+    if stray := [
+        tensor
+        for tensor in reader.tensors
+        if tensor.rpartition(".")[2].startswith("weight_v") and tensor not in listed
+    ]:
         raise CheckpointError(f"{folder}: {stray[0]} is packed, but config.json does not list it")
     replaced = listed
     with Writer(reader, output, replaced) as writer:
@@ -43,13 +56,19 @@ def unpack(folder: Path, output: Path) -> int:
     return len(modules)
 
 
-def _unpack_one(reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]) -> None:
+def _unpack_one(
+    reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]
+) -> None:
     form = form_class(entry["format"])
     transposed = entry.get(TRANSPOSED) is True
     try:
         stored = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
-        if module_entry(stored.entry, transposed=transposed) != entry or set(stored.pack()) != set(suffixes):
-            raise ValueError(f"config.json says {entry}, its tensors {sorted(suffixes)} are {stored.entry}")
+        if module_entry(stored.entry, transposed=transposed) != entry or set(stored.pack()) != set(
+            suffixes
+        ):
+            raise ValueError(
+                f"config.json says {entry}, its tensors {sorted(suffixes)} are {stored.entry}"
+            )
         weight = stored.dense().T if transposed else stored.dense()
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{name} is damaged: {error}") from None

@@ -22,7 +22,9 @@ from compressor.pattern import Pattern
 from compressor_kernels.packing import pack24, unpack24
 
 
-def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def verify(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
     """Check the folder.
 
     Args:
@@ -43,7 +45,11 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
         modules = packed_modules(reader.config)
         rows = {row["name"]: row for row in _report(folder).get("linears", [])}
     except (CompressError, TypeError, KeyError, AttributeError) as error:
-        found["problems"].append(str(error) if isinstance(error, CompressError) else "report.json is no report of this package")
+        found["problems"].append(
+            str(error)
+            if isinstance(error, CompressError)
+            else "report.json is no report of this package"
+        )
         return found
     found["files"] = sum(path.is_file() for path in folder.iterdir())
     for number, name in enumerate(reader.tensors, 1):
@@ -55,7 +61,11 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
     for row in dense:
         found["problems"] += _plain(reader, row)
     known = {f"{name}." for name in modules}
-    stray = [name for name in reader.tensors if ".weight_" in name and f"{name.rpartition('.')[0]}." not in known]
+    stray = [
+        name
+        for name in reader.tensors
+        if ".weight_" in name and f"{name.rpartition('.')[0]}." not in known
+    ]
     found["problems"] += [f"{name} is packed, but config.json does not list it" for name in stray]
     return {**found, "tensors": len(reader.tensors), "linears": len(modules) + len(dense)}
 
@@ -77,10 +87,16 @@ def _infinite(reader: Reader, name: str) -> Iterator[str]:
             yield str(error).removesuffix("; nothing was written")
 
 
-def _packed(reader: Reader, name: str, entry: dict[str, Any], row: dict[str, Any] | None) -> Iterator[str]:
+def _packed(
+    reader: Reader, name: str, entry: dict[str, Any], row: dict[str, Any] | None
+) -> Iterator[str]:
     """A packed linear: tensors that belong together, are what config.json says, and are stored in the one way there is."""
     prefix = f"{name}.weight_"
-    tensors = {tensor.removeprefix(f"{name}."): reader.read(tensor) for tensor in reader.tensors if tensor.startswith(prefix)}
+    tensors = {
+        tensor.removeprefix(f"{name}."): reader.read(tensor)
+        for tensor in reader.tensors
+        if tensor.startswith(prefix)
+    }
     try:
         form = form_class(entry["format"]).unpack(tensors)
         if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
@@ -101,7 +117,9 @@ def _check_canonical(values: Tensor, metadata: Tensor) -> None:
     """Raise ValueError unless packing what is unpacked gives the same: docs/format.md, 4 and 5."""
     again = pack24(unpack24(values, metadata))
     if not torch.equal(again[1], metadata) or not torch.equal(again[0], values):
-        raise ValueError("its metadata does not name the columns that the format prescribes for its values")
+        raise ValueError(
+            "its metadata does not name the columns that the format prescribes for its values"
+        )
 
 
 def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
@@ -113,7 +131,9 @@ def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
     weight = reader.read(name)
     yield from _as_reported(row["name"], Dense(weight), row)
     pattern = Pattern.parse(str(row["pattern"])) if row.get("pattern") else None
-    if pattern and not (_legal(pattern, weight) or _legal(pattern, weight.T)):  # gpt2's Conv1D stores [in, out]
+    if pattern and not (
+        _legal(pattern, weight) or _legal(pattern, weight.T)
+    ):  # gpt2's Conv1D stores [in, out]
         yield f"{row['name']} has a group with more non-zeros than the pattern {pattern} allows"
 
 

@@ -58,7 +58,9 @@ def armor(
     return torch.ops.compressor_kernels.armor(x, *core, a, b, bias, semaphore)
 
 
-def _core(x: Tensor, core: tuple[Tensor, Tensor] | Fragments, out_features: int, semaphore: Tensor | None) -> Tensor:
+def _core(
+    x: Tensor, core: tuple[Tensor, Tensor] | Fragments, out_features: int, semaphore: Tensor | None
+) -> Tensor:
     if isinstance(core, Fragments):
         return sparse24_fragments(x, core, out_features, None, semaphore)
     return sparse24(x, *core, None, semaphore)
@@ -66,25 +68,51 @@ def _core(x: Tensor, core: tuple[Tensor, Tensor] | Fragments, out_features: int,
 
 @torch.library.custom_op("compressor_kernels::armor", mutates_args=())
 def _armor(
-    x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
 ) -> Tensor:
     core, n, k = Fragments(values, metadata), a.shape[0] * a.shape[1], x.shape[-1]
     if not x.numel() or not backend.runs(x):
         return reference.armor(x, *from_fragments(core, n, k), a, b, bias)
     config = choose("armor", x.device, n, k, x.numel() // k)
-    if config["kernel"] == "dense" or semaphore is None or k % 64 or a.shape[1] not in _SIZES or b.shape[1] not in _SIZES:
+    if (
+        config["kernel"] == "dense"
+        or semaphore is None
+        or k % 64
+        or a.shape[1] not in _SIZES
+        or b.shape[1] not in _SIZES
+    ):
         y = reference.block_diagonal(_core(reference.block_diagonal(x, b), core, n, semaphore), a)
         return y if bias is None else y + bias
     return run_armor(x, core, a, b, bias, semaphore, config)
 
 
 @_armor.register_fake
-def _(x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[0] * a.shape[1])
 
 
 def run_armor(
-    x: Tensor, core: Fragments, a: Tensor, b: Tensor, bias: Tensor | None, semaphore: Tensor, config: dict[str, Any]
+    x: Tensor,
+    core: Fragments,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    semaphore: Tensor,
+    config: dict[str, Any],
 ) -> Tensor:
     """One call with settings of one's own choosing, unchecked: for benchmarks and tests."""
     from triton import next_power_of_2
@@ -93,13 +121,24 @@ def run_armor(
 
     n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = core.words.shape[:2]
-    stack, rows, parts, tiles, pdl = config["stack"], config["row_tiles"], config["split"], -(-m // 8), config.get("pdl", False)
-    programs, piece = -(-nt // (stack * rows)), 16 if not backend.hopper(x.device) else 128 if tiles <= 2 else 32
+    stack, rows, parts, tiles, pdl = (
+        config["stack"],
+        config["row_tiles"],
+        config["split"],
+        -(-m // 8),
+        config.get("pdl", False),
+    )
+    programs, piece = (
+        -(-nt // (stack * rows)),
+        16 if not backend.hopper(x.device) else 128 if tiles <= 2 else 32,
+    )
     common: dict[str, Any] = {
         "TILES": tiles, "BM": max(16, next_power_of_2(8 * tiles)), "WIDE": backend.interpreting(), "PDL": pdl,
     }  # fmt: skip
     inner = torch.empty(kt, tiles, 2, 32, 8, dtype=x.dtype, device=x.device)
-    partial = torch.empty(parts * programs * stack * rows * tiles * 128, dtype=torch.float32, device=x.device)
+    partial = torch.empty(
+        parts * programs * stack * rows * tiles * 128, dtype=torch.float32, device=x.device
+    )
     y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
     launch(wrapped.apply_b, (k // size_b, -(-size_b // 32)),
         x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,

@@ -34,10 +34,24 @@ def works(device: torch.device) -> bool:
         values = torch.zeros(1, 8, dtype=torch.float16, device=device)
         dense = torch.empty(1, 16, dtype=torch.float16, device=device)
         metadata = torch.full((1, 1), 0x4444, dtype=torch.int16, device=device)
-        launch(unpack_stored, (1, 1), words(values), metadata, words(dense), 1, 16, BN=16, BK=64, ASM=nvidia())
+        launch(
+            unpack_stored,
+            (1, 1),
+            words(values),
+            metadata,
+            words(dense),
+            1,
+            16,
+            BN=16,
+            BK=64,
+            ASM=nvidia(),
+        )
     except Exception as error:  # no Triton, no C compiler, an unknown GPU: anything may be thrown
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"the kernels of compress-llm do not run on {device}, which computes with torch: {reason}", stacklevel=2)
+        warnings.warn(
+            f"the kernels of compress-llm do not run on {device}, which computes with torch: {reason}",
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -61,7 +75,10 @@ def sparse_tensor_cores(device: torch.device) -> bool:
     except Exception as error:  # a Triton that cannot compile it
         right, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
     if not right:
-        warnings.warn(f"the sparse tensor cores of {device} are not used, a slower kernel is: {reason}", stacklevel=2)
+        warnings.warn(
+            f"the sparse tensor cores of {device} are not used, a slower kernel is: {reason}",
+            stacklevel=2,
+        )
     return right
 
 
@@ -74,7 +91,11 @@ def hopper(device: torch.device) -> bool:
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once, at least."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 @cache
@@ -83,7 +104,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any
+) -> None:
     """Start a kernel on the device of its first argument; with `pdl` before the one ahead of it has ended (it waits inside)."""
     if pdl:
         settings["launch_pdl"] = True

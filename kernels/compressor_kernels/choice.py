@@ -30,7 +30,9 @@ def table() -> dict[tuple[str, str, int, int], list[dict[str, Any]]]:
     return dict(found)
 
 
-def measured(op: str, device: torch.device, out_features: int, in_features: int, rows: int) -> dict[str, Any] | None:
+def measured(
+    op: str, device: torch.device, out_features: int, in_features: int, rows: int
+) -> dict[str, Any] | None:
     """The row of the table for a call, or None."""
     for row in table().get((device_name(device), op, out_features, in_features), ()):
         if rows <= row["rows"]:
@@ -38,40 +40,60 @@ def measured(op: str, device: torch.device, out_features: int, in_features: int,
     return None
 
 
-def choose(op: str, device: torch.device, out_features: int, in_features: int, rows: int) -> dict[str, Any]:
+def choose(
+    op: str, device: torch.device, out_features: int, in_features: int, rows: int
+) -> dict[str, Any]:
     """`kernel` and its settings for one call of an op."""
     return measured(op, device, out_features, in_features, rows) or rule(
         op, out_features, in_features, rows, multiprocessors(device)
     )
 
 
-def rule(op: str, out_features: int, in_features: int, rows: int, processors: int) -> dict[str, Any]:
+def rule(
+    op: str, out_features: int, in_features: int, rows: int, processors: int
+) -> dict[str, Any]:
     """What runs where nothing was measured: settings that keep every multiprocessor at work and partial sums few.
 
     ops: `stored` (2:4 as on disk), `fragments` (2:4 in fragment order), `armor` (all of it; the kernel `dense` is its core by
     itself between the wrappers by torch) and `skinny` (a factor of a low-rank weight).
     """
-    if rows > (64 if op == "armor" else MOST_ROWS):  # A times more columns than 64 does not fit into the registers
+    if rows > (
+        64 if op == "armor" else MOST_ROWS
+    ):  # A times more columns than 64 does not fit into the registers
         return {"kernel": "dense"}
     if op in ("fragments", "armor"):
         return _mma(out_features, in_features, rows, processors, most=8 if op == "armor" else 16)
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     programs = -(-out_features // 32) * -(-rows // block)
     split = _split(5 * processors, programs, in_features, 16 * block)
-    return {"kernel": "dot", "bm": block, "bn": 32, "bk": 128, "split": split, "warps": 2, "stages": 3}
+    return {
+        "kernel": "dot",
+        "bm": block,
+        "bn": 32,
+        "bk": 128,
+        "split": split,
+        "warps": 2,
+        "stages": 3,
+    }
 
 
-def _mma(out_features: int, in_features: int, rows: int, processors: int, most: int) -> dict[str, Any]:
+def _mma(
+    out_features: int, in_features: int, rows: int, processors: int, most: int
+) -> dict[str, Any]:
     """As many row tiles of 16 a program that it reads a quarter of their size of x, or less, and all programs at work at once.
 
     `most` warps a program: with 16 Triton puts no barrier between the fence and the last product of ARMOR's blocks.
     """
     high = 1 if rows <= 2 else 2 if rows <= 4 else 4 if rows <= 8 else 8
     each = min(high, 2)  # of a warp, which share what it loads of x
-    registers = 64 if each == 1 else 80 if rows <= 8 else 96 if rows <= 16 else 200  # at most, see tests/test_compile.py
+    registers = (
+        64 if each == 1 else 80 if rows <= 8 else 96 if rows <= 16 else 200
+    )  # at most, see tests/test_compile.py
     programs = -(-out_features // (16 * high))
     warps = most if rows <= 16 and programs <= processors * _resident(registers, 16) else 8
-    least = max(256, 128 * warps * each // high, 8 * rows)  # two tiles of each warp, and sums that are small beside them
+    least = max(
+        256, 128 * warps * each // high, 8 * rows
+    )  # two tiles of each warp, and sums that are small beside them
     split = max(1, min(processors * _resident(registers, warps) // programs, in_features // least))
     return {
         "kernel": "mma", "warps": warps, "stack": high // each, "row_tiles": each, "split": split,

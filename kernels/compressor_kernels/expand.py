@@ -32,7 +32,9 @@ prmt.b32 $1, $2, 0, b;
 def expand(pair, nibble, ASM: tl.constexpr):
     """int32 pairs and nibbles (the bits above them are ignored) -> columns 0, 1 and columns 2, 3 of the groups, int32 each."""
     if ASM:
-        low, high = tl.inline_asm_elementwise(EXPAND, "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        low, high = tl.inline_asm_elementwise(
+            EXPAND, "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
     else:
         i0 = nibble & 3
         i1 = nibble >> 2 & 3
@@ -58,8 +60,12 @@ def _groups(v_ptr, m_ptr, row, g, w, K, ASM: tl.constexpr):
     """The groups g [G] of rows row [R], expanded; w [G / 4] are their words of metadata."""
     pair = tl.load(v_ptr + row[:, None] * (K // 4) + g[None, :], mask=g[None, :] < K // 4, other=0)
     words = tl.cdiv(K, 16)
-    word = tl.load(m_ptr + row[:, None] * words + w[None, :], mask=w[None, :] < words, other=0x4444).to(tl.int32)
-    nibble = (word[:, :, None] >> 4 * tl.arange(0, 4)[None, None, :]).reshape(pair.shape[0], pair.shape[1])
+    word = tl.load(
+        m_ptr + row[:, None] * words + w[None, :], mask=w[None, :] < words, other=0x4444
+    ).to(tl.int32)
+    nibble = (word[:, :, None] >> 4 * tl.arange(0, 4)[None, None, :]).reshape(
+        pair.shape[0], pair.shape[1]
+    )
     return expand(pair, nibble, ASM)
 
 
@@ -97,7 +103,9 @@ def product(
     count = tl.num_programs(0) * tl.num_programs(2)
     place = m[None, :] * N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
-    finish(acc, place, n[:, None], mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS)
+    finish(
+        acc, place, n[:, None], mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS
+    )
 
 
 @triton.jit
@@ -106,7 +114,9 @@ def unpack_stored(v_ptr, m_ptr, w_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr,
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     g = k0 // 4 + tl.arange(0, BK // 4)
-    low, high = _groups(v_ptr, m_ptr, tl.minimum(n, N - 1), g, k0 // 16 + tl.arange(0, BK // 16), K, ASM)
+    low, high = _groups(
+        v_ptr, m_ptr, tl.minimum(n, N - 1), g, k0 // 16 + tl.arange(0, BK // 16), K, ASM
+    )
     words = tl.join(low, high).reshape(BN, BK // 2)
     column = k0 // 2 + tl.arange(0, BK // 2)
     place = n.to(tl.int64)[:, None] * (K // 2) + column[None, :]

@@ -40,7 +40,9 @@ def to_fragments(values: Tensor, metadata: Tensor) -> Fragments:
     rows, half = values.shape
     tiles, ktiles = -(-rows // 16), -(-half // 32)
     values = pad(values, (0, 32 * ktiles - half, 0, 16 * tiles - rows))
-    metadata = pad(metadata, (0, 4 * ktiles - metadata.shape[1], 0, 16 * tiles - rows), value=_FILLER)
+    metadata = pad(
+        metadata, (0, 4 * ktiles - metadata.shape[1], 0, 16 * tiles - rows), value=_FILLER
+    )
     # tile, half of the rows, gid | ktile, step, half of the groups, tig, place in the pair
     pieces = values.reshape(tiles, 2, 8, ktiles, 2, 2, 4, 2).permute(0, 3, 4, 2, 6, 5, 1, 7)
     low, high = metadata.view(tiles, 2, 8, ktiles, 4).permute(1, 0, 3, 2, 4)
@@ -48,12 +50,16 @@ def to_fragments(values: Tensor, metadata: Tensor) -> Fragments:
     return Fragments(pieces.reshape(tiles, ktiles, 2, 32, 8), words.reshape(tiles, ktiles, 32))
 
 
-def from_fragments(fragments: Fragments, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+def from_fragments(
+    fragments: Fragments, out_features: int, in_features: int
+) -> tuple[Tensor, Tensor]:
     """Values and metadata as stored; the inverse of `to_fragments`, byte for byte."""
     tiles, ktiles = fragments.words.shape[:2]
     pieces = fragments.values.view(tiles, ktiles, 2, 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 2, 5, 4, 7)
     values = pieces.reshape(16 * tiles, 32 * ktiles)[:out_features, : in_features // 2].contiguous()
     words = fragments.words.view(tiles, ktiles, 8, 4)
-    halves = torch.stack((words << 16 >> 16, words >> 16), 1)  # tile, half, ktile, gid, tig; the sign is kept
+    halves = torch.stack(
+        (words << 16 >> 16, words >> 16), 1
+    )  # tile, half, ktile, gid, tig; the sign is kept
     metadata = halves.permute(0, 1, 3, 2, 4).reshape(16 * tiles, 4 * ktiles).to(torch.int16)
     return values, metadata[:out_features, : -(-in_features // 16)].contiguous()

@@ -56,15 +56,35 @@ def product(
         for step in tl.static_range(2):
             place = v_ptr + tile * 256 + step * 128 + t % 32 * 4 + c
             pair = tl.load(place, mask=kt < end, other=0, eviction_policy="evict_first")
-            word = tl.load(m_ptr + tile * 32 + gid * 4 + 2 * step + c // 2, mask=kt < end, other=0x44444444) >> shift
+            word = (
+                tl.load(
+                    m_ptr + tile * 32 + gid * 4 + 2 * step + c // 2, mask=kt < end, other=0x44444444
+                )
+                >> shift
+            )
             g = kt * 16 + step * 8 + c // 2 * 4 + tig
             low = tl.load(x_ptr + 2 * g, mask=(g < K // 4) & (kt < end), other=0)
             high = tl.load(x_ptr + 2 * g + 1, mask=(g < K // 4) & (kt < end), other=0)
-            met = tl.inline_asm_elementwise(GATHER, "=r,r,r,r", [word, low, high], dtype=tl.int32, is_pure=True, pack=1)
+            met = tl.inline_asm_elementwise(
+                GATHER, "=r,r,r,r", [word, low, high], dtype=tl.int32, is_pure=True, pack=1
+            )
             v0, v1 = _float(pair, BF16)
             x0, x1 = _float(met, BF16)
             acc = acc + v0 * x0 + v1 * x1
     # rows gid and gid + 8 of the tile: the sum over warps, over tig and over the two halves of the groups
     rows = tl.sum(tl.sum(tl.sum(acc.reshape(WARPS, 8, 4, 2, 2), axis=3), axis=2), axis=0)
     n = tl.program_id(0) * 16 + tl.arange(0, 8)[:, None] + 8 * tl.arange(0, 2)[None, :]
-    finish(rows, n, n, n < N, tl.program_id(0), tl.num_programs(0), part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS, BIAS)
+    finish(
+        rows,
+        n,
+        n,
+        n < N,
+        tl.program_id(0),
+        tl.num_programs(0),
+        part_ptr,
+        sem_ptr,
+        bias_ptr,
+        y_ptr,
+        PARTS,
+        BIAS,
+    )

@@ -34,8 +34,13 @@ class _Packed(nn.Module):
 
     def _hold(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
         rows, columns = self.out_features, self.in_features
-        self.weight_values = nn.Parameter(torch.empty(rows, columns // 2, dtype=dtype, device=device), requires_grad=False)
-        self.register_buffer("weight_metadata", torch.empty(rows, -(-columns // 16), dtype=torch.int16, device=device))
+        self.weight_values = nn.Parameter(
+            torch.empty(rows, columns // 2, dtype=dtype, device=device), requires_grad=False
+        )
+        self.register_buffer(
+            "weight_metadata",
+            torch.empty(rows, -(-columns // 16), dtype=torch.int16, device=device),
+        )
         self.register_parameter("weight_core", None)
         self.register_parameter("weight_fragments", None)
         self.register_buffer("weight_words", None)
@@ -55,7 +60,11 @@ class _Packed(nn.Module):
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         packed = self.packed
-        return from_fragments(packed, self.out_features, self.in_features) if isinstance(packed, Fragments) else packed
+        return (
+            from_fragments(packed, self.out_features, self.in_features)
+            if isinstance(packed, Fragments)
+            else packed
+        )
 
     @torch.no_grad()
     def prepare_(self) -> None:
@@ -79,16 +88,22 @@ class _Packed(nn.Module):
         if self.weight_core is None:
             check24(*self._stored())
             self.weight_core = nn.Parameter(self.core, requires_grad=False)
-            self.weight_values = self.weight_metadata = self.weight_fragments = self.weight_words = self.semaphore = None
+            self.weight_values = self.weight_metadata = self.weight_fragments = (
+                self.weight_words
+            ) = self.semaphore = None
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_values is None:
             for name in ("core", "fragments", "words"):
                 destination.pop(f"{prefix}weight_{name}", None)
             core = self.weight_core
             stored = self._stored() if core is None else pack24(core.detach())
-            destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = (part.detach() for part in stored)
+            destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = (
+                part.detach() for part in stored
+            )
 
 
 class Sparse24Linear(_Packed):
@@ -101,12 +116,22 @@ class Sparse24Linear(_Packed):
     siblings: Any  # a `siblings.Siblings` that computes for this module too, or None
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._hold(dtype, device)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+            if bias
+            else None
+        )
         self.siblings = None
 
     @property
@@ -169,7 +194,9 @@ class ArmorLinear(_Packed):
     ) -> None:
         super().__init__()
         if out_features % block_a or in_features % block_b:
-            raise ValueError(f"blocks of {block_a} and {block_b} do not divide {out_features} outputs and {in_features} inputs")
+            raise ValueError(
+                f"blocks of {block_a} and {block_b} do not divide {out_features} outputs and {in_features} inputs"
+            )
         self.in_features, self.out_features = in_features, out_features
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -183,7 +210,9 @@ class ArmorLinear(_Packed):
     @property
     def weight(self) -> Tensor:
         """The dense weight `[out, in]` the factors stand for, for code that looks at a linear's weight."""
-        columns = torch.eye(self.in_features, dtype=self.weight_a.dtype, device=self.weight_a.device)
+        columns = torch.eye(
+            self.in_features, dtype=self.weight_a.dtype, device=self.weight_a.device
+        )
         wrapped = linear(reference.block_diagonal(columns, self.weight_b), self.core)
         return reference.block_diagonal(wrapped, self.weight_a).T
 
@@ -191,15 +220,15 @@ class ArmorLinear(_Packed):
         """`[..., in]` -> `[..., out]`."""
         if self.weight_core is None:
             return armor(x, self.packed, self.weight_a, self.weight_b, self.bias, self.semaphore)
-        y = reference.block_diagonal(linear(reference.block_diagonal(x, self.weight_b), self.weight_core), self.weight_a)
+        y = reference.block_diagonal(
+            linear(reference.block_diagonal(x, self.weight_b), self.weight_core), self.weight_a
+        )
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Features, bias and block sizes, as `print(model)` shows them."""
         blocks = f"blocks of {self.weight_a.shape[1]} and {self.weight_b.shape[1]}"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4 between {blocks}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4 between {blocks}"
 
 
 class LowRankLinear(nn.Module):

@@ -14,7 +14,9 @@ from compressor_kernels.choice import choose
 from compressor_kernels.sparse24 import check_call, workspace
 
 
-def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None) -> Tensor:
+def lowrank(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None
+) -> Tensor:
     """y = U (V x) + bias.
 
     Args:
@@ -31,7 +33,9 @@ def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semapho
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
     if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or u.dtype != v.dtype:
-        raise ValueError(f"u {u.dtype} {tuple(u.shape)} and v {v.dtype} {tuple(v.shape)} are not the factors of one weight")
+        raise ValueError(
+            f"u {u.dtype} {tuple(u.shape)} and v {v.dtype} {tuple(v.shape)} are not the factors of one weight"
+        )
     check_call(x, v.shape[1], u.shape[0], u.dtype, {"u": u, "v": v}, bias)
     if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or v.requires_grad):
         return reference.lowrank(x, u, v, bias)
@@ -39,7 +43,9 @@ def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, semapho
 
 
 @torch.library.custom_op("compressor_kernels::lowrank", mutates_args=())
-def _lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+def _lowrank(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None
+) -> Tensor:
     if not x.numel() or not u.shape[1] or not backend.runs(x):
         return reference.lowrank(x, u, v, bias)
     rows, rank = x.numel() // x.shape[-1], len(v)
@@ -52,7 +58,9 @@ def _(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | 
     return x.new_empty(*x.shape[:-1], u.shape[0])
 
 
-def run_skinny(x: Tensor, w: Tensor, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]) -> Tensor:
+def run_skinny(
+    x: Tensor, w: Tensor, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
+) -> Tensor:
     """x Wᵀ + bias with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
     from compressor_kernels import skinny
 

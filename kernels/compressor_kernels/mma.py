@@ -24,7 +24,9 @@ BF16_0 = tl.constexpr(_MMA.format(type="bf16", step=0))
 BF16_1 = tl.constexpr(_MMA.format(type="bf16", step=1))
 FP16_0 = tl.constexpr(_MMA.format(type="f16", step=0))
 FP16_1 = tl.constexpr(_MMA.format(type="f16", step=1))
-REGISTERS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f")  # sum | weight | x | words | sum
+REGISTERS = tl.constexpr(
+    "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f"
+)  # sum | weight | x | words | sum
 
 
 @triton.jit
@@ -33,11 +35,15 @@ def _mma(acc, weight, x, word, STEP: tl.constexpr, BF16: tl.constexpr):
         asm: tl.constexpr = BF16_1 if STEP else BF16_0
     else:
         asm: tl.constexpr = FP16_1 if STEP else FP16_0
-    return tl.inline_asm_elementwise(asm, REGISTERS, [weight, x, word, acc], dtype=tl.float32, is_pure=False, pack=4)
+    return tl.inline_asm_elementwise(
+        asm, REGISTERS, [weight, x, word, acc], dtype=tl.float32, is_pure=False, pack=4
+    )
 
 
 @triton.jit
-def _load_x(x_ptr, kt, j, lane, live, M, K, TILES: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr):
+def _load_x(
+    x_ptr, kt, j, lane, live, M, K, TILES: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr
+):
     """Both steps of x for tile j of its rows: fragment order (see `order`), or int32 [M, K / 2] as it is."""
     c = tl.arange(0, 4)[None, :]
     if ORDERED:
@@ -66,8 +72,15 @@ def _load(
             place = tl.minimum(tile + r, NT - 1) * KT + here
             v = v_ptr + ((place * 64 + lane) * 4)[:, None] + tl.arange(0, 4)[None, :]
             w0 = tl.load(v, mask=(here < end)[:, None], other=0, eviction_policy="evict_first")
-            w1 = tl.load(v + 128, mask=(here < end)[:, None], other=0, eviction_policy="evict_first")
-            word = tl.load(m_ptr + place * 32 + lane, mask=here < end, other=0x44444444, eviction_policy="evict_first")
+            w1 = tl.load(
+                v + 128, mask=(here < end)[:, None], other=0, eviction_policy="evict_first"
+            )
+            word = tl.load(
+                m_ptr + place * 32 + lane,
+                mask=here < end,
+                other=0x44444444,
+                eviction_policy="evict_first",
+            )
             found = found + (w0, w1, word)
     return found
 
@@ -85,7 +98,11 @@ def _add(
         for j in tl.static_range(TILES):
             x0, x1 = _load_x(x_ptr, here, j, lane, here < end, M, K, TILES, ORDERED, EVEN)
             for r in tl.static_range(ROWS):
-                w0, w1, word = loaded[3 * (u * ROWS + r)], loaded[3 * (u * ROWS + r) + 1], loaded[3 * (u * ROWS + r) + 2]
+                w0, w1, word = (
+                    loaded[3 * (u * ROWS + r)],
+                    loaded[3 * (u * ROWS + r) + 1],
+                    loaded[3 * (u * ROWS + r) + 2],
+                )
                 words = tl.broadcast_to(word[:, None], (word.shape[0], 4))
                 acc = _mma(sums[j * ROWS + r], w0, x0, words, 0, BF16)
                 added = added + (_mma(acc, w1, x1, words, 1, BF16),)
@@ -135,10 +152,28 @@ def accumulate(
     for _ in range(start, end, 2 * step):
         two = _load(v_ptr, m_ptr, kt + step, end, tile, lane, KT, NT, ROWS, UNROLL, along)
         issued(lane)
-        sums = _add(sums, one, x_ptr, kt, end, lane, M, K, ROWS, TILES, UNROLL, along, ORDERED, EVEN, BF16)
+        sums = _add(
+            sums, one, x_ptr, kt, end, lane, M, K, ROWS, TILES, UNROLL, along, ORDERED, EVEN, BF16
+        )
         one = _load(v_ptr, m_ptr, kt + 2 * step, end, tile, lane, KT, NT, ROWS, UNROLL, along)
         issued(lane)
-        sums = _add(sums, two, x_ptr, kt + step, end, lane, M, K, ROWS, TILES, UNROLL, along, ORDERED, EVEN, BF16)
+        sums = _add(
+            sums,
+            two,
+            x_ptr,
+            kt + step,
+            end,
+            lane,
+            M,
+            K,
+            ROWS,
+            TILES,
+            UNROLL,
+            along,
+            ORDERED,
+            EVEN,
+            BF16,
+        )
         kt += 2 * step
     if along > 1:
         added = ()
@@ -189,7 +224,11 @@ def product(
             t = tl.arange(0, SIZE)[:, None]
             place = part_ptr + (tl.program_id(0) * mine + t) * 4 + c
             acc = total(place, tl.num_programs(0) * mine * 4, t < mine, PARTS)
-            n = (tl.program_id(0) * STACK * ROWS + t // (32 * TILES)) * 16 + t % 32 // 4 + 8 * (c // 2)
+            n = (
+                (tl.program_id(0) * STACK * ROWS + t // (32 * TILES)) * 16
+                + t % 32 // 4
+                + 8 * (c // 2)
+            )
             m = t // 32 % TILES * 8 + t % 4 * 2 + c % 2
             store(acc, m * N + n, n, (t < mine) & (m < M) & (n < N), bias_ptr, y_ptr, BIAS)
             tl.store(sem_ptr + tl.program_id(0), 0)

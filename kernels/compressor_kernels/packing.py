@@ -65,7 +65,9 @@ def _pack_rows(weight: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
     nibble = _NIBBLE.to(weight.device)[code.int()]
     if not bool(nibble.all()):
         row, group = (nibble == 0).nonzero()[0].tolist()
-        raise ValueError(f"more than two non-zeros in row {first_row + row}, columns {4 * group}..{4 * group + 3}")
+        raise ValueError(
+            f"more than two non-zeros in row {first_row + row}, columns {4 * group}..{4 * group + 3}"
+        )
     pair = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
     return groups.gather(-1, pair).reshape(rows, columns // 2), _to_words(nibble)
 
@@ -111,7 +113,9 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
 def check_shapes(values: Tensor, metadata: Tensor) -> None:
     """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]` belong together."""
     if values.dim() != 2 or values.shape[1] % 2 or not values.is_floating_point():
-        raise ValueError(f"values are {values.dtype} {tuple(values.shape)}, not a float matrix with an even number of columns")
+        raise ValueError(
+            f"values are {values.dtype} {tuple(values.shape)}, not a float matrix with an even number of columns"
+        )
     expected = (len(values), -(-values.shape[1] // 8))
     if metadata.shape != expected or metadata.dtype != torch.int16:
         raise ValueError(
@@ -126,4 +130,6 @@ def check24(values: Tensor, metadata: Tensor) -> None:
     bad = (nibble & 3) >= (nibble >> 2)
     if bool(bad.any()):
         row, group = bad.nonzero()[0].tolist()
-        raise ValueError(f"metadata of row {row}, group {group} does not name two columns in ascending order")
+        raise ValueError(
+            f"metadata of row {row}, group {group} does not name two columns in ascending order"
+        )

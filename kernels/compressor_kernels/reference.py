@@ -23,7 +23,9 @@ def sparse24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = 
     return linear(x, unpack24(values, metadata), bias)
 
 
-def armor(x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def armor(
+    x: Tensor, values: Tensor, metadata: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """y = A (S (B x)) + bias for a packed 2:4 core S between block-diagonal A and B.
 
     Args:

@@ -63,7 +63,9 @@ def join(linears: Sequence[Sparse24Linear]) -> bool:
         together, start = Siblings(linears), 0
         for linear in linears:
             end = start + len(linear.weight_words)
-            linear.weight_fragments = nn.Parameter(together.weight.values[start:end], requires_grad=False)
+            linear.weight_fragments = nn.Parameter(
+                together.weight.values[start:end], requires_grad=False
+            )
             linear.weight_words = together.weight.words[start:end]
             linear.siblings, start = together, end
         return True
@@ -75,4 +77,9 @@ def _joined_bias(linears: Sequence[Sparse24Linear]) -> Tensor | None:
         return None
     dtype, device = linears[0].weight_fragments.dtype, linears[0].weight_fragments.device
     zeros = (torch.zeros(linear.out_features, dtype=dtype, device=device) for linear in linears)
-    return torch.cat([zero if linear.bias is None else linear.bias for linear, zero in zip(linears, zeros, strict=True)])
+    return torch.cat(
+        [
+            zero if linear.bias is None else linear.bias
+            for linear, zero in zip(linears, zeros, strict=True)
+        ]
+    )

@@ -21,7 +21,12 @@ def product(
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k0 in range(start, tl.minimum(start + own, K), BK):
         k = k0 + tl.arange(0, BK)
-        w = tl.load(w_ptr + row * K + k[None, :], mask=(k < K)[None, :], other=0, eviction_policy="evict_first")
+        w = tl.load(
+            w_ptr + row * K + k[None, :],
+            mask=(k < K)[None, :],
+            other=0,
+            eviction_policy="evict_first",
+        )
         x = tl.load(x_ptr + m * K + k[:, None], mask=(m < M) & (k < K)[:, None], other=0)
         acc = dot(w, x, acc, WIDE)
     index = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)

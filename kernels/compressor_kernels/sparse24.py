@@ -20,7 +20,13 @@ from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
 from compressor_kernels.packing import check_shapes, pack24
 
 
-def sparse24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None, semaphore: Tensor | None = None) -> Tensor:
+def sparse24(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None = None,
+    semaphore: Tensor | None = None,
+) -> Tensor:
     """y = x Wᵀ + bias for a weight in the stored layout.
 
     Args:
@@ -37,35 +43,57 @@ def sparse24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = 
         ValueError: shapes, dtypes, devices or strides do not fit.
     """
     check_shapes(values, metadata)
-    check_call(x, 2 * values.shape[1], len(values), values.dtype, {"values": values, "metadata": metadata}, bias)
+    check_call(
+        x,
+        2 * values.shape[1],
+        len(values),
+        values.dtype,
+        {"values": values, "metadata": metadata},
+        bias,
+    )
     if x.requires_grad and torch.is_grad_enabled():
         return reference.sparse24(x, values, metadata, bias)
     return torch.ops.compressor_kernels.sparse24_stored(x, values, metadata, bias, semaphore)
 
 
 def sparse24_fragments(
-    x: Tensor, fragments: Fragments, out_features: int, bias: Tensor | None = None, semaphore: Tensor | None = None
+    x: Tensor,
+    fragments: Fragments,
+    out_features: int,
+    bias: Tensor | None = None,
+    semaphore: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ + bias for a weight `[out_features, in]` in fragment order; otherwise as `sparse24`."""
     check_fragments(x, fragments, out_features)
     check_call(x, x.shape[-1], out_features, fragments.values.dtype, {}, bias)
     if x.requires_grad and torch.is_grad_enabled():
         return reference.sparse24(x, *from_fragments(fragments, out_features, x.shape[-1]), bias)
-    return torch.ops.compressor_kernels.sparse24_fragments(x, *fragments, out_features, bias, semaphore)
+    return torch.ops.compressor_kernels.sparse24_fragments(
+        x, *fragments, out_features, bias, semaphore
+    )
 
 
 def check_fragments(x: Tensor, fragments: Fragments, out_features: int) -> None:
     """Raise ValueError unless the fragments are those of a weight `[out_features, in]`, contiguous on the device of x."""
     tiles, ktiles = fragments.words.shape[:2]
     if fragments.values.shape != (tiles, ktiles, 2, 32, 8) or tiles != -(-out_features // 16):
-        raise ValueError(f"fragments {tuple(fragments.values.shape)} are not those of {out_features} outputs")
+        raise ValueError(
+            f"fragments {tuple(fragments.values.shape)} are not those of {out_features} outputs"
+        )
     if ktiles != -(-x.shape[-1] // 64) or x.shape[-1] % 4:
-        raise ValueError(f"x has {x.shape[-1]} features; the fragments hold {64 * ktiles - 60} to {64 * ktiles}, a multiple of 4")
+        raise ValueError(
+            f"x has {x.shape[-1]} features; the fragments hold {64 * ktiles - 60} to {64 * ktiles}, a multiple of 4"
+        )
     _check_placed(x, {"values": fragments.values, "words": fragments.words})
 
 
 def check_call(
-    x: Tensor, in_features: int, out_features: int, dtype: torch.dtype, weights: dict[str, Tensor], bias: Tensor | None
+    x: Tensor,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    weights: dict[str, Tensor],
+    bias: Tensor | None,
 ) -> None:
     """Raise ValueError unless x and bias fit a weight of that shape and dtype, all of it contiguous on the device of x."""
     if x.dim() == 0 or x.shape[-1] != in_features or x.dtype != dtype:
@@ -92,7 +120,9 @@ def new_semaphore(out_features: int, device: torch.device | str) -> Tensor:
 
 
 @torch.library.custom_op("compressor_kernels::sparse24_stored", mutates_args=())
-def _stored(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+def _stored(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None
+) -> Tensor:
     if not x.numel() or not backend.runs(x):
         return reference.sparse24(x, values, metadata, bias)
     config = choose("stored", x.device, len(values), x.shape[-1], x.numel() // x.shape[-1])
@@ -100,13 +130,20 @@ def _stored(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, se
 
 
 @_stored.register_fake
-def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
 @torch.library.custom_op("compressor_kernels::sparse24_fragments", mutates_args=())
 def _fragments(
-    x: Tensor, values: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None, semaphore: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
 ) -> Tensor:
     fragments = Fragments(values, metadata)
     if not x.numel() or not backend.runs(x):
@@ -116,12 +153,24 @@ def _fragments(
 
 
 @_fragments.register_fake
-def _(x: Tensor, values: Tensor, metadata: Tensor, out_features: int, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def run_stored(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
+    config: dict[str, Any],
 ) -> Tensor:
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
     from compressor_kernels import expand
@@ -142,7 +191,12 @@ def run_stored(
 
 
 def run_fragments(
-    x: Tensor, fragments: Fragments, out_features: int, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
+    x: Tensor,
+    fragments: Fragments,
+    out_features: int,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
+    config: dict[str, Any],
 ) -> Tensor:
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
     from triton import next_power_of_2
@@ -162,7 +216,12 @@ def run_fragments(
             WARPS=warps, PARTS=parts, BF16=bf16, BIAS=bias is not None, num_warps=warps,
         )  # fmt: skip
     else:
-        stack, rows, tiles, pdl = config["stack"], config["row_tiles"], -(-m // 8), config.get("pdl", False)
+        stack, rows, tiles, pdl = (
+            config["stack"],
+            config["row_tiles"],
+            -(-m // 8),
+            config.get("pdl", False),
+        )
         programs, lanes = -(-nt // (stack * rows)), 32 * stack * rows * tiles
         parts, partial = workspace(x, semaphore, config["split"], programs, 4 * lanes)
         x2 = ordered(x2, tiles, pdl) if config["ordered"] else words(x2)
@@ -180,8 +239,18 @@ def fragments_are_right(device: torch.device) -> bool:
     weight = torch.randn(48, 256, generator=generator).view(48, 64, 4)
     weight = (weight * (weight.argsort(-1).argsort(-1) > 1)).view(48, 256).to(device, torch.float16)
     x = torch.randn(11, 256, generator=generator).to(device, torch.float16)
-    config = {"kernel": "mma", "warps": 4, "stack": 2, "row_tiles": 1, "split": 2, "unroll": 1, "ordered": False}
-    y = run_fragments(x, to_fragments(*pack24(weight)), 48, None, new_semaphore(48, device), config).double()
+    config = {
+        "kernel": "mma",
+        "warps": 4,
+        "stack": 2,
+        "row_tiles": 1,
+        "split": 2,
+        "unroll": 1,
+        "ordered": False,
+    }
+    y = run_fragments(
+        x, to_fragments(*pack24(weight)), 48, None, new_semaphore(48, device), config
+    ).double()
     expected = x.double() @ weight.double().T
     return bool((y - expected).norm() < 1e-3 * expected.norm())
 
@@ -196,11 +265,15 @@ def ordered(x: Tensor, tiles: int, pdl: bool = False) -> Tensor:
     return result
 
 
-def workspace(x: Tensor, semaphore: Tensor | None, split: int, programs: int, size: int) -> tuple[int, Tensor]:
+def workspace(
+    x: Tensor, semaphore: Tensor | None, split: int, programs: int, size: int
+) -> tuple[int, Tensor]:
     """In how many parts K is split, and room for their sums: in one where `semaphore` does not hold all programs."""
     if semaphore is None or programs > len(semaphore):
         split = 1
-    return split, torch.empty(split * programs * size if split > 1 else 1, dtype=torch.float32, device=x.device)
+    return split, torch.empty(
+        split * programs * size if split > 1 else 1, dtype=torch.float32, device=x.device
+    )
 
 
 def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ def issued(lane):
 @triton.jit
 def prefetch(place):
     """Bring what the pointers point to into the L2 cache, where it stays right even if another kernel still writes it."""
-    tl.inline_asm_elementwise(PREFETCH, "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        PREFETCH, "=r,l", [place.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -76,7 +78,20 @@ def store(acc, place, n, mask, bias_ptr, y_ptr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, place, n, mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr, PARTS: tl.constexpr, BIAS: tl.constexpr):
+def finish(
+    acc,
+    place,
+    n,
+    mask,
+    index,
+    count,
+    part_ptr,
+    sem_ptr,
+    bias_ptr,
+    y_ptr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """Store a tile; with PARTS > 1 it is the sum of what all programs of the second axis of the grid bring.
 
     `acc` [R, C] float32 is this program's part of tile `index` of `count`; `place` and `n` are the offsets in y and bias.
@@ -85,7 +100,9 @@ def finish(acc, place, n, mask, index, count, part_ptr, sem_ptr, bias_ptr, y_ptr
         store(acc, place, n, mask, bias_ptr, y_ptr, BIAS)
     else:
         size: tl.constexpr = acc.shape[0] * acc.shape[1]
-        own = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+        own = (
+            tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+        )
         tl.store(part_ptr + (tl.program_id(1) * count + index) * size + own, acc, mask=mask)
         if arrive_last(sem_ptr + index, PARTS):
             acc = total(part_ptr + index * size + own, count * size, mask, PARTS)

@@ -32,14 +32,18 @@ def apply_b(
     k = block * SIZE + r
     pair = k % 32 // 2
     lane = m % 8 * 4 + pair % 4
-    place = (((k // 64 * TILES + m // 8) * 2 + k % 64 // 32) * 32 + lane) * 8 + pair // 4 * 2 + k % 2
+    place = (
+        (((k // 64 * TILES + m // 8) * 2 + k % 64 // 32) * 32 + lane) * 8 + pair // 4 * 2 + k % 2
+    )
     tl.store(o_ptr + place, y.to(o_ptr.dtype.element_ty), mask=m < 8 * TILES)
 
 
 @triton.jit
 def _sums(part_ptr, n, m, tiles, PARTS: tl.constexpr, TILES: tl.constexpr):
     """Rows n [R, 1] and columns m [1, C] of S x', added up from where `mma.keep` put the fragments of `tiles` row tiles."""
-    place = (n // 16 * TILES + m // 8) * 128 + (n % 8 * 4 + m % 8 // 2) * 4 + n % 16 // 8 * 2 + m % 2
+    place = (
+        (n // 16 * TILES + m // 8) * 128 + (n % 8 * 4 + m % 8 // 2) * 4 + n % 16 // 8 * 2 + m % 2
+    )
     return total(part_ptr + place, tiles * TILES * 128, (m < 8 * TILES) & (n < 16 * tiles), PARTS)
 
 
@@ -74,7 +78,14 @@ def product(
         for block in range(group * blocks, tl.minimum(group * blocks + blocks, N // SIZE)):
             acc = tl.zeros((SIZE, BM), tl.float32)
             for first in tl.static_range(0, SIZE, PIECE):
-                z = _sums(part_ptr, block * SIZE + first + c[:, None], m, programs * STACK * ROWS, PARTS, TILES)
+                z = _sums(
+                    part_ptr,
+                    block * SIZE + first + c[:, None],
+                    m,
+                    programs * STACK * ROWS,
+                    PARTS,
+                    TILES,
+                )
                 a = tl.load(a_ptr + (block * SIZE + r) * SIZE + first + c[None, :])
                 acc = dot(a, z.to(a.dtype), acc, WIDE)
             n = block * SIZE + r

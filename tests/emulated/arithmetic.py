@@ -6,7 +6,9 @@ from tests.emulated.ptx import TYPES
 
 
 def shift_left(a, b):
-    return np.where(b < 8 * a.itemsize, a << np.minimum(b, 8 * a.itemsize - 1).astype(a.dtype), a.dtype.type(0))
+    return np.where(
+        b < 8 * a.itemsize, a << np.minimum(b, 8 * a.itemsize - 1).astype(a.dtype), a.dtype.type(0)
+    )
 
 
 def shift_right(a, b):
@@ -35,13 +37,20 @@ def fused(a, b, c):
 def extract(a, start, length):
     """bfe: `length` bits from `start`; where there are none, the sign of a signed type, else zeros."""
     width, one = 8 * a.itemsize, np.uint64(1)
-    start, length = np.minimum(start & 255, width).astype(np.uint64), (length & 255).astype(np.uint64)
+    start, length = (
+        np.minimum(start & 255, width).astype(np.uint64),
+        (length & 255).astype(np.uint64),
+    )
     inside = np.minimum(length, width - start)
     bits = a.view(f"u{a.itemsize}").astype(np.uint64)
     result = shift_right(bits, start) & (shift_left(np.full_like(bits, 1), inside) - one)
     if a.dtype.kind == "i":
         sign = shift_right(bits, np.minimum(start + length - one, np.uint64(width - 1))) & one
-        result = np.where((sign > 0) & (length > 0), result | ~(shift_left(np.full_like(bits, 1), inside) - one), result)
+        result = np.where(
+            (sign > 0) & (length > 0),
+            result | ~(shift_left(np.full_like(bits, 1), inside) - one),
+            result,
+        )
     return result.astype(f"u{a.itemsize}").view(a.dtype)
 
 
@@ -61,7 +70,11 @@ def by_halves(function, dtype):
     """A function of 16-bit numbers, for two of them in a register."""
 
     def apply(*packed):
-        return function(*(np.ascontiguousarray(part).view(dtype) for part in packed)).astype(dtype).view(np.uint32)
+        return (
+            function(*(np.ascontiguousarray(part).view(dtype) for part in packed))
+            .astype(dtype)
+            .view(np.uint32)
+        )
 
     return apply
 
@@ -90,7 +103,9 @@ def convert(target, source):
     """cvt between two types."""
     if target in ("bf16x2", "f16x2"):
         one = to_bf16 if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
-        return lambda high, low: one(low).astype(np.uint32) | one(high).astype(np.uint32) << np.uint32(16)
+        return lambda high, low: (
+            one(low).astype(np.uint32) | one(high).astype(np.uint32) << np.uint32(16)
+        )
     if target == "bf16":
         return to_bf16
     if source == "bf16":
@@ -103,7 +118,11 @@ SAME = {  # all operands have the type of the result
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs,
     "mad": lambda a, b, c: a * b + c, "fma": fused, "prmt": prmt, "mov": lambda a: a, "cvta": lambda a: a, "lop3": logic,
 }  # fmt: skip
-SHIFTS = {"shl": shift_left, "shr": shift_right, "bfe": extract}  # the first has, the others are u32
+SHIFTS = {
+    "shl": shift_left,
+    "shr": shift_right,
+    "bfe": extract,
+}  # the first has, the others are u32
 COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
@@ -117,7 +136,11 @@ def operation(opcode):
     if kind not in TYPES:
         return None
     if name == "cvt":
-        return [kind], modifiers[-1], convert(modifiers[-1], kind) if set(modifiers[:-1]) <= {"rn", "rzi"} else None
+        return (
+            [kind],
+            modifiers[-1],
+            convert(modifiers[-1], kind) if set(modifiers[:-1]) <= {"rn", "rzi"} else None,
+        )
     if name == "setp" and modifiers[0] in COMPARE and len(modifiers) == 1:
         return [kind], "pred", COMPARE[modifiers[0]]
     if name == "selp":
@@ -125,7 +148,11 @@ def operation(opcode):
     if name in SHIFTS:
         return [kind, "u32"], kind, SHIFTS[name]
     if name == "mul" and modifiers == ["hi"] and kind[1:] in ("16", "32"):
-        return [kind], kind, lambda a, b: (a.astype(f"{a.dtype.kind}8") * b >> 8 * a.itemsize).astype(a.dtype)
+        return (
+            [kind],
+            kind,
+            lambda a, b: (a.astype(f"{a.dtype.kind}8") * b >> 8 * a.itemsize).astype(a.dtype),
+        )
     if not set(modifiers) <= KNOWN or name not in SAME:
         return None
     if "wide" in modifiers:

@@ -11,8 +11,18 @@ import numpy as np
 from tests.emulated import arithmetic, tensor_cores
 from tests.emulated.ptx import TYPES, UNSIGNED, Address, number
 
-NOTHING = {"griddepcontrol.launch_dependents", "bar.warp.sync", "wgmma.fence.sync.aligned", "prefetch", "createpolicy"}
-SPECIAL = {"%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")}
+NOTHING = {
+    "griddepcontrol.launch_dependents",
+    "bar.warp.sync",
+    "wgmma.fence.sync.aligned",
+    "prefetch",
+    "createpolicy",
+}
+SPECIAL = {
+    "%laneid",
+    "%warpid",
+    *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
+}
 
 
 def decode(kernel):
@@ -28,7 +38,12 @@ def decode(kernel):
 
 def _stops(opcode):
     """Whether other programs notice the instruction, or it notices them."""
-    return opcode[0] in ("atom", "red", "fence", "membar") or "acquire" in opcode or "release" in opcode or "wait" in opcode
+    return (
+        opcode[0] in ("atom", "red", "fence", "membar")
+        or "acquire" in opcode
+        or "release" in opcode
+        or "wait" in opcode
+    )
 
 
 class _Decoder:
@@ -57,7 +72,13 @@ class _Decoder:
     def write(self, operand, kind):
         """A function (program, array of a type, mask or None) that puts it into a register."""
         dtype, held = np.dtype(TYPES[kind]), np.dtype(self.kernel.dtype(operand))
-        wide = dtype if held.itemsize == dtype.itemsize else held if dtype.kind == "u" else np.dtype(f"i{held.itemsize}")
+        wide = (
+            dtype
+            if held.itemsize == dtype.itemsize
+            else held
+            if dtype.kind == "u"
+            else np.dtype(f"i{held.itemsize}")
+        )
 
         def put(p, value, mask):
             value = value.astype(dtype, copy=False).astype(wide, copy=False).view(held)
@@ -73,7 +94,11 @@ class _Decoder:
         return lambda p: np.stack([read(p) for read in reads], 1)
 
     def unpacked(self, operands, kind):
-        writes = [(column, self.write(operand, kind)) for column, operand in enumerate(operands) if operand != "_"]
+        writes = [
+            (column, self.write(operand, kind))
+            for column, operand in enumerate(operands)
+            if operand != "_"
+        ]
 
         def put(p, values, mask):
             for column, write in writes:
@@ -125,7 +150,9 @@ class _Decoder:
             return _unknown
         kinds, result, function = known
         kinds = kinds + kinds[-1:] * (len(operands) - 1 - len(kinds))
-        reads = [self.read(operand, kind) for operand, kind in zip(operands[1:], kinds, strict=False)]
+        reads = [
+            self.read(operand, kind) for operand, kind in zip(operands[1:], kinds, strict=False)
+        ]
         write = self.write(operands[0], result)
         return lambda p, mask: write(p, function(*[read(p) for read in reads]), mask)
 
@@ -136,11 +163,19 @@ class _Decoder:
             return None
         size = np.dtype(TYPES[opcode[-1]]).itemsize
         if isinstance(source, tuple):
-            pieces, whole = self.packed(source, f"b{8 * size // len(source)}"), self.write(target, opcode[-1])
+            pieces, whole = (
+                self.packed(source, f"b{8 * size // len(source)}"),
+                self.write(target, opcode[-1]),
+            )
             return lambda p, mask: whole(p, pieces(p).view(UNSIGNED[size])[:, 0], mask)
-        read, write = self.read(source, opcode[-1]), self.unpacked(target, f"b{8 * size // len(target)}")
+        read, write = (
+            self.read(source, opcode[-1]),
+            self.unpacked(target, f"b{8 * size // len(target)}"),
+        )
         piece = UNSIGNED[size // len(target)]
-        return lambda p, mask: write(p, np.ascontiguousarray(read(p)).view(piece).reshape(-1, len(target)), mask)
+        return lambda p, mask: write(
+            p, np.ascontiguousarray(read(p)).view(piece).reshape(-1, len(target)), mask
+        )
 
     def _bra(self, opcode, operands):
         target = self.kernel.labels[operands[0]]
@@ -175,14 +210,24 @@ class _Decoder:
 
     def _shfl(self, opcode, operands):
         target, source, other, clamp, members = operands
-        if opcode[1:3] not in (("sync", "bfly"), ("sync", "idx")) or clamp != "31" or members != "-1":
+        if (
+            opcode[1:3] not in (("sync", "bfly"), ("sync", "idx"))
+            or clamp != "31"
+            or members != "-1"
+        ):
             return None
-        read, by, write = self.read(source, "u32"), self.read(other, "u32"), self.write(target, "u32")
+        read, by, write = (
+            self.read(source, "u32"),
+            self.read(other, "u32"),
+            self.write(target, "u32"),
+        )
         lane = np.arange(self.kernel.threads)
 
         def shuffle(p):
             place = by(p) % 32
-            write(p, read(p)[lane ^ place if opcode[2] == "bfly" else lane // 32 * 32 + place], None)
+            write(
+                p, read(p)[lane ^ place if opcode[2] == "bfly" else lane // 32 * 32 + place], None
+            )
 
         return together(shuffle)
 
@@ -194,9 +239,15 @@ class _Decoder:
             return None
         if "param" in opcode:
             write, name = self.write(operands[0], kind), operands[1].base
-            return lambda p, mask: write(p, np.full(p.threads, number(str(p.params[name]), kind)), mask)
+            return lambda p, mask: write(
+                p, np.full(p.threads, number(str(p.params[name]), kind)), mask
+            )
         targets = operands[0] if isinstance(operands[0], tuple) else operands[:1]
-        address, write, width = self.address(operands[1]), self.unpacked(targets, kind), count * np.dtype(TYPES[kind]).itemsize
+        address, write, width = (
+            self.address(operands[1]),
+            self.unpacked(targets, kind),
+            count * np.dtype(TYPES[kind]).itemsize,
+        )
         shared, acquire = _space(opcode) == "shared", "acquire" in opcode
 
         def load(p, mask):
@@ -210,27 +261,48 @@ class _Decoder:
     def _st(self, opcode, operands):
         kind, _ = _layout(opcode)
         sources = operands[1] if isinstance(operands[1], tuple) else operands[1:2]
-        address, read, shared = self.address(operands[0]), self.packed(sources, kind), _space(opcode) == "shared"
+        address, read, shared = (
+            self.address(operands[0]),
+            self.packed(sources, kind),
+            _space(opcode) == "shared",
+        )
         if "release" in opcode or "relaxed" in opcode:
             return None
-        return lambda p, mask: (p.shared if shared else p.view).store(address(p), read(p).view(np.uint8), mask)
+        return lambda p, mask: (p.shared if shared else p.view).store(
+            address(p), read(p).view(np.uint8), mask
+        )
 
     def _atom(self, opcode, operands):
         """atom and red: one thread after the other, on memory itself."""
-        change = {"add": np.add, "exch": lambda old, new: new, "max": np.maximum, "min": np.minimum}.get(opcode[-2])
+        change = {
+            "add": np.add,
+            "exch": lambda old, new: new,
+            "max": np.maximum,
+            "min": np.minimum,
+        }.get(opcode[-2])
         if change is None or "global" not in opcode:
             return None
         kind, dtype = opcode[-1], TYPES[opcode[-1]]
-        order = next((part for part in opcode if part in ("acquire", "release", "acq_rel")), "relaxed")
+        order = next(
+            (part for part in opcode if part in ("acquire", "release", "acq_rel")), "relaxed"
+        )
         target = operands[0] if opcode[0] == "atom" else None
         place, value = self.address(operands[-2]), self.read(operands[-1], kind)
-        write = self.unpacked(target if isinstance(target, tuple) else (target,), kind) if target else None
+        write = (
+            self.unpacked(target if isinstance(target, tuple) else (target,), kind)
+            if target
+            else None
+        )
 
         def atomic(p, mask):
             values = value(p)
 
             def changed(old, thread):
-                return change(old.view(dtype), values[thread : thread + 1]).astype(dtype).view(np.uint8)
+                return (
+                    change(old.view(dtype), values[thread : thread + 1])
+                    .astype(dtype)
+                    .view(np.uint8)
+                )
 
             old = p.view.atomic(place(p), np.dtype(dtype).itemsize, mask, changed, order)
             if write:
@@ -247,8 +319,14 @@ class _Decoder:
             return together(lambda p: p.shared.commit())
         if opcode[2] == "wait_group":
             return together(lambda p: p.shared.wait(int(operands[0])))
-        target, source, width = self.address(operands[0]), self.address(operands[1]), int(operands[2], 0)
-        given = self.read(operands[3] if len(operands) > 3 else str(width), "u32")  # bytes; the rest is zeros
+        target, source, width = (
+            self.address(operands[0]),
+            self.address(operands[1]),
+            int(operands[2], 0),
+        )
+        given = self.read(
+            operands[3] if len(operands) > 3 else str(width), "u32"
+        )  # bytes; the rest is zeros
 
         def copy(p, mask):
             some = given(p)
@@ -266,7 +344,11 @@ class _Decoder:
 
         def load(p):
             mask = np.arange(p.threads) % 32 < 8 * count
-            write(p, tensor_cores.ldmatrix(p.shared.load(address(p), 16, mask), count, transposed), None)
+            write(
+                p,
+                tensor_cores.ldmatrix(p.shared.load(address(p), 16, mask), count, transposed),
+                None,
+            )
 
         return together(load)
 
@@ -281,17 +363,30 @@ class _Decoder:
         return together(store)
 
     def _mma(self, opcode, operands):
-        shape, bf16 = next(part for part in opcode if re.fullmatch(r"m\d+n\d+k\d+", part)), opcode[-2] == "bf16"
+        shape, bf16 = (
+            next(part for part in opcode if re.fullmatch(r"m\d+n\d+k\d+", part)),
+            opcode[-2] == "bf16",
+        )
         if opcode[-4] != "f32" or opcode[-1] != "f32" or opcode[-2] not in ("bf16", "f16"):
             return None
-        write, left, right = self.unpacked(operands[0], "f32"), self.packed(operands[1], "b32"), self.packed(operands[2], "b32")
+        write, left, right = (
+            self.unpacked(operands[0], "f32"),
+            self.packed(operands[1], "b32"),
+            self.packed(operands[2], "b32"),
+        )
         acc = self.packed(operands[3], "f32")
         if shape == "m16n8k16" and opcode[1] == "sync":
-            return together(lambda p: write(p, tensor_cores.mma(left(p), right(p), acc(p), bf16), None))
+            return together(
+                lambda p: write(p, tensor_cores.mma(left(p), right(p), acc(p), bf16), None)
+            )
         if shape != "m16n8k32" or opcode[1] != "sp::ordered_metadata":
             return None
         word, selector = self.read(operands[4], "u32"), int(operands[5], 0)
-        return together(lambda p: write(p, tensor_cores.mma_sp(left(p), right(p), acc(p), word(p), selector, bf16), None))
+        return together(
+            lambda p: write(
+                p, tensor_cores.mma_sp(left(p), right(p), acc(p), word(p), selector, bf16), None
+            )
+        )
 
     def _wgmma(self, opcode, operands):
         if opcode[1] == "commit_group":
@@ -299,9 +394,17 @@ class _Decoder:
         if opcode[1] == "wait_group":
             return together(lambda p: _wait(p, int(operands[0])))
         shape, bf16 = re.fullmatch(r"m64n(\d+)k16", opcode[4]), opcode[-1] == "bf16"
-        if not shape or opcode[5:] not in (("f32", "bf16", "bf16"), ("f32", "f16", "f16")) or operands[4:6] != ("1", "1"):
+        if (
+            not shape
+            or opcode[5:] not in (("f32", "bf16", "bf16"), ("f32", "f16", "f16"))
+            or operands[4:6] != ("1", "1")
+        ):
             return None
-        acc, write, scale = self.packed(operands[0], "f32"), self.unpacked(operands[0], "f32"), self.read(operands[3], "pred")
+        acc, write, scale = (
+            self.packed(operands[0], "f32"),
+            self.unpacked(operands[0], "f32"),
+            self.read(operands[3], "pred"),
+        )
         right, major = self.read(operands[2], "u64"), [flag == "1" for flag in operands[6:]]
         in_registers = isinstance(operands[1], tuple)
         left = self.packed(operands[1], "b32") if in_registers else self.read(operands[1], "u64")
@@ -309,12 +412,19 @@ class _Decoder:
         def multiply(p):
             for first in range(0, p.threads, 128):
                 group = slice(first, first + 128)
-                held, columns = left(p)[group], tensor_cores.descriptor(_one(right(p)[group]), int(shape[1]), major[-1])
-                p.shared.operand(columns)  # checked now, and read again when the product is computed
+                held, columns = (
+                    left(p)[group],
+                    tensor_cores.descriptor(_one(right(p)[group]), int(shape[1]), major[-1]),
+                )
+                p.shared.operand(
+                    columns
+                )  # checked now, and read again when the product is computed
                 rows = None if in_registers else tensor_cores.descriptor(_one(held), 64, major[0])
                 if not in_registers:
                     p.shared.operand(rows)
-                p.later.append((group, held, rows, columns, acc, write, scale(p)[group, None], bf16))
+                p.later.append(
+                    (group, held, rows, columns, acc, write, scale(p)[group, None], bf16)
+                )
 
         return together(multiply)
 
@@ -360,7 +470,10 @@ def _layout(opcode):
 
 
 def _space(opcode):
-    return next((part.split(":")[0] for part in opcode if part.split(":")[0] in ("global", "shared")), "generic")
+    return next(
+        (part.split(":")[0] for part in opcode if part.split(":")[0] in ("global", "shared")),
+        "generic",
+    )
 
 
 def _unknown(p, mask):

@@ -86,21 +86,35 @@ class Launcher:
     def __call__(self, x, y, z, stream, text, packed, launch, enter, leave, *arguments):
         device, names = driver.active, self.source.fn.arg_names
         kernel, code = prepare(device.edit(plain(text)))
-        given = {name: value for name, value in zip(names, arguments, strict=True) if self.source.signature[name] != "constexpr"}
+        given = {
+            name: value
+            for name, value in zip(names, arguments, strict=True)
+            if self.source.signature[name] != "constexpr"
+        }
         params = [bits(value) for value in given.values()]
-        params += [0] * (len(kernel.params) - len(params))  # Triton's own scratch memory, which no kernel here uses
-        regions = gather({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
-        memory = Memory(regions, device.before if getattr(self.metadata, "launch_pdl", False) else None)
+        params += [0] * (
+            len(kernel.params) - len(params)
+        )  # Triton's own scratch memory, which no kernel here uses
+        regions = gather(
+            {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        )
+        memory = Memory(
+            regions, device.before if getattr(self.metadata, "launch_pdl", False) else None
+        )
         device.before = [(region.start, region.real.copy()) for region in regions]
         shared = execute(kernel, code, (x, y, z), params, memory, self.metadata.shared, device.seed)
-        device.launches.append(SimpleNamespace(name=kernel.name, traffic=traffic(regions), shared=shared))
+        device.launches.append(
+            SimpleNamespace(name=kernel.name, traffic=traffic(regions), shared=shared)
+        )
 
 
 def bits(value):
     """A parameter as an integer."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
-    return struct.unpack("<I", struct.pack("<f", value))[0] if isinstance(value, float) else int(value)
+    return (
+        struct.unpack("<I", struct.pack("<f", value))[0] if isinstance(value, float) else int(value)
+    )
 
 
 def gather(tensors):
@@ -114,7 +128,12 @@ def gather(tensors):
             found.pop()
         found.append((name, start, stop))
     return [
-        Region(name, start, stop, np.frombuffer((ctypes.c_uint8 * (stop - start)).from_address(start), np.uint8))
+        Region(
+            name,
+            start,
+            stop,
+            np.frombuffer((ctypes.c_uint8 * (stop - start)).from_address(start), np.uint8),
+        )
         for name, start, stop in found
     ]
 
@@ -124,7 +143,11 @@ def emulated(device, folder):
     """Launches inside go to `device`; Triton compiles into `folder`. What a kernel does not write is NaN."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
-        patch.setattr(CUDABackend, "make_cubin", lambda self, source, metadata, options, capability: source.encode())
+        patch.setattr(
+            CUDABackend,
+            "make_cubin",
+            lambda self, source, metadata, options, capability: source.encode(),
+        )
         patch.setattr(driver, "_active", device)
         poison(patch)
         patch.setattr(backend, "nvidia", lambda: True)

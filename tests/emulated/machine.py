@@ -85,7 +85,9 @@ def run(program: Program, code):
             raise AssertionError(f"{text}\n{type(error).__name__}: {error}") from error
 
 
-def execute(kernel: Kernel, code, grid, params, memory: Memory, shared: int, seed: int) -> tuple[int, int]:
+def execute(
+    kernel: Kernel, code, grid, params, memory: Memory, shared: int, seed: int
+) -> tuple[int, int]:
     """Run all programs of a grid, interleaved at random.
 
     Args:
@@ -102,15 +104,25 @@ def execute(kernel: Kernel, code, grid, params, memory: Memory, shared: int, see
     generator = np.random.default_rng(seed)
     threads = np.arange(kernel.threads, dtype=np.uint32)
     fixed = {"%tid.x": threads, "%laneid": threads % 32, "%warpid": threads // 32}
-    sizes = {"%ntid.x": kernel.threads, **{f"%nctaid.{axis}": size for axis, size in zip("xyz", grid, strict=True)}}
+    sizes = {
+        "%ntid.x": kernel.threads,
+        **{f"%nctaid.{axis}": size for axis, size in zip("xyz", grid, strict=True)},
+    }
     views, shares, running = [], [], []
     for place in np.ndindex(*grid[::-1]):
         numbers = {**sizes, **{f"%ctaid.{axis}": at for axis, at in zip("zyx", place, strict=True)}}
-        special = fixed | {name: np.full(kernel.threads, value, np.uint32) for name, value in numbers.items()}
+        special = fixed | {
+            name: np.full(kernel.threads, value, np.uint32) for name, value in numbers.items()
+        }
         views.append(View(memory))
         shares.append(Shared(kernel.static + shared))
         given = dict(zip(kernel.params, params, strict=True))
-        running.append(run(Program(given, special, views[-1], shares[-1], kernel.threads, Registers(kernel)), code))
+        running.append(
+            run(
+                Program(given, special, views[-1], shares[-1], kernel.threads, Registers(kernel)),
+                code,
+            )
+        )
     with np.errstate(all="ignore"):
         while running:
             place = generator.integers(len(running))

@@ -51,7 +51,9 @@ class Memory:
             for region, copied in zip(regions, self.early, strict=True):
                 low, high = max(address, region.start), min(address + len(old), region.stop)
                 if low < high:
-                    copied[low - region.base : high - region.base] = old[low - address : high - address]
+                    copied[low - region.base : high - region.base] = old[
+                        low - address : high - address
+                    ]
 
     def locate(self, addresses, width, mask):
         """(place of the region, threads, offsets from its base) of an access of `width` bytes by the threads in the mask."""
@@ -69,7 +71,10 @@ class Memory:
                 missing &= ~inside
         if missing.any():
             thread, address = threads[missing][0], int(addresses[missing][0])
-            region = min(self.regions, key=lambda region: min(abs(address - region.start), abs(address - region.stop)))
+            region = min(
+                self.regions,
+                key=lambda region: min(abs(address - region.start), abs(address - region.stop)),
+            )
             raise AssertionError(
                 f"out of bounds: thread {thread}, {width} bytes at {region.name} + {address - region.start} of {len(region.real)}"
             )
@@ -116,7 +121,14 @@ class View:
             if place not in self.shadows:
                 self.shadows[place] = Shadow(len(self.copies[place]), written=True)
                 self.copies[place] = self.copies[place].copy()
-            write(self.copies[place], self.shadows[place], offsets, data[threads], threads // WARP, self.epoch)
+            write(
+                self.copies[place],
+                self.shadows[place],
+                offsets,
+                data[threads],
+                threads // WARP,
+                self.epoch,
+            )
             if self.fresh is not None:
                 put(self.fresh[place], offsets, data[threads])
             self.stores.append((place, threads, offsets, data[threads], self.epoch))

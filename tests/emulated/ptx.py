@@ -10,7 +10,13 @@ TYPES = {
     **{f"{kind}{8 * size}": UNSIGNED[size] for kind in "bu" for size in UNSIGNED},
     **{"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64},
     **{"f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64},
-    **{"f16x2": np.uint32, "bf16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32, "pred": np.bool_},
+    **{
+        "f16x2": np.uint32,
+        "bf16x2": np.uint32,
+        "s16x2": np.uint32,
+        "u16x2": np.uint32,
+        "pred": np.bool_,
+    },
 }
 
 
@@ -61,7 +67,10 @@ def parse(text: str) -> Kernel:
     """The one kernel in a module, which is `plain`."""
     head = re.search(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", text, re.DOTALL)
     assert head, "no kernel in the module"
-    params = {name: kind for kind, name in re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", head[2].strip())}
+    params = {
+        name: kind
+        for kind, name in re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", head[2].strip())
+    }
     shared, static = _variables(text)
     registers, code, labels = {}, [], {}
     for line in _body(text[head.end() :]).splitlines():
@@ -71,7 +80,9 @@ def parse(text: str) -> Kernel:
             elif match := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement):
                 for name in match[2].split(","):
                     register = name.split("<")[0].strip()
-                    assert registers.setdefault(register, match[1]) == match[1], f"two registers {register}"
+                    assert registers.setdefault(register, match[1]) == match[1], (
+                        f"two registers {register}"
+                    )
             elif not statement.startswith("."):
                 code.append(_instruction(statement))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", head[3])[1])
@@ -91,7 +102,9 @@ def _body(text):
 def _variables(text):
     """Addresses of the shared variables: those with a size, then the one that Triton's allocation is."""
     shared, size, dynamic = {}, 0, []
-    for align, name, extent in re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]", text):
+    for align, name, extent in re.findall(
+        r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]", text
+    ):
         if not extent:
             dynamic.append(name)
             continue
@@ -120,7 +133,13 @@ def _instruction(text):
     assert match, f"not an instruction: {text}"
     negated, guard, opcode, operands = match.groups()
     parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", operands)
-    return Instruction(text, guard or "", bool(negated), tuple(opcode.split(".")), tuple(_operand(part.strip()) for part in parts))
+    return Instruction(
+        text,
+        guard or "",
+        bool(negated),
+        tuple(opcode.split(".")),
+        tuple(_operand(part.strip()) for part in parts),
+    )
 
 
 def _operand(text):

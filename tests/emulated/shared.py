@@ -14,7 +14,9 @@ def put(copied, offsets, data):
     """Rows of bytes to offsets that are multiples of their length."""
     rows = copied.reshape(-1, data.shape[1])
     rows[offsets // data.shape[1]] = data
-    assert (rows[offsets // data.shape[1]] == data).all(), "race: two threads store different values at one place"
+    assert (rows[offsets // data.shape[1]] == data).all(), (
+        "race: two threads store different values at one place"
+    )
 
 
 def write(copied, shadow, offsets, data, warps, epoch):
@@ -39,7 +41,9 @@ class Shadow:
         cells, warps = _cells(offsets, width, warps)
         written = self.write_epoch[cells]
         assert (written > -2).all(), "read before anything was written"
-        assert not ((written == epoch) & (self.writer[cells] != warps)).any(), "race: read where another warp writes"
+        assert not ((written == epoch) & (self.writer[cells] != warps)).any(), (
+            "race: read where another warp writes"
+        )
         others = (self.read_epoch[cells] == epoch) & (self.reader[cells] != warps)
         self.read_epoch[cells], self.reader[cells] = epoch, warps
         others |= self.reader[cells] != warps
@@ -48,8 +52,13 @@ class Shadow:
     def check_write(self, offsets, width, warps, epoch):
         """Before a write of something else than what is there."""
         cells, warps = _cells(offsets, width, warps)
-        for epochs, last, what in ((self.read_epoch, self.reader, "reads"), (self.write_epoch, self.writer, "writes")):
-            assert not ((epochs[cells] == epoch) & (last[cells] != warps)).any(), f"race: written where another warp {what}"
+        for epochs, last, what in (
+            (self.read_epoch, self.reader, "reads"),
+            (self.write_epoch, self.writer, "writes"),
+        ):
+            assert not ((epochs[cells] == epoch) & (last[cells] != warps)).any(), (
+                f"race: written where another warp {what}"
+            )
 
     def write(self, offsets, width, warps, epoch):
         cells, warps = _cells(offsets, width, warps)
@@ -71,22 +80,33 @@ class Shared:
         self.unfenced = np.zeros(len(self.bytes), bool)  # written since the last fence.proxy.async
         self.epoch = 0
         self.open, self.groups = [], []
-        self.requests, self.cycles = 0, 0  # of 128 bytes; one cycle each, and more where lanes meet in a bank
+        self.requests, self.cycles = (
+            0,
+            0,
+        )  # of 128 bytes; one cycle each, and more where lanes meet in a bank
 
     def _threads(self, addresses, width, mask):
         threads = np.arange(len(addresses)) if mask is None else np.flatnonzero(mask)
         offsets = addresses[threads].astype(np.int64)
-        assert not (offsets % width).any(), f"an address in shared memory is not a multiple of {width}"
-        assert ((offsets >= 0) & (offsets + width <= self.size)).all(), f"out of bounds: shared memory has {self.size} bytes"
+        assert not (offsets % width).any(), (
+            f"an address in shared memory is not a multiple of {width}"
+        )
+        assert ((offsets >= 0) & (offsets + width <= self.size)).all(), (
+            f"out of bounds: shared memory has {self.size} bytes"
+        )
         self._count(threads, offsets, max(4, width))
         return threads, offsets
 
     def _count(self, threads, offsets, width):
         """A request is what so many lanes ask for at once; it takes as long as the bank with the most words does."""
-        words = (offsets[:, None] // 4 + np.arange(width // 4)) | (threads[:, None] // (128 // width)) << 32
+        words = (offsets[:, None] // 4 + np.arange(width // 4)) | (
+            threads[:, None] // (128 // width)
+        ) << 32
         distinct = np.unique(words)
         _, met = np.unique(distinct >> 32 << 32 | distinct % 32, return_counts=True)
-        requests, first = np.unique(np.unique(distinct >> 32 << 32 | distinct % 32) >> 32, return_index=True)
+        requests, first = np.unique(
+            np.unique(distinct >> 32 << 32 | distinct % 32) >> 32, return_index=True
+        )
         self.requests += len(requests)
         self.cycles += int(np.maximum.reduceat(met, first).sum()) if len(met) else 0
 
@@ -121,7 +141,9 @@ class Shared:
     def operand(self, addresses):
         """16-bit elements that a warp group reads as an operand of wgmma; `addresses` [rows, columns]."""
         flat = addresses.ravel()
-        assert ((flat >= 0) & (flat + 2 <= self.size)).all(), f"out of bounds: shared memory has {self.size} bytes"
+        assert ((flat >= 0) & (flat + 2 <= self.size)).all(), (
+            f"out of bounds: shared memory has {self.size} bytes"
+        )
         assert not self.unfenced[flat].any(), "no fence.proxy.async between a store and wgmma"
         self.shadow.read(flat, 2, np.full(len(flat), -1), self.epoch)
         return self.bytes.view(np.uint16)[addresses // 2]

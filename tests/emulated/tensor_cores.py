@@ -12,7 +12,10 @@ PAIR = np.arange(2)
 
 # (row, column) of each register's two elements [32, registers, 2] or, of the float32 sums, its one [32, registers]
 _R4, _R2 = np.arange(4), np.arange(2)
-LEFT = (GID[:, None, None] + 8 * (_R4 % 2)[:, None], 2 * TIG[:, None, None] + 8 * (_R4 // 2)[:, None] + PAIR)  # 16 x 16
+LEFT = (
+    GID[:, None, None] + 8 * (_R4 % 2)[:, None],
+    2 * TIG[:, None, None] + 8 * (_R4 // 2)[:, None] + PAIR,
+)  # 16 x 16
 RIGHT = (2 * TIG[:, None, None] + 8 * _R2[:, None] + PAIR, GID[:, None, None])  # 16 x 8
 RIGHT_LONG = (2 * TIG[:, None, None] + 8 * _R4[:, None] + PAIR, GID[:, None, None])  # 32 x 8
 SUMS = (GID[:, None] + 8 * (_R4 // 2), 2 * TIG[:, None] + _R4 % 2)  # 16 x 8
@@ -71,7 +74,12 @@ def _of_matrix(transposed):
 
 def ldmatrix(rows, count, transposed):
     """uint8 [threads, 16], the row that each thread names -> registers [threads, count]."""
-    matrices = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, 32, 8)[:, : 8 * count].reshape(-1, count, 8, 8)
+    matrices = (
+        np.ascontiguousarray(rows)
+        .view(np.uint16)
+        .reshape(-1, 32, 8)[:, : 8 * count]
+        .reshape(-1, count, 8, 8)
+    )
     held = matrices[:, :, *_of_matrix(transposed)].astype(np.uint32)
     return (held[..., 0] | held[..., 1] << np.uint32(16)).swapaxes(1, 2).reshape(-1, count)
 
@@ -120,9 +128,14 @@ def wgmma(left, right, acc, bf16):
     """uint16 [64, 16] and [N, 16] -> acc float32 [128, N / 2] + their product."""
 
     def values(x):
-        return ((x.astype(np.uint32) << 16).view(np.float32) if bf16 else x.view(np.float16)).astype(np.float64)
+        return (
+            (x.astype(np.uint32) << 16).view(np.float32) if bf16 else x.view(np.float16)
+        ).astype(np.float64)
 
     product = (values(left) @ values(right).T).reshape(4, 16, -1)
     register = np.arange(acc.shape[1])
-    row, column = GID[:, None] + 8 * (register % 4 // 2), 8 * (register // 4) + 2 * TIG[:, None] + register % 2
+    row, column = (
+        GID[:, None] + 8 * (register % 4 // 2),
+        8 * (register // 4) + 2 * TIG[:, None] + register % 2,
+    )
     return (_by_warp(acc) + product[:, row, column]).astype(np.float32).reshape(128, -1)

@@ -19,7 +19,13 @@ def problem(rows, out_features, in_features, size_a, size_b, dtype):
     b = torch.randn(in_features // size_b, size_b, size_b).to(dtype) / size_b**0.5
     core = sparse(out_features, in_features, rows, dtype)
     x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(out_features).to(dtype)
-    expected = x.double() @ torch.block_diag(*b.double()).T @ core.double().T @ torch.block_diag(*a.double()).T + bias.double()
+    expected = (
+        x.double()
+        @ torch.block_diag(*b.double()).T
+        @ core.double().T
+        @ torch.block_diag(*a.double()).T
+        + bias.double()
+    )
     return x, core, a, b, bias, expected
 
 
@@ -37,11 +43,15 @@ def test_two_launches(rows, shape, stack, split, dtype):
     x, core, a, b, bias, expected = problem(rows, *shape, dtype)
     semaphore = new_semaphore(len(core), "cpu")
     config = {"warps": 4, "stack": stack, "row_tiles": 2, "split": split, "unroll": 2}
-    assert_close(ops.run_armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore, config), expected)
+    assert_close(
+        ops.run_armor(x, to_fragments(*pack24(core)), a, b, bias, semaphore, config), expected
+    )
     assert not semaphore.any()
 
 
-@pytest.mark.parametrize("shape", [(256, 256, 256, 128), (24, 36, 12, 18), (64, 128, 16, 32)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(256, 256, 256, 128), (24, 36, 12, 18), (64, 128, 16, 32)], ids=str
+)
 @pytest.mark.parametrize("rows", [2, 65])
 def test_the_public_function_chooses(shape, rows):
     x, core, a, b, bias, expected = problem(rows, *shape, torch.float16)
@@ -58,7 +68,9 @@ def test_low_rank(rows, dtype):
     u, v, bias = torch.randn(100, 36) / 6, torch.randn(36, 130) / 11, torch.randn(100)
     u, v, bias, x = u.to(dtype), v.to(dtype), bias.to(dtype), torch.randn(rows, 130).to(dtype)
     semaphore = new_semaphore(100, "cpu")
-    assert_close(lowrank(x, u, v, bias, semaphore), x.double() @ v.double().T @ u.double().T + bias.double())
+    assert_close(
+        lowrank(x, u, v, bias, semaphore), x.double() @ v.double().T @ u.double().T + bias.double()
+    )
     config = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 64, "split": 3, "warps": 4, "stages": 3}
     assert_close(run_skinny(x, v, None, semaphore, config), x.double() @ v.double().T)
     assert not semaphore.any()

@@ -19,11 +19,16 @@ def run(assembly, inputs, outputs):
     registers = {f"${outputs + place}": value for place, value in enumerate(inputs)}
     shape = inputs[0].shape
     for line in assembly.strip().strip("{}").split(";"):
-        if not line.strip() or line.strip().startswith((".reg", "bar.warp.sync", "prefetch")):  # none of them computes
+        if not line.strip() or line.strip().startswith(
+            (".reg", "bar.warp.sync", "prefetch")
+        ):  # none of them computes
             continue
         name, operands = line.strip().split(None, 1)
         target, *sources = (operand.strip() for operand in operands.split(","))
-        values = [registers[s] if s in registers else np.full(shape, int(s, 0), np.uint32) for s in sources]
+        values = [
+            registers[s] if s in registers else np.full(shape, int(s, 0), np.uint32)
+            for s in sources
+        ]
         registers[target] = operation(name.split("."))[2](*values)
     return [registers[f"${place}"] for place in range(outputs)]
 
@@ -40,7 +45,8 @@ def create_inline_asm(self, assembly, constraints, handles, types, is_pure, pack
     shape = np.broadcast_shapes(*(handle.data.shape for handle in handles))
     inputs = [np.ascontiguousarray(np.broadcast_to(handle.data, shape)) for handle in handles]
     if match := re.match(
-        r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 .*0x(\d);", assembly
+        r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 .*0x(\d);",
+        assembly,
     ):
         assert pack == 4
         assert shape[1] == 4

@@ -17,8 +17,14 @@ PROMPT = torch.tensor([[0, 310, 77, 1042]])
 
 @pytest.mark.parametrize("method", ["magnitude", "armor"])
 def test_greedy_text(method, tmp_path, monkeypatch):
-    settings = dict(options={"iterations": 2}, num_samples=2, seq_len=32, dataset="self") if method == "armor" else {}
-    AutoModelForCausalLM.from_pretrained(DEMO, num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    settings = (
+        dict(options={"iterations": 2}, num_samples=2, seq_len=32, dataset="self")
+        if method == "armor"
+        else {}
+    )
+    AutoModelForCausalLM.from_pretrained(DEMO, num_hidden_layers=1).save_pretrained(
+        tmp_path / "dense"
+    )
     prune(Recipe(str(tmp_path / "dense"), method=method, **settings), tmp_path / "out")
     reference = compressor.load(tmp_path / "out")
     assert set(runtimes(reference).values()) == {"dense: no kernels on the CPU"}
@@ -26,14 +32,21 @@ def test_greedy_text(method, tmp_path, monkeypatch):
     listed = runtimes(model)
     assert all(how.startswith("packed") for how in listed.values())
     if method == "magnitude":
-        assert listed["model.layers.0.self_attn.q_proj"] == "packed; one launch for q_proj, k_proj, v_proj"
+        assert (
+            listed["model.layers.0.self_attn.q_proj"]
+            == "packed; one launch for q_proj, k_proj, v_proj"
+        )
         assert listed["model.layers.0.mlp.down_proj"] == "packed"
     launched = []
     plain = placement.backend.runs
-    monkeypatch.setattr("compressor_kernels.backend.runs", lambda x: launched.append(x.shape) or plain(x))
+    monkeypatch.setattr(
+        "compressor_kernels.backend.runs", lambda x: launched.append(x.shape) or plain(x)
+    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        greedy = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        greedy = dict(
+            max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
         expected = reference.generate(PROMPT, **greedy)
         assert not launched
         written = model.generate(PROMPT, **greedy)

@@ -12,7 +12,15 @@ from tests.test_packing import sparse
 ROWS = [1, 3, 7, 16, 17, 63]
 SHAPES = [(40, 132), (128, 192), (5, 4)]  # out, in: neither, both and none of the tiles filled
 DTYPES = [torch.float16, torch.bfloat16]
-MMA = {"kernel": "mma", "warps": 4, "stack": 1, "row_tiles": 1, "split": 1, "unroll": 2, "ordered": False}
+MMA = {
+    "kernel": "mma",
+    "warps": 4,
+    "stack": 1,
+    "row_tiles": 1,
+    "split": 1,
+    "unroll": 2,
+    "ordered": False,
+}
 DOT = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 64, "split": 1, "warps": 4, "stages": 3}
 
 
@@ -38,7 +46,12 @@ def check(x, weight, bias, run):
     "settings",
     [
         {},  # all warps along K
-        {"stack": 4, "row_tiles": 2, "split": 3, "ordered": True},  # all warps along the rows, more rows than there are
+        {
+            "stack": 4,
+            "row_tiles": 2,
+            "split": 3,
+            "ordered": True,
+        },  # all warps along the rows, more rows than there are
         {"stack": 2, "row_tiles": 2, "split": 2, "unroll": 1},
     ],
     ids=["along", "stacked", "both"],
@@ -47,7 +60,12 @@ def test_mma(rows, shape, dtype, settings):
     x, weight, bias = problem(rows, shape, dtype)
     fragments = to_fragments(*pack24(weight))
     config = {**MMA, **settings}
-    check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
+    check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,7 +75,12 @@ def test_gemv(shape, dtype, split):
     x, weight, bias = problem(1, shape, dtype)
     fragments = to_fragments(*pack24(weight))
     config = {"kernel": "gemv", "warps": 2, "split": split}
-    check(x, weight, bias, lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config))
+    check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: ops.run_fragments(x, fragments, len(weight), bias, semaphore, config),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,10 +88,19 @@ def test_gemv(shape, dtype, split):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("split", [1, 2])
 def test_dot(rows, shape, dtype, split, monkeypatch):
-    monkeypatch.setattr("compressor_kernels.backend.nvidia", lambda: split == 1)  # with and without inline assembly
+    monkeypatch.setattr(
+        "compressor_kernels.backend.nvidia", lambda: split == 1
+    )  # with and without inline assembly
     x, weight, _ = problem(rows, shape, dtype)
     values, metadata = pack24(weight)
-    check(x, weight, None, lambda semaphore: ops.run_stored(x, values, metadata, None, semaphore, {**DOT, "split": split}))
+    check(
+        x,
+        weight,
+        None,
+        lambda semaphore: ops.run_stored(
+            x, values, metadata, None, semaphore, {**DOT, "split": split}
+        ),
+    )
 
 
 @pytest.mark.parametrize("most", [0, 1])
@@ -76,7 +108,12 @@ def test_empty_groups(most):
     x, weight, bias = problem(3, (40, 132), torch.float16, most)
     packed = pack24(weight)
     check(x, weight, bias, lambda semaphore: ops.run_stored(x, *packed, bias, semaphore, DOT))
-    check(x, weight, bias, lambda semaphore: ops.run_fragments(x, to_fragments(*packed), 40, bias, semaphore, MMA))
+    check(
+        x,
+        weight,
+        bias,
+        lambda semaphore: ops.run_fragments(x, to_fragments(*packed), 40, bias, semaphore, MMA),
+    )
 
 
 @pytest.mark.parametrize("assembly", [True, False])
@@ -97,7 +134,10 @@ def test_the_public_functions_choose_a_kernel(rows):
     semaphore = ops.new_semaphore(48, "cpu")
     assert_close(ops.sparse24(x, *packed, bias, semaphore), expected)
     assert_close(ops.sparse24_fragments(x, to_fragments(*packed), 48, bias, semaphore), expected)
-    assert_close(ops.sparse24_fragments(x[:, :, None], to_fragments(*packed), 48), expected[:, :, None] - bias.double())
+    assert_close(
+        ops.sparse24_fragments(x[:, :, None], to_fragments(*packed), 48),
+        expected[:, :, None] - bias.double(),
+    )
 
 
 def test_the_self_check_sees_a_wrong_fragment(monkeypatch):
@@ -112,4 +152,9 @@ def test_an_input_that_begins_in_the_middle_of_a_word():
     x, weight, bias = problem(3, (40, 132), torch.float16)
     shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
     fragments = to_fragments(*pack24(weight))
-    check(shifted, weight, bias, lambda semaphore: ops.run_fragments(shifted, fragments, 40, bias, semaphore, MMA))
+    check(
+        shifted,
+        weight,
+        bias,
+        lambda semaphore: ops.run_fragments(shifted, fragments, 40, bias, semaphore, MMA),
+    )

@@ -52,7 +52,9 @@ class Spectrum:
 def allocator(name: str) -> ModuleType:
     """The module of the allocator called `name`. Raises UsageError for an unknown name."""
     if name not in ALLOCATORS:
-        raise UsageError(f"unknown ranks {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}")
+        raise UsageError(
+            f"unknown ranks {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}"
+        )
     return import_module(f"compressor.allocation.rank.{name}")
 
 
@@ -89,13 +91,17 @@ def rank_keeping(shape: tuple[int, int], keep: Fraction) -> int:
 def check_align(align: int) -> None:
     """Raise UsageError where `align` is negative."""
     if align < 0:
-        raise UsageError(f"align is {align}; accepted: 1 or more, or 0 for 16 (less where matrices are tiny)")
+        raise UsageError(
+            f"align is {align}; accepted: 1 or more, or 0 for 16 (less where matrices are tiny)"
+        )
 
 
 def check_some(ranks: Ranks, keep: Fraction) -> Ranks:
     """The ranks themselves. Raises UsageError where no linear has one."""
     if not any(ranks.values()):
-        raise UsageError(f"keeping {float(keep):.1%} leaves every linear dense: factors would be no smaller; lower --keep")
+        raise UsageError(
+            f"keeping {float(keep):.1%} leaves every linear dense: factors would be no smaller; lower --keep"
+        )
     return ranks
 
 
@@ -105,7 +111,10 @@ def parameters(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None])
 
 
 def largest_fitting(
-    cuts: Sequence[float], ranks_at: Callable[[float], Ranks], spectra: Mapping[str, Spectrum], budget: int
+    cuts: Sequence[float],
+    ranks_at: Callable[[float], Ranks],
+    spectra: Mapping[str, Spectrum],
+    budget: int,
 ) -> Ranks:
     """Of the ranks at ascending `cuts`, each of which gives no more parameters than the one before, the first within `budget`.
 
@@ -120,6 +129,10 @@ def largest_fitting(
         else:
             low = middle + 1
     if low == len(cuts):
-        least = parameters(spectra, ranks_at(cuts[-1])) / sum(spectrum.size for spectrum in spectra.values())
-        raise UsageError(f"so few parameters cannot be kept: the smallest factors allowed keep {least:.1%}; raise --keep")
+        least = parameters(spectra, ranks_at(cuts[-1])) / sum(
+            spectrum.size for spectrum in spectra.values()
+        )
+        raise UsageError(
+            f"so few parameters cannot be kept: the smallest factors allowed keep {least:.1%}; raise --keep"
+        )
     return ranks_at(cuts[low])

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from compressor.allocation.guard import TOKENS, Trial, better
-from compressor.allocation.rank import Ranks, Spectrum, check_some, largest_rank, rounded_down, uniform
+from compressor.allocation.rank import (
+    Ranks,
+    Spectrum,
+    check_some,
+    largest_rank,
+    rounded_down,
+    uniform,
+)
 from compressor.allocation.rank.fisher_factors import factor_all
 from compressor.allocation.rank.measured import measured
 from compressor.calibration.capture import States
@@ -40,10 +47,18 @@ def with_gradients(
     if not job.needs_gradients:
         return None, None
     assert states
-    return factor_all(job, states, device, Path(tempfile.mkdtemp(prefix="factors-", dir=folder)), progress)
+    return factor_all(
+        job, states, device, Path(tempfile.mkdtemp(prefix="factors-", dir=folder)), progress
+    )
 
 
-def allocate(job: Job, states: States | None, spectra: Spectra | None, device: torch.device, progress: Progress) -> Job:
+def allocate(
+    job: Job,
+    states: States | None,
+    spectra: Spectra | None,
+    device: torch.device,
+    progress: Progress,
+) -> Job:
     """The job with a rank for every linear, or dense.
 
     Args:
@@ -61,7 +76,12 @@ def allocate(job: Job, states: States | None, spectra: Spectra | None, device: t
     shapes = {task.linear.name: Spectrum(task.linear.shape, torch.zeros(0)) for task in job.every}
     budget = int(job.keep * sum(spectrum.size for spectrum in shapes.values()))
     even = sharing(
-        job, uniform.of_shapes({name: each.shape for name, each in shapes.items()}, job.keep, job.rank_options.get("align", 0))
+        job,
+        uniform.of_shapes(
+            {name: each.shape for name, each in shapes.items()},
+            job.keep,
+            job.rank_options.get("align", 0),
+        ),
     )
     name = job.ranks.__name__.rpartition(".")[2]
     facts: dict[str, Any] = {"by": name, "budget": budget}
@@ -72,12 +92,17 @@ def allocate(job: Job, states: States | None, spectra: Spectra | None, device: t
     if not job.measures:
         return _counted(replace(chosen, allocation=facts), spectra)
     assert states
-    return _counted(better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress), spectra)
+    return _counted(
+        better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress),
+        spectra,
+    )
 
 
 def sharing(job: Job, ranks: Ranks) -> Job:
     """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear has one."""
-    return job.assign(_whole(job, check_some(ranks, job.keep or Fraction(0))), "factors would not pay")
+    return job.assign(
+        _whole(job, check_some(ranks, job.keep or Fraction(0))), "factors would not pay"
+    )
 
 
 def _whole(job: Job, ranks: Ranks) -> Ranks:
@@ -87,7 +112,10 @@ def _whole(job: Job, ranks: Ranks) -> Ranks:
     """
     factored = {task.linear.experts for task in job.every if ranks[task.linear.name]} - {""}
     most = {
-        task.linear.name: rounded_down(largest_rank(task.linear.shape), task.linear.shape, job.rank_options.get("align", 0)) or None
+        task.linear.name: rounded_down(
+            largest_rank(task.linear.shape), task.linear.shape, job.rank_options.get("align", 0)
+        )
+        or None
         for task in job.every
         if task.linear.experts in factored and not ranks[task.linear.name]
     }
@@ -122,7 +150,9 @@ def _spectra(job: Job, states: States | None, device: torch.device, progress: Pr
             progress("spectra", done + 1, len(job.every))
         return spectra
     assert states
-    for done, (tasks, stats) in enumerate(dense_blocks(job, states.at_least(TOKENS), device, gram=job.needs_gram)):
+    for done, (tasks, stats) in enumerate(
+        dense_blocks(job, states.at_least(TOKENS), device, gram=job.needs_gram)
+    ):
         for task in tasks:
             spectra[task.linear.name] = _spectrum(job, task, stats[task.linear.name], device)
         progress("spectra", done + 1, len(job.tasks))

@@ -75,4 +75,6 @@ def _factor(job: Job, task: Task, tap: Taps, device: torch.device) -> tuple[LowR
     check_seen(task.linear.name, tap)
     rank = max(1, largest_rank(task.linear.shape)) if job.keep else task.goal
     with about(task.linear.name):
-        return task.method.decompose(task.linear.read(job.reader).to(device), rank, *marginals(tap), **task.options)
+        return task.method.decompose(
+            task.linear.read(job.reader).to(device), rank, *marginals(tap), **task.options
+        )

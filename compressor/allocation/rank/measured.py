@@ -19,7 +19,9 @@ def points(length: int) -> list[int]:
     return sorted({round((length - 1) * (step / max(most, 1)) ** 2) for step in range(most + 1)})
 
 
-def measured(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None]) -> list[dict[str, Any]]:
+def measured(
+    spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None]
+) -> list[dict[str, Any]]:
     """One entry for each linear; the experts of a block are one, with mean values and the mean rank of those that are factored.
 
     Args:

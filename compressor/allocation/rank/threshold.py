@@ -58,10 +58,16 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
     while parameters(spectra, ranks_at(high)) > budget:
         low, high = high, high * 16
         if high > 1e300:
-            least = parameters(spectra, ranks_at(high)) / sum(spectrum.size for spectrum in spectra.values())
-            raise UsageError(f"so few parameters cannot be kept: the smallest factors keep {least:.1%}; raise --keep")
+            least = parameters(spectra, ranks_at(high)) / sum(
+                spectrum.size for spectrum in spectra.values()
+            )
+            raise UsageError(
+                f"so few parameters cannot be kept: the smallest factors keep {least:.1%}; raise --keep"
+            )
     for _ in range(_HALVINGS):
-        middle = (low + high) / 2 if low > high / 4 else high / 16 if low == 0 else (low * high) ** 0.5
+        middle = (
+            (low + high) / 2 if low > high / 4 else high / 16 if low == 0 else (low * high) ** 0.5
+        )
         if parameters(spectra, ranks_at(middle)) > budget:
             low = middle
         else:
@@ -71,13 +77,21 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
 
 def _curve(spectrum: Spectrum, align: int) -> _Curve:
     squares = spectrum.values.double().square()
-    dropped = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])  # [i] = Σ of all from the i-th on
+    dropped = torch.cat(
+        [squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]
+    )  # [i] = Σ of all from the i-th on
     size = step(spectrum.shape, align)
     sizes = torch.arange(size, min(largest_rank(spectrum.shape), len(squares)) + 1, size)
     return _Curve(sizes, dropped[sizes], sum(spectrum.shape), spectrum.size)
 
 
-def _spend(spectra: Mapping[str, Spectrum], curves: Mapping[str, _Curve], ranks: Ranks, budget: int, align: int) -> Ranks:
+def _spend(
+    spectra: Mapping[str, Spectrum],
+    curves: Mapping[str, _Curve],
+    ranks: Ranks,
+    budget: int,
+    align: int,
+) -> Ranks:
     """Raise ranks by single steps, the most valuable first, while they fit."""
     left = budget - parameters(spectra, ranks)
     while True:
@@ -86,7 +100,13 @@ def _spend(spectra: Mapping[str, Spectrum], curves: Mapping[str, _Curve], ranks:
             rank, size = ranks[name], step(spectra[name].shape, align)
             if rank is not None and rank < int(curve.sizes[-1]) and size * curve.cost <= left:
                 index = rank // size - 1
-                offers.append((float(curve.tails[index] - curve.tails[index + 1]) / (size * curve.cost), name, size))
+                offers.append(
+                    (
+                        float(curve.tails[index] - curve.tails[index + 1]) / (size * curve.cost),
+                        name,
+                        size,
+                    )
+                )
         gain, name, size = max(offers, default=(0.0, "", 0))
         if gain <= 0:
             return ranks

@@ -7,7 +7,15 @@ from fractions import Fraction
 
 import torch
 
-from compressor.allocation.rank import Ranks, Spectrum, check_align, check_some, largest_rank, parameters, step
+from compressor.allocation.rank import (
+    Ranks,
+    Spectrum,
+    check_align,
+    check_some,
+    largest_rank,
+    parameters,
+    step,
+)
 from compressor.errors import UsageError
 
 
@@ -18,7 +26,12 @@ def of_shapes(shapes: Mapping[str, tuple[int, int]], keep: Fraction, align: int 
         UsageError: so few parameters cannot be kept, or so many that no linear would be factored.
     """
     spectra = {name: Spectrum(shape, torch.zeros(0)) for name, shape in shapes.items()}
-    return check_some(allocate(spectra, int(keep * sum(spectrum.size for spectrum in spectra.values())), align=align), keep)
+    return check_some(
+        allocate(
+            spectra, int(keep * sum(spectrum.size for spectrum in spectra.values())), align=align
+        ),
+        keep,
+    )
 
 
 def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) -> Ranks:
@@ -39,8 +52,16 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
     ranks: Ranks = {name: int(exact[name] // steps[name]) * steps[name] for name in spectra}
     for name in sorted(spectra, key=lambda name: (ranks[name] or 0) - exact[name]):
         raised = (ranks[name] or 0) + steps[name]
-        if raised <= largest_rank(spectra[name].shape) and parameters(spectra, {**ranks, name: raised}) <= budget:
+        if (
+            raised <= largest_rank(spectra[name].shape)
+            and parameters(spectra, {**ranks, name: raised}) <= budget
+        ):
             ranks[name] = raised
     if empty := [name for name, rank in ranks.items() if not rank]:
-        raise UsageError(f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set ranks.align")
-    return {name: rank if rank and rank <= largest_rank(spectra[name].shape) else None for name, rank in ranks.items()}
+        raise UsageError(
+            f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set ranks.align"
+        )
+    return {
+        name: rank if rank and rank <= largest_rank(spectra[name].shape) else None
+        for name, rank in ranks.items()
+    }

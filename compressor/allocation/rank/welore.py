@@ -17,13 +17,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressor.allocation.rank import Ranks, Spectrum, check_align, largest_fitting, largest_rank, step
+from compressor.allocation.rank import (
+    Ranks,
+    Spectrum,
+    check_align,
+    largest_fitting,
+    largest_rank,
+    step,
+)
 from compressor.errors import UsageError
 
 _CONSTANT = 1e-6  # relative spread of singular values that is rounding
 
 
-def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0, energy: float = 0.5) -> Ranks:
+def allocate(
+    spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0, energy: float = 0.5
+) -> Ranks:
     """Ranks by one threshold.
 
     Args:

@@ -24,5 +24,7 @@ ALLOCATORS = ["uniform", "ecoflap", "owl", "curve"]
 def allocator(name: str) -> ModuleType:
     """The module of the allocator called `name`. Raises UsageError for an unknown name."""
     if name not in ALLOCATORS:
-        raise UsageError(f"unknown ratios {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}")
+        raise UsageError(
+            f"unknown ratios {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}"
+        )
     return importlib.import_module(f"compressor.allocation.sparsity.{name}")

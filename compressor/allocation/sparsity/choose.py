@@ -48,13 +48,17 @@ def _share_zeros(job: Job, states: States | None, device: torch.device, progress
     assert states
     shares, facts = job.ratios.allocate(job, zeros, states, device, progress, **job.ratio_options)
     facts = {"by": name, "zeros": zeros, **facts}
-    return better(Trial(job, states, device), {"uniform": even, name: sharing(job, shares)}, facts, progress)
+    return better(
+        Trial(job, states, device), {"uniform": even, name: sharing(job, shares)}, facts, progress
+    )
 
 
 def sharing(job: Job, shares: Mapping[str, int]) -> Job:
     """The job with so many zeros in each linear; one without any stays dense."""
     goals = {
-        task.linear.name: Pattern.exact(count, task.linear.size) if (count := shares[task.linear.name]) else None
+        task.linear.name: Pattern.exact(count, task.linear.size)
+        if (count := shares[task.linear.name])
+        else None
         for task in job.every
     }
     return job.assign(goals, "its share of the zeros is none")
@@ -62,9 +66,17 @@ def sharing(job: Job, shares: Mapping[str, int]) -> Job:
 
 def _leave_dense(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
     assert states
-    kept, facts = leave_dense.choose(job, job.dense_fraction, states, device, progress, **job.ratio_options)
+    kept, facts = leave_dense.choose(
+        job, job.dense_fraction, states, device, progress, **job.ratio_options
+    )
     chosen = job.assign(
-        {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every}, "--dense-fraction"
+        {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every},
+        "--dense-fraction",
     )
     facts = {"by": "dense-fraction", "dense": sorted(kept), **facts}
-    return better(Trial(job, states, device), {"no linear dense": job, "dense-fraction": chosen}, facts, progress)
+    return better(
+        Trial(job, states, device),
+        {"no linear dense": job, "dense-fraction": chosen},
+        facts,
+        progress,
+    )

@@ -61,17 +61,26 @@ def allocate(
     if direct:
         errors = divergence_curves(job, levels, states, device, progress, tokens=tokens)
     else:
-        errors = error_curves(job, levels, states, device, progress, tokens=tokens, sampled=labels == "model")
+        errors = error_curves(
+            job, levels, states, device, progress, tokens=tokens, sampled=labels == "model"
+        )
     sizes = [sum(linear.size for linear in linears) for linears in grouped.values()]
     curves = {
         name: [
             (0, 0.0),
-            *zip((int(share * size) for share in grid), _sums([errors[linear.name] for linear in linears]), strict=True),
+            *zip(
+                (int(share * size) for share in grid),
+                _sums([errors[linear.name] for linear in linears]),
+                strict=True,
+            ),
         ]
         for (name, linears), size in zip(grouped.items(), sizes, strict=True)
     }
     shares = share_out(curves, zeros)
-    return inside(grouped, [shares[name] for name in grouped]), {"sparsities": [float(share) for share in grid], "errors": errors}
+    return inside(grouped, [shares[name] for name in grouped]), {
+        "sparsities": [float(share) for share in grid],
+        "errors": errors,
+    }
 
 
 def _sums(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -24,7 +24,13 @@ from compressor.stats import InputStats, collecting
 
 @torch.no_grad()
 def divergence_curves(
-    job: Job, levels: Levels, states: States, device: torch.device, progress: Progress, *, tokens: int
+    job: Job,
+    levels: Levels,
+    states: States,
+    device: torch.device,
+    progress: Progress,
+    *,
+    tokens: int,
 ) -> dict[str, list[float]]:
     """Divergence, nats a token, for every linear and each of its levels; arguments as for `fisher.error_curves`."""
     skeleton, part = in_float32(job.skeleton, states, tokens, device)
@@ -41,7 +47,9 @@ def divergence_curves(
             linear, weight = linears[task.linear.name], task.linear.read(job.reader).to(device)
             variants = []
             for goal in levels(task):
-                linear.set(task.method.compress(weight, stats[linear.name], goal, **task.options).dense())
+                linear.set(
+                    task.method.compress(weight, stats[linear.name], goal, **task.options).dense()
+                )
                 variants.append([capture.run(block, batch, arguments) for batch in hidden])
             linear.set(weight)
             variants = _through(skeleton, part, variants, index + 1, device)
@@ -54,12 +62,19 @@ def divergence_curves(
 
 
 def _through(
-    skeleton: Skeleton, states: States, variants: Sequence[list[Tensor]], start: int, device: torch.device
+    skeleton: Skeleton,
+    states: States,
+    variants: Sequence[list[Tensor]],
+    start: int,
+    device: torch.device,
 ) -> list[list[Tensor]]:
     """Each variant, batches that enter block `start`, after the last block."""
     found = [list(variant) for variant in variants]
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        found = [[capture.run(block, batch, states.arguments[index]) for batch in variant] for variant in found]
+        found = [
+            [capture.run(block, batch, states.arguments[index]) for batch in variant]
+            for variant in found
+        ]
         skeleton.free_block(index)
     return found

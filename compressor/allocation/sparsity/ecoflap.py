@@ -80,7 +80,13 @@ def allocate(
 
 
 def first_order(
-    job: Job, skeleton: Skeleton, states: States, device: torch.device, progress: Progress, *, weighted: bool = False
+    job: Job,
+    skeleton: Skeleton,
+    states: States,
+    device: torch.device,
+    progress: Progress,
+    *,
+    weighted: bool = False,
 ) -> dict[str, float]:
     """Score of every linear from exact gradients; `weighted` is the `product` of the module's docstring."""
     scores: dict[str, float] = {}
@@ -89,8 +95,15 @@ def first_order(
             tap = taps[task.linear.name]
             check_seen(task.linear.name, tap)
             if weighted:
-                gradient = sum((g.abs() for g in _batch_gradients(tap)), torch.zeros(task.linear.shape, device=device))
-                total = (task.linear.read(job.reader).to(device).float().abs() * gradient).sum(dtype=torch.float64).item()
+                gradient = sum(
+                    (g.abs() for g in _batch_gradients(tap)),
+                    torch.zeros(task.linear.shape, device=device),
+                )
+                total = (
+                    (task.linear.read(job.reader).to(device).float().abs() * gradient)
+                    .sum(dtype=torch.float64)
+                    .item()
+                )
             else:
                 total = sum(g.norm().item() for g in _batch_gradients(tap))
             scores[task.linear.name] = total / len(tap.inputs)
@@ -105,7 +118,13 @@ def _batch_gradients(tap: Taps) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def zeroth_order(
-    job: Job, skeleton: Skeleton, states: States, device: torch.device, progress: Progress, evaluations: int, epsilon: float
+    job: Job,
+    skeleton: Skeleton,
+    states: States,
+    device: torch.device,
+    progress: Progress,
+    evaluations: int,
+    epsilon: float,
 ) -> dict[str, tuple[float, float]]:
     """Σ |L(W + εz) - L(W - εz)| / 2ε of every linear, over the even and over the odd evaluations.
 
@@ -127,8 +146,17 @@ def zeroth_order(
         ]
         hidden = [capture.run(block, batch, arguments) for batch in hidden]
         skeleton.free_block(index)
-        losses = _losses(skeleton, states, moved, index + 1, [n % len(hidden) for n in range(evaluations)], device)
-        slopes = (losses[0::2] - losses[1::2]).abs().reshape(len(linears), evaluations) / (2 * epsilon)
+        losses = _losses(
+            skeleton,
+            states,
+            moved,
+            index + 1,
+            [n % len(hidden) for n in range(evaluations)],
+            device,
+        )
+        slopes = (losses[0::2] - losses[1::2]).abs().reshape(len(linears), evaluations) / (
+            2 * epsilon
+        )
         for linear, row in zip(linears, slopes, strict=True):
             scores[linear.name] = (row[0::2].sum().item(), row[1::2].sum().item())
         progress("zeroth-order scores", index + 1, len(job.tasks))
@@ -148,7 +176,12 @@ def there_and_back(linear: Linear, epsilon: float, generator: torch.Generator) -
 
 
 def _losses(
-    skeleton: Skeleton, states: States, moved: list[Tensor], start: int, batches: list[int], device: torch.device
+    skeleton: Skeleton,
+    states: States,
+    moved: list[Tensor],
+    start: int,
+    batches: list[int],
+    device: torch.device,
 ) -> Tensor:
     """Mean loss, float64 `[len(moved)]`, of hidden states that enter block `start`; they come in pairs, a pair a batch."""
     for index in range(start, len(skeleton.blocks)):
@@ -167,8 +200,13 @@ def _losses(
 def _steadiness(halves: dict[str, tuple[float, float]], evaluations: int) -> dict[str, Any]:
     """Rank correlation of the scores of two halves of the evaluations, and a warning where it is low."""
     if evaluations < 2:
-        return {"warning": "one evaluation cannot show how noisy zeroth-order scores are: give ratios.evaluations=2 or more"}
-    first, second = (torch.tensor([both[half] for both in halves.values()]).argsort().argsort().double() for half in (0, 1))
+        return {
+            "warning": "one evaluation cannot show how noisy zeroth-order scores are: give ratios.evaluations=2 or more"
+        }
+    first, second = (
+        torch.tensor([both[half] for both in halves.values()]).argsort().argsort().double()
+        for half in (0, 1)
+    )
     agreement = torch.corrcoef(torch.stack([first, second]))[0, 1].item() if len(first) > 1 else 1.0
     found: dict[str, Any] = {"rank_correlation": agreement}
     if agreement < _STEADY:

@@ -64,7 +64,11 @@ def error_curves(
             stats = _shared_statistics(statistics, tap, gram=task.method.NEEDS_GRAM)
             weight = task.linear.read(job.reader).to(device)
             curves[task.linear.name] = [
-                _rise(task.method.compress(weight, stats, goal, **task.options).dense().float() - weight.float(), tap)
+                _rise(
+                    task.method.compress(weight, stats, goal, **task.options).dense().float()
+                    - weight.float(),
+                    tap,
+                )
                 for goal in levels(task)
             ]
         progress("error curves", done + 1, len(job.tasks))
@@ -78,7 +82,9 @@ def sampled_label_loss(seed: int) -> Loss:
     def loss(logits: Tensor, ids: Tensor) -> Tensor:
         flat = logits.flatten(0, 1).float()
         levels = torch.rand(len(flat), 1, generator=generator).to(flat.device)
-        labels = torch.searchsorted(flat.detach().softmax(-1).cumsum(-1), levels).clamp_max(flat.shape[1] - 1)
+        labels = torch.searchsorted(flat.detach().softmax(-1).cumsum(-1), levels).clamp_max(
+            flat.shape[1] - 1
+        )
         return cross_entropy(flat, labels.squeeze(1), reduction="sum")
 
     return loss

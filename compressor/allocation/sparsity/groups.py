@@ -17,7 +17,10 @@ def groups(job: Job, granularity: str) -> dict[str, list[Linear]]:
     """The linears to prune: those of a `block` together, or each `linear` by itself."""
     if granularity == "linear":
         return {task.linear.name: [task.linear] for task in job.every}
-    named = {f"{job.skeleton.path}.{index}": [task.linear for task in tasks] for index, tasks in enumerate(job.tasks)}
+    named = {
+        f"{job.skeleton.path}.{index}": [task.linear for task in tasks]
+        for index, tasks in enumerate(job.tasks)
+    }
     return {name: linears for name, linears in named.items() if linears}
 
 
@@ -25,7 +28,13 @@ def inside(grouped: Groups, counts: Sequence[int]) -> dict[str, int]:
     """Zeros of every linear, by name, from those of the groups: the same sparsity inside a group."""
     found = {}
     for linears, count in zip(grouped.values(), counts, strict=True):
-        found |= dict(zip([linear.name for linear in linears], evenly(count, [linear.size for linear in linears]), strict=True))
+        found |= dict(
+            zip(
+                [linear.name for linear in linears],
+                evenly(count, [linear.size for linear in linears]),
+                strict=True,
+            )
+        )
     return found
 
 
@@ -37,5 +46,7 @@ def ceiling(asked: float, zeros: int, weights: int, default: float) -> Fraction:
     """
     most = Fraction(asked or min(default, 1.0)).limit_denominator(10**6)
     if most * weights < zeros:
-        raise UsageError(f"max_sparsity {float(most):g} is below the sparsity asked for, {zeros / weights:.4g}")
+        raise UsageError(
+            f"max_sparsity {float(most):g} is below the sparsity asked for, {zeros / weights:.4g}"
+        )
     return most

@@ -37,7 +37,9 @@ def share_out(curves: Mapping[str, Curve], zeros: int) -> dict[str, int]:
     """
     least, most = (sum(curve[end][0] for curve in curves.values()) for end in (0, -1))
     if not least <= zeros <= most:
-        raise UsageError(f"{zeros} zeros are asked for, but the linears can take {least} to {most}: raise max_sparsity")
+        raise UsageError(
+            f"{zeros} zeros are asked for, but the linears can take {least} to {most}: raise max_sparsity"
+        )
     for name, curve in curves.items():
         if not all(math.isfinite(error) for _, error in curve):
             raise NumericalError(f"the error curve of {name} is not finite")
@@ -59,7 +61,9 @@ def lower_hull(curve: Curve) -> list[tuple[int, float]]:
     """The points of the largest convex function below a curve."""
     hull: list[tuple[int, float]] = []
     for x, y in curve:
-        while len(hull) > 1 and (y - hull[-1][1]) * (hull[-1][0] - hull[-2][0]) <= (hull[-1][1] - hull[-2][1]) * (x - hull[-1][0]):
+        while len(hull) > 1 and (y - hull[-1][1]) * (hull[-1][0] - hull[-2][0]) <= (
+            hull[-1][1] - hull[-2][1]
+        ) * (x - hull[-1][0]):
             hull.pop()
         hull.append((x, y))
     return hull

@@ -40,7 +40,15 @@ def choose(
         tokens: calibration tokens the errors are measured on.
         labels: `text` or `model`, as for `curve`.
     """
-    errors = error_curves(job, lambda task: [task.goal], states, device, progress, tokens=tokens, sampled=labels == "model")
+    errors = error_curves(
+        job,
+        lambda task: [task.goal],
+        states,
+        device,
+        progress,
+        tokens=tokens,
+        sampled=labels == "model",
+    )
     values = {name: curve[0] for name, curve in errors.items()}
     sizes = {task.linear.name: task.linear.size for task in job.every}
     return knapsack.choose(values, sizes, int(fraction * sum(sizes.values()))), {"errors": values}

@@ -8,7 +8,11 @@ from typing import Any
 
 from compressor.errors import UsageError
 
-_WORDS = {"granularity": ("block", "linear"), "labels": ("text", "model"), "score": ("first", "product", "zeroth")}
+_WORDS = {
+    "granularity": ("block", "linear"),
+    "labels": ("text", "model"),
+    "score": ("first", "product", "zeroth"),
+}
 _COUNTS = ("tokens", "evaluations")
 
 
@@ -32,4 +36,6 @@ def check(options: Mapping[str, Any], sparsity: Fraction) -> None:
         if name == "max_sparsity" and not 0 <= value <= 1:
             raise UsageError(f"{what} a sparsity up to 1, or 0 for the allocator's own")
         if name == "max_sparsity" and 0 < Fraction(value).limit_denominator(10**6) < sparsity:
-            raise UsageError(f"max_sparsity {value:g} is below the sparsity asked for, {float(sparsity):g}")
+            raise UsageError(
+                f"max_sparsity {value:g} is below the sparsity asked for, {float(sparsity):g}"
+            )

@@ -53,25 +53,36 @@ def allocate(
     sizes = [sum(linear.size for linear in linears) for linears in blocks.values()]
     ratios = _outlier_ratios(job, states, device, progress, outlier)
     low, high = min(ratios), max(ratios)
-    kept = [Fraction(2 * spread * (ratio - low) / (high - low) if high > low else 0) for ratio in ratios]
+    kept = [
+        Fraction(2 * spread * (ratio - low) / (high - low) if high > low else 0) for ratio in ratios
+    ]
     counts = shifted(sizes, kept, zeros, ceiling(max_sparsity, zeros, sum(sizes), 1.0))
     return inside(blocks, counts), {"outliers": dict(zip(blocks, ratios, strict=True))}
 
 
-def shifted(sizes: Sequence[int], kept: Sequence[Fraction], zeros: int, most: Fraction) -> list[int]:
+def shifted(
+    sizes: Sequence[int], kept: Sequence[Fraction], zeros: int, most: Fraction
+) -> list[int]:
     """Zeros of each group: sparsity t - kept_g, cut to [0, most], with the t that makes them `zeros` in all."""
 
     def shares(t: Fraction) -> list[Fraction]:
-        return [size * min(max(t - keep, Fraction(0)), most) for size, keep in zip(sizes, kept, strict=True)]
+        return [
+            size * min(max(t - keep, Fraction(0)), most)
+            for size, keep in zip(sizes, kept, strict=True)
+        ]
 
     for low, high in pairwise(sorted({point for keep in kept for point in (keep, keep + most)})):
         start, stop = sum(shares(low)), sum(shares(high))
         if start <= zeros <= stop and start < stop:
-            return apportion(zeros, shares(low + (high - low) * (zeros - start) / (stop - start)), sizes)
+            return apportion(
+                zeros, shares(low + (high - low) * (zeros - start) / (stop - start)), sizes
+            )
     raise UsageError(f"max_sparsity {float(most):g} is below the sparsity asked for")
 
 
-def _outlier_ratios(job: Job, states: States, device: torch.device, progress: Progress, outlier: float) -> list[float]:
+def _outlier_ratios(
+    job: Job, states: States, device: torch.device, progress: Progress, outlier: float
+) -> list[float]:
     """D of every block that has linears to prune, from the dense model."""
     found = []
     for done, (tasks, stats) in enumerate(dense_blocks(job, states, device)):

@@ -19,7 +19,9 @@ from compressor.allocation.sparsity.apportion import apportion
 from compressor.errors import NumericalError, UsageError
 
 
-def waterfill(sizes: Sequence[int], scores: Sequence[float], keep: int, most: Fraction) -> list[int]:
+def waterfill(
+    sizes: Sequence[int], scores: Sequence[float], keep: int, most: Fraction
+) -> list[int]:
     """Weights each group keeps, `keep` in all.
 
     Args:
@@ -39,20 +41,31 @@ def waterfill(sizes: Sequence[int], scores: Sequence[float], keep: int, most: Fr
     if poured < 0:
         if sum(size * (1 - most) for size in sizes) > keep:
             raise UsageError(f"max_sparsity {float(most):g} is below the sparsity asked for")
-        return apportion(keep, [Fraction(keep * size, sum(sizes)) for size in sizes], sizes)  # equal but for rounding
+        return apportion(
+            keep, [Fraction(keep * size, sum(sizes)) for size in sizes], sizes
+        )  # equal but for rounding
     room = [size - floor for size, floor in zip(sizes, floors, strict=True)]
-    return [floor + more for floor, more in zip(floors, _pour(poured, room, [Fraction(score) for score in scores]), strict=True)]
+    return [
+        floor + more
+        for floor, more in zip(
+            floors, _pour(poured, room, [Fraction(score) for score in scores]), strict=True
+        )
+    ]
 
 
 def _pour(total: int, room: Sequence[int], scores: Sequence[Fraction]) -> list[int]:
     """min(room, c · score), in integers, `total` in all. The group that is full at the smallest c is settled first."""
     shares = [Fraction(0)] * len(room)
     left, open_score = Fraction(total), sum(scores)
-    for index in sorted((i for i in range(len(room)) if scores[i]), key=lambda i: room[i] / scores[i]):
+    for index in sorted(
+        (i for i in range(len(room)) if scores[i]), key=lambda i: room[i] / scores[i]
+    ):
         level = left / open_score
         shares[index] = min(Fraction(room[index]), level * scores[index])
         left -= shares[index]
         open_score -= scores[index]
     if left:
-        raise NumericalError("all scores are zero, or all groups with a score are full: ratios cannot be made from them")
+        raise NumericalError(
+            "all scores are zero, or all groups with a score are full: ratios cannot be made from them"
+        )
     return apportion(total, shares, room)
