@@ -1,12 +1,16 @@
-"""ARMOR's optimiser: against the paper's own loop, its speed on a large linear, and what it buys on whole models.
+"""ARMOR's optimiser: against the paper's own loop, its speed on a large linear, and what it buys on
+whole models.
 
-    python benchmarks/armor.py reference                 # proxy loss and CPU time against the paper's loop: half an hour
+    # proxy loss and CPU time against the paper's loop: half an hour
+    python benchmarks/armor.py reference
     python benchmarks/armor.py speed --size 4096         # seconds for one large linear
-    python benchmarks/armor.py perplexity MODEL CALIBRATION.jsonl TEST.jsonl --method armor --options overhead=0.0625
-    python benchmarks/armor.py guarantee MODEL CALIBRATION.jsonl      # every linear against NoWag-P, in three dtypes
+    python benchmarks/armor.py perplexity MODEL CALIBRATION.jsonl TEST.jsonl --method armor \
+        --options overhead=0.0625
+    # every linear against NoWag-P, in three dtypes
+    python benchmarks/armor.py guarantee MODEL CALIBRATION.jsonl
 
-CALIBRATION and TEST hold one {"input_ids": [...]} a line. Statistics of a block come from the compressed blocks before it,
-or with --dense-statistics from the dense model.
+CALIBRATION and TEST hold one {"input_ids": [...]} a line. Statistics of a block come from the
+compressed blocks before it, or with --dense-statistics from the dense model.
 
 Each case writes one JSON line with hardware and versions to standard output.
 """
@@ -90,7 +94,9 @@ def gauss(rows: int, columns: int, g: torch.Generator, tokens: int = 4096) -> tu
 
 
 def heavy(rows: int, columns: int, g: torch.Generator, tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """Student-t(4) weight with log-normal row and column scales and a low-rank part; inputs of low rank, a few channels x 30."""
+    """Student-t(4) weight with log-normal row and column scales and a low-rank part; inputs of low
+    rank, a few channels x 30.
+    """
     t = (
         torch.randn(rows, columns, generator=g)
         / (torch.randn(4, rows, columns, generator=g).square().mean(0)).sqrt()
@@ -128,7 +134,8 @@ def layer(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, InputS
 def paper_loop(
     target: Tensor, h: Tensor, mask: Tensor, block: int, limit: int = 20_000
 ) -> tuple[float, int, float]:
-    """One Adam step on A, S, B and one re-solved group per block, until 100 iterations in a row bring no progress.
+    """One Adam step on A, S, B and one re-solved group per block, until 100 iterations in a row
+    bring no progress.
 
     Returns:
         relative proxy loss, iterations, CPU seconds.
@@ -174,7 +181,9 @@ def resolve_groups(
     gradient: Tensor,
     approximation: Tensor,
 ) -> None:
-    """In every block, re-solve one group drawn in proportion to the L1 norm of its gradient, over the six pairs."""
+    """In every block, re-solve one group drawn in proportion to the L1 norm of its gradient, over
+    the six pairs.
+    """
     (rows, columns), block = target.shape, a.shape[1]
     n0, n1, count = rows // block, columns // block, block // 4
     blocks = (
@@ -368,7 +377,9 @@ def run_perplexity(args: argparse.Namespace) -> None:
 
 
 def run_guarantee(args: argparse.Namespace) -> None:
-    """ARMOR's loss over NoWag-P's for every linear and dtype, both computed here from what would be stored."""
+    """ARMOR's loss over NoWag-P's for every linear and dtype, both computed here from what would be
+    stored.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -418,9 +429,11 @@ def token_rows(path: str) -> Tensor:
 def block_statistics(
     model: nn.Module, block: nn.Module, rows: Tensor, *, share: bool
 ) -> list[tuple[list[nn.Linear], InputStats]]:
-    """The linears of one block with the statistics of their inputs, collected by passing all rows through the model.
+    """The linears of one block with the statistics of their inputs, collected by passing all rows
+    through the model.
 
-    With `share` those of one input come together (q, k, v; gate, up), to be stacked: one B for all of them.
+    With `share` those of one input come together (q, k, v; gate, up), to be stacked: one B for all
+    of them.
     """
     linears = {
         name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)
@@ -467,7 +480,10 @@ def main() -> None:
     reference.add_argument("--case", nargs="*", help="such as gauss-384x384-32; all by default")
     reference.add_argument(
         "--paper",
-        help="rows of an earlier run on this machine, to measure the optimiser again without the loop",
+        help=(
+            "rows of an earlier run on this machine, to measure the optimiser again without the "
+            "loop"
+        ),
     )
     reference.add_argument("--limit", type=int, default=20_000)
     reference.add_argument("--iterations", type=int, default=100)

@@ -1,9 +1,12 @@
-"""Which tokens should calibrate an expert: all of them, or those routed to it? Perplexity of a small mixture, pruned both ways.
+"""Which tokens should calibrate an expert: all of them, or those routed to it? Perplexity of a
+small mixture, pruned both ways.
 
-    python benchmarks/experts.py                     # needs the canary models and texts; COMPRESS_SHARED names their folder
+    # needs the canary models and texts; COMPRESS_SHARED names their folder
+    python benchmarks/experts.py
 
-There is no small trained mixture to be had, so one is made: each MLP of books-1m becomes eight experts of which a router
-chooses two, the experts start as noisy copies, and the whole is trained for a while on book passages until they differ.
+There is no small trained mixture to be had, so one is made: each MLP of books-1m becomes eight
+experts of which a router chooses two, the experts start as noisy copies, and the whole is trained
+for a while on book passages until they differ.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ EXPERTS, CHOSEN, SEQ = 8, 2, 256
 
 
 def mixture(folder: Path) -> Any:
-    """A Mixtral whose attention is that of the Llama in `folder` and whose experts are noisy copies of its MLPs."""
+    """A Mixtral whose attention is that of the Llama in `folder` and whose experts are noisy copies
+    of its MLPs.
+    """
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = {
@@ -117,11 +122,13 @@ def main() -> None:
         AutoTokenizer.from_pretrained(source).save_pretrained(place / "model")
         seconds = time.time() - began
         print(
-            f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps in {seconds:.0f} s"
+            f"torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} "
+            f"steps in {seconds:.0f} s"
         )
         print(f"dense: {perplexity(load(place / 'model'), test):.2f}\n")
         print(
-            "| method | calibration tokens | all | routed | fewest tokens of an expert, routed |\n|---|---:|---:|---:|---:|"
+            "| method | calibration tokens | all | routed | fewest tokens of an expert, routed "
+            "|\n|---|---:|---:|---:|---:|"
         )
         for method in ("wanda", "sparsegpt"):
             for samples in options.samples:
@@ -145,7 +152,8 @@ def main() -> None:
                     fewest = min(row.tokens or 0 for row in report.linears)
                     scores.append(perplexity(load(out), test))
                 print(
-                    f"| {method} | {samples * SEQ} | {scores[0]:.2f} | {scores[1]:.2f} | {fewest} |",
+                    f"| {method} | {samples * SEQ} | {scores[0]:.2f} | {scores[1]:.2f} | {fewest} "
+                    f"|",
                     flush=True,
                 )
 

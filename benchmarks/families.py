@@ -32,7 +32,9 @@ ARMOR = {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}
 
 @torch.no_grad()
 def streamed(folder: Path) -> tuple[str, str, int]:
-    """Whether block by block gives the bits of from_pretrained, where the blocks are, and how many experts each has."""
+    """Whether block by block gives the bits of from_pretrained, where the blocks are, and how many
+    experts each has.
+    """
     skeleton, cpu = Skeleton(Reader(folder)), torch.device("cpu")
     states = capture.capture(skeleton, IDS, cpu)
     experts = 0
@@ -61,7 +63,9 @@ def streamed(folder: Path) -> tuple[str, str, int]:
 
 
 def pruned(folder: Path, rows: Path, method: str, place: Path) -> str:
-    """What pruning gives: forms, counted, or the refusal; raises where a reloaded model differs from itself saved again."""
+    """What pruning gives: forms, counted, or the refusal; raises where a reloaded model differs
+    from itself saved again.
+    """
     settings: dict[str, Any] = {
         "dataset": str(rows),
         "num_samples": 8,
@@ -91,7 +95,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, CPU\n")
     print(
-        "| family | blocks | experts | streamed, bfloat16 | float32 | wanda 2:4 | armor |\n|---|---|---:|---|---|---|---|"
+        "| family | blocks | experts | streamed, bfloat16 | float32 | wanda 2:4 | armor "
+        "|\n|---|---|---:|---|---|---|---|"
     )
     for family in sys.argv[1:] or EVERY:
         with tempfile.TemporaryDirectory() as name:

@@ -1,18 +1,24 @@
-"""Everything there is to know about the kernels on one GPU, in one command. Needs a CUDA device and Triton.
+"""Everything there is to know about the kernels on one GPU, in one command. Needs a CUDA device and
+Triton.
 
     python benchmarks/gpu.py                        # all parts, into benchmarks/results/DATE-GPU/
     python benchmarks/gpu.py --part check           # only: is every kernel right on this chip?
     python benchmarks/gpu.py --part tune --write-table
     python benchmarks/gpu.py --part kernels --quick
 
-check    every kernel against float64 at awkward sizes, float16 and bfloat16, five times each. That the chip holds the
-         fragments of `mma.sp` as PTX documents them is what an emulator cannot prove. A failure ends the run: exit code 1.
-tune     settings by shape and rows of x, all measured with rotating weights in CUDA graphs; the best are tuned.json, and with
-         --write-table rows of kernels/compressor_kernels/table.json, which the ops look up.
-kernels  our ops against dense cuBLAS and PyTorch's semi-structured product, with the settings that the ops choose.
-decode   a random model of the shape of Llama-3-8B: greedy decoding in a captured step, dense, then 2:4.
+check    every kernel against float64 at awkward sizes, float16 and bfloat16, five times each. That
+         the chip holds the fragments of `mma.sp` as PTX documents them is what an emulator cannot
+         prove. A failure ends the run: exit code 1.
+tune     settings by shape and rows of x, all measured with rotating weights in CUDA graphs; the
+         best are tuned.json, and with --write-table rows of kernels/compressor_kernels/table.json,
+         which the ops look up.
+kernels  our ops against dense cuBLAS and PyTorch's semi-structured product, with the settings that
+         the ops choose.
+decode   a random model of the shape of Llama-3-8B: greedy decoding in a captured step, dense, then
+         2:4.
 
-Errors are root mean squares relative to the result; the bars are 1e-3 (float16) and 5e-3 (bfloat16).
+Errors are root mean squares relative to the result; the bars are 1e-3 (float16) and 5e-3
+(bfloat16).
 """
 
 from __future__ import annotations
@@ -93,7 +99,9 @@ def write_table(rows: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def decode_random(device: torch.device, layers: int) -> list[dict[str, Any]]:
-    """Greedy decoding with a random model of the shape of Llama-3-8B, dense and then with all its linears 2:4."""
+    """Greedy decoding with a random model of the shape of Llama-3-8B, dense and then with all its
+    linears 2:4.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("llama", **{**LLAMA_8B, "num_hidden_layers": layers})

@@ -1,11 +1,14 @@
-"""Kill runs at random moments, let the same command go on, and compare the result with an uninterrupted run.
+"""Kill runs at random moments, let the same command go on, and compare the result with an
+uninterrupted run.
 
     python benchmarks/kills.py --kills 200              # SIGKILL over methods and formats
-    python benchmarks/kills.py --kills 0 --full 40      # a disk that is full after a random number of bytes (root: mounts tmpfs)
+    # a disk that is full after a random number of bytes (root: mounts tmpfs)
+    python benchmarks/kills.py --kills 0 --full 40
 
-A tiny random model makes a run short; runs are forked from a process that has imported the libraries. After every kill
-nothing may be there under the name of the output unless it is complete. One line per case, with the number of kills, in
-how many of them work was there to go on with, and how many results were not byte-identical.
+A tiny random model makes a run short; runs are forked from a process that has imported the
+libraries. After every kill nothing may be there under the name of the output unless it is complete.
+One line per case, with the number of kills, in how many of them work was there to go on with, and
+how many results were not byte-identical.
 """
 
 from __future__ import annotations
@@ -79,7 +82,9 @@ def recipe(root: Path, case: dict) -> Recipe:
 
 
 def start(root: Path, case: dict, output: Path) -> int:
-    """Fork a run; its exit code is 0, 1 where the output could not be written, 2 for everything else."""
+    """Fork a run; its exit code is 0, 1 where the output could not be written, 2 for everything
+    else.
+    """
     if child := os.fork():
         return child
     code = 2
@@ -99,7 +104,9 @@ def start(root: Path, case: dict, output: Path) -> int:
 
 
 def cpu_seconds(child: int) -> float:
-    """What a run has computed so far; much for one that has ended. On a busy machine the clock says little."""
+    """What a run has computed so far; much for one that has ended. On a busy machine the clock says
+    little.
+    """
     fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
     return (
         float("inf")
@@ -164,7 +171,9 @@ def kill_until(
 
 
 def fill_until(root: Path, case: dict, mount: Path, runs: int, dice: random.Random) -> Counter:
-    """Let the disk be full after a random number of bytes, then make a little room, until the run gets through."""
+    """Let the disk be full after a random number of bytes, then make a little room, until the run
+    gets through.
+    """
     counts: Counter = Counter()
     output = mount / "out"
     resize(mount, 64 << 20)

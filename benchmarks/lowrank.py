@@ -1,13 +1,18 @@
-"""Perplexity of low-rank factors on real trained models, and what the decomposition costs: the tables of docs/lowrank.md.
+"""Perplexity of low-rank factors on real trained models, and what the decomposition costs: the
+tables of docs/lowrank.md.
 
-    python benchmarks/lowrank.py --results lowrank.jsonl            # all rows; needs the canary models
-    python benchmarks/lowrank.py --results lowrank.jsonl --table    # the tables from the rows that are there
-    python benchmarks/lowrank.py --svd                              # time and memory of one 4096 × 11008 decomposition
+    # all rows; needs the canary models
+    python benchmarks/lowrank.py --results lowrank.jsonl
+    # the tables from the rows that are there
+    python benchmarks/lowrank.py --results lowrank.jsonl --table
+    # time and memory of one 4096 × 11008 decomposition
+    python benchmarks/lowrank.py --svd
 
-Protocol: 128 calibration rows of full context, forward passes in float32, statistics of a block from the compressed blocks before
-it, everything through the pipeline of `compress lowrank`, its guard included; perplexity of the saved folder on held-out text.
-One JSON line a row goes to the results file; rows that it holds already are not run again, so a run can be interrupted.
-The folders of models and token rows are those of benchmarks/ratios.py: COMPRESS_SHARED names their parent.
+Protocol: 128 calibration rows of full context, forward passes in float32, statistics of a block
+from the compressed blocks before it, everything through the pipeline of `compress lowrank`, its
+guard included; perplexity of the saved folder on held-out text. One JSON line a row goes to the
+results file; rows that it holds already are not run again, so a run can be interrupted. The folders
+of models and token rows are those of benchmarks/ratios.py: COMPRESS_SHARED names their parent.
 """
 
 from __future__ import annotations
@@ -136,13 +141,17 @@ def _cell(row: dict[str, Any] | None, dense: float) -> str:
 
 
 def decompositions() -> None:
-    """Seconds, added memory and error of each route, each in a process of its own; columns are scaled as whitening does."""
+    """Seconds, added memory and error of each route, each in a process of its own; columns are
+    scaled as whitening does.
+    """
     print("| route | time | memory | error |\n|---|---:|---:|---:|")
     for name, code in ROUTES.items():
         script = (
             "import resource, time, torch\nfrom compressor.methods.factor import truncate\n"
-            "w = torch.randn(4096, 11008, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 11009) ** -0.5\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore, started = peak(), time.perf_counter()\n"
+            "w = torch.randn(4096, 11008, generator=torch.Generator().manual_seed(0)) * "
+            "torch.arange(1, 11009) ** -0.5\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbefore, started = "
+            "peak(), time.perf_counter()\n"
             f"{code}\nseconds, added = time.perf_counter() - started, peak() - before\n"
             "print(seconds, added * 1024, ((w - u @ v).double().norm() / w.double().norm()).item())"
         )

@@ -1,13 +1,17 @@
-"""Peak memory and time of `compress prune`: memory flat in the number of blocks, time linear in blocks and in calibration tokens.
+"""Peak memory and time of `compress prune`: memory flat in the number of blocks, time linear in
+blocks and in calibration tokens.
 
     python benchmarks/memory.py                    # 22 blocks, the shape of TinyLlama, 2.2 GB
     python benchmarks/memory.py --blocks 4 8 16 32 --csv memory.csv
     python benchmarks/memory.py --blocks 4 --samples 2 4 8 16 --seq-len 256
-    python benchmarks/memory.py --blocks 1 --experts 32 --expert-tokens routed --method sparsegpt --max-memory 100GB 1.8GB
-    python benchmarks/memory.py --ratios ecoflap --seq-len 512    # compress plan instead: the pass that takes gradients
+    python benchmarks/memory.py --blocks 1 --experts 32 --expert-tokens routed \
+        --method sparsegpt --max-memory 100GB 1.8GB
+    # compress plan instead: the pass that takes gradients
+    python benchmarks/memory.py --ratios ecoflap --seq-len 512
 
-Makes a random checkpoint of each depth (shard by shard, so that making it needs little memory too), prunes it in a process
-of its own and samples that process's anonymous memory; pages of the mapped input files are the kernel's to take back.
+Makes a random checkpoint of each depth (shard by shard, so that making it needs little memory too),
+prunes it in a process of its own and samples that process's anonymous memory; pages of the mapped
+input files are the kernel's to take back.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ SHARDS = 12
 
 
 def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
-    """A random bf16 Llama in twelve shards, or as many as it has blocks; with experts a Qwen3 mixture."""
+    """A random bf16 Llama in twelve shards, or as many as it has blocks; with experts a Qwen3
+    mixture.
+    """
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTER,
         "vocab_size": VOCAB,
@@ -99,7 +105,9 @@ def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
 
 
 def watch(command: list[str]) -> tuple[float, float, float]:
-    """Run `command`; returns its peak anonymous memory in GB, its seconds, and those of CPU, which other work does not lengthen."""
+    """Run `command`; returns its peak anonymous memory in GB, its seconds, and those of CPU, which
+    other work does not lengthen.
+    """
     started, before = time.perf_counter(), os.times()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0

@@ -1,15 +1,18 @@
 """Perplexity of layer ratios on real trained models: the tables of docs/ratios.md.
 
-    python benchmarks/ratios.py --results ratios.jsonl               # all rows; needs the canary models
+    # all rows; needs the canary models
+    python benchmarks/ratios.py --results ratios.jsonl
     python benchmarks/ratios.py --model books-1m --method wanda      # some of them
-    python benchmarks/ratios.py --results ratios.jsonl --table       # the tables from the rows that are there
+    # the tables from the rows that are there
+    python benchmarks/ratios.py --results ratios.jsonl --table
 
-Protocol: 128 calibration rows of full context, everything in float32, statistics of a block from the compressed blocks before it;
-perplexity on held-out text. Every plan has the same number of zeros. `KL` is what the guard of the command line
-compares: calibration divergence from the dense model; plans that it would refuse are marked with ×.
-One JSON line a row goes to the results file; rows that it holds already are not run again, so a run can be
-interrupted, and several may share a file.
-The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED names their parent.
+Protocol: 128 calibration rows of full context, everything in float32, statistics of a block from
+the compressed blocks before it; perplexity on held-out text. Every plan has the same number of
+zeros. `KL` is what the guard of the command line compares: calibration divergence from the dense
+model; plans that it would refuse are marked with ×. One JSON line a row goes to the results file;
+rows that it holds already are not run again, so a run can be interrupted, and several may share a
+file. The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED
+names their parent.
 """
 
 from __future__ import annotations
@@ -197,7 +200,9 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
-    """Per model: a row for method, refinement and ratios, a column for each pattern; and the n:m rows."""
+    """Per model: a row for method, refinement and ratios, a column for each pattern; and the n:m
+    rows.
+    """
     lines: list[str] = []
     for model in [name for name in TESTS if any(key[0] == name for key in found)]:
         for grouped in (False, True):

@@ -1,14 +1,18 @@
-"""Perplexity of every refinement after every method, on real trained models: the table of docs/refine.md.
+"""Perplexity of every refinement after every method, on real trained models: the table of
+docs/refine.md.
 
-    python benchmarks/refine.py                                  # all cases; needs the canary models
+    # all cases; needs the canary models
+    python benchmarks/refine.py
     python benchmarks/refine.py --model books-1m --pattern 2:4 --case sparsegpt+admm
-    python benchmarks/refine.py --speed 4096 11008               # seconds and memory for one linear of 4096 x 11008
+    # seconds and memory for one linear of 4096 x 11008
+    python benchmarks/refine.py --speed 4096 11008
 
-Protocol: 128 calibration rows of full context, everything in float32, only the linears inside the decoder blocks, their
-statistics from the compressed blocks before them. A case is METHOD[+REFINEMENT]…; `matched:` in front of it aims at the outputs
-of the dense model (target.py), `+tune` at its end trains the block (compressor/engine/block_tuning.py). Each case
-writes one JSON line to standard output, the table comes last.
-The folders of models and token rows are given by --models and --data, or COMPRESS_SHARED names their parent.
+Protocol: 128 calibration rows of full context, everything in float32, only the linears inside the
+decoder blocks, their statistics from the compressed blocks before them. A case is
+METHOD[+REFINEMENT]…; `matched:` in front of it aims at the outputs of the dense model (target.py),
+`+tune` at its end trains the block (compressor/engine/block_tuning.py). Each case writes one JSON
+line to standard output, the table comes last. The folders of models and token rows are given by
+--models and --data, or COMPRESS_SHARED names their parent.
 """
 
 from __future__ import annotations
@@ -166,7 +170,9 @@ def prune_matched(
     steps: list[str],
     pattern: Pattern,
 ) -> list[float]:
-    """The linears of a block, those that share an input together, each group on inputs that know of the groups before it."""
+    """The linears of a block, those that share an input together, each group on inputs that know of
+    the groups before it.
+    """
     linears, shares = linears_of(block), []
     with collecting(linears) as found:
         capture.run(block, hidden[0], arguments)

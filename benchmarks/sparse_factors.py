@@ -1,11 +1,14 @@
-"""Should the factors of a low-rank linear be 2:4 themselves? Output errors at equal bytes, on real trained models.
+"""Should the factors of a low-rank linear be 2:4 themselves? Output errors at equal bytes, on real
+trained models.
 
     python benchmarks/sparse_factors.py
 
-For every linear, the relative squared error of its outputs, tr(E A Eᵀ) / tr(W A Wᵀ) with A = XᵀX, averaged over the linears:
+For every linear, the relative squared error of its outputs, tr(E A Eᵀ) / tr(W A Wᵀ) with A = XᵀX,
+averaged over the linears:
 
     dense factors    rank k, the optimum (svd_llm)
-    2:4 factors      rank k / 0.5625: V pruned by SparseGPT on A, U solved again for the pruned V, pruned by SparseGPT on V A Vᵀ
+    2:4 factors      rank k / 0.5625: V pruned by SparseGPT on A, U solved again for the pruned V,
+                     pruned by SparseGPT on V A Vᵀ
     2:4 weight       SparseGPT on the weight itself, which is stored at 56 %
 
 Models and token rows are those of benchmarks/ratios.py: COMPRESS_SHARED names their parent.

@@ -3,7 +3,8 @@
     compressor.prune("org/model", "out", method="sparsegpt", pattern="2:4")
     model = compressor.load("out")
 
-Importing this package is cheap: torch and transformers are imported by the functions that need them.
+Importing this package is cheap: torch and transformers are imported by the functions that need
+them.
 `import compressor.runtime` makes transformers' own `from_pretrained` understand compressed folders.
 """
 
@@ -56,50 +57,59 @@ def prune(
     max_memory: str = "",
     progress: Progress | None = None,
 ) -> Report:
-    """Compress the checkpoint `model` into the new folder `output`; what `compress prune` and `compress lowrank` do.
+    """Compress the checkpoint `model` into the new folder `output`; what `compress prune` and
+    `compress lowrank` do.
 
     A run that was cut off goes on where it was when the same is asked for again.
 
-    A setting that is None is that of the `recipe`, or the default where the recipe does not have it either.
+    A setting that is None is that of the `recipe`, or the default where the recipe does not have it
+    either.
 
     Args:
         model: folder or Hub id.
         output: folder to be made; it must not exist. `<output>.report.json` is written beside it.
         recipe: TOML file, or the name of a bundled recipe such as "armor-24".
         revision: branch, tag or commit of a Hub id.
-        method: "magnitude", "wanda" (default), "nowag", "sparsegpt" or "armor"; with `keep` "kfac", "svd_llm", "asvd", "welore"
-            or "svd".
+        method: "magnitude", "wanda" (default), "nowag", "sparsegpt" or "armor"; with `keep` "kfac",
+            "svd_llm", "asvd", "welore" or "svd".
         options: of the method, such as {"damp": 0.05}.
         refine: "dsnot", "lsq", "swap" or "admm"; nothing by default.
         refine_options: of the refinement, such as {"damping": 0.1}.
         refine_only: globs over the names of linears that the refinement is for; all by default.
         tune: epochs of training the kept weights, block by block; default 0.
         pattern: n:m (n of every m weights are kept) or a sparsity such as "50%"; default "2:4".
-        ratios: "uniform", "ecoflap", "owl" or "curve": shares out the zeros of a sparsity; nothing by default.
+        ratios: "uniform", "ecoflap", "owl" or "curve": shares out the zeros of a sparsity; nothing
+            by default.
         dense_fraction: such as "10%": of the weights, may stay dense under n:m.
         ratio_options: of either, such as {"max_sparsity": 0.8}.
         keep: such as "70%": of the linears' parameters, by thin factors in place of a pattern.
-        ranks: "uniform", "welore" or "threshold": shares them out; by default what suits the method.
+        ranks: "uniform", "welore" or "threshold": shares them out; by default what suits the
+            method.
         rank_options: of the ranks, such as {"align": 16}.
         plan: file that says what every linear becomes, in place of `pattern`.
         format: "packed" (default), or "dense" for zeros in place.
-        dataset: calibration text: a .txt, .jsonl or .parquet file, a Hub data set, or "self" (default), text the model writes.
+        dataset: calibration text: a .txt, .jsonl or .parquet file, a Hub data set, or "self"
+            (default), text the model writes.
         num_samples: calibration sequences; default 128.
         seq_len: tokens in each; default min(2048, the model's limit).
         seed: of the calibration and of everything random after it; default 0.
-        dtype: of the forward passes: "auto" (default, the checkpoint's), "float32", "bfloat16", "float16".
-        expert_tokens: what calibrates the experts of a mixture: the tokens "routed" to each (default) or "all" of them.
+        dtype: of the forward passes: "auto" (default, the checkpoint's), "float32", "bfloat16",
+            "float16".
+        expert_tokens: what calibrates the experts of a mixture: the tokens "routed" to each
+            (default) or "all" of them.
         ignore: globs over the names of linears that stay dense.
         trust_remote_code: run Python code that the checkpoint brings; default False.
         device: "auto", "cpu", "cuda", "cuda:1", …
-        max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk, Gram matrices are built in groups.
+        max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk, Gram
+            matrices are built in groups.
         progress: called after each step, see `compressor.progress.Progress`.
 
     Returns:
         The report that is also in the folder, with the cost of this run under `run`.
 
     Raises:
-        compressor.errors.CompressError: one clear line; nothing is left behind but what a run can go on from.
+        compressor.errors.CompressError: one clear line; nothing is left behind but what a run can
+        go on from.
     """
     from compressor.config.bundled_recipes import find
     from compressor.config.recipe import load, merge
@@ -139,16 +149,18 @@ def load(
 
     Args:
         path: folder or Hub id.
-        runtime: "packed" (compute from the packed weights), "dense" (unpack them) or "auto" (what is faster).
+        runtime: "packed" (compute from the packed weights), "dense" (unpack them) or "auto" (what
+            is faster).
         dtype: "auto" (the stored one), or the dtype to compute in.
-        device_map: where the modules go, as for `from_pretrained`: "auto", "cuda", {"": "cuda:1"}, …
+        device_map: where the modules go, as for `from_pretrained`: "auto", "cuda", {"": "cuda:1"},
+            …
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run Python code that the checkpoint brings.
         options: anything else that `AutoModelForCausalLM.from_pretrained` takes.
 
     Raises:
-        compressor.errors.CheckpointError: weights are missing, damaged or not listed in config.json.
-        compressor.errors.UsageError: an unknown `runtime`.
+        compressor.errors.CheckpointError: weights are missing, damaged or not listed in
+        config.json. compressor.errors.UsageError: an unknown `runtime`.
     """
     from compressor.runtime import load as run
 

@@ -1,6 +1,8 @@
-"""What this machine offers and what is missing: versions, devices, kernels, room. Everything is looked at, nothing is assumed.
+"""What this machine offers and what is missing: versions, devices, kernels, room. Everything is
+looked at, nothing is assumed.
 
-No torch at import; each finding is made on its own, so that a broken package is one broken finding and not the end.
+No torch at import; each finding is made on its own, so that a broken package is one broken finding
+and not the end.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """`state` is `ok`, `missing` (something optional is not there) or `broken` (compress cannot work as it should)."""
+    """`state` is `ok`, `missing` (something optional is not there) or `broken` (compress cannot
+    work as it should).
+    """
 
     group: str
     name: str
@@ -137,7 +141,9 @@ def _processor() -> str:
 
 
 def _kernels() -> list[Finding]:
-    """Whether packed linears compute what they stand for, on every kind of device there is, and by what."""
+    """Whether packed linears compute what they stand for, on every kind of device there is, and by
+    what.
+    """
     import torch
 
     found = [Finding("kernels", f"2:4 on {device}", *_kernel(device)) for device in _kinds(torch)]

@@ -5,7 +5,8 @@ CompressError            exit code 1; never shown with a traceback
 ├── CheckpointError      the model folder, its index, its shards or its architecture
 ├── DataError            calibration or test text
 ├── NumericalError       NaN or Inf in weights or activations, a Gram matrix that cannot be factored
-├── OutputError          the output folder: exists, not writable, no space; the work state: not this run's, damaged
+├── OutputError          the output folder: exists, not writable, no space; the work state: not this
+                         run's, damaged
 ├── HubError             the Hub refused a push, or the connection to it broke
 ├── ProcessError         another process of a run on several devices is gone
 └── InterruptedRun       exit code 130 or 143; Ctrl-C or a signal, with what is left to go on from
@@ -20,7 +21,9 @@ _LONGEST = 1000  # characters of a message: names and values in it come from fil
 
 
 class CompressError(Exception):
-    """Base of all expected errors. `str(error)` is one line fit for a terminal, whatever names it quotes."""
+    """Base of all expected errors. `str(error)` is one line fit for a terminal, whatever names it
+    quotes.
+    """
 
     exit_code = 1
 

@@ -1,11 +1,15 @@
 """Sparsity patterns: which weights of a matrix are kept.
 
-    "2:4"   n:m — n of every m consecutive weights of a row (along `in`) are KEPT; "1:4" therefore has 75 % zeros
-    "50%"   unstructured — that fraction of the weights of every row is zero, rounded down; "0.5" means the same
+    "2:4"   n:m — n of every m consecutive weights of a row (along `in`) are KEPT; "1:4" therefore
+            has 75 % zeros
+    "50%"   unstructured — that fraction of the weights of every row is zero, rounded down; "0.5"
+            means the same
 
-A plan of many linears says for each an exact number of zeros instead (`Pattern.exact`); no text stands for it.
+A plan of many linears says for each an exact number of zeros instead (`Pattern.exact`); no text
+stands for it.
 
-Masks are bool, True = kept. Ties are broken by position: of equal scores the lower column is pruned first, on every device.
+Masks are bool, True = kept. Ties are broken by position: of equal scores the lower column is pruned
+first, on every device.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from compressor.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ACCEPTED = "accepted: n:m with 0 < n < m (n of every m weights are kept) such as 2:4, or a sparsity between 0 and 1 such as 50%"
+_ACCEPTED = (
+    "accepted: n:m with 0 < n < m (n of every m weights are kept) such as 2:4, or a sparsity "
+    "between 0 and 1 such as 50%"
+)
 _CHUNK = (
     1 << 22
 )  # elements scored at once: bounds the int64 indices of a sort to 32 MB, whatever the matrix
@@ -32,7 +39,8 @@ _CHUNK = (
 class Pattern:
     """A parsed pattern. `sparsity` is exact; `n` and `m` are 0 when the pattern is unstructured.
 
-    With `zeros` it is one for a matrix of one size: so many of its weights are zero, no more and no fewer.
+    With `zeros` it is one for a matrix of one size: so many of its weights are zero, no more and no
+    fewer.
     """
 
     sparsity: Fraction
@@ -81,9 +89,11 @@ class Pattern:
         return 4 % self.m == 0 and self.n * (4 // self.m) <= 2
 
     def part(self, start: int, stop: int, whole: int) -> Pattern:
-        """The pattern of the rows, or the columns, `start:stop` of a matrix of `whole` rows, or columns.
+        """The pattern of the rows, or the columns, `start:stop` of a matrix of `whole` rows, or
+        columns.
 
-        The parts of a matrix have the zeros of the whole between them; only exact patterns differ from part to part.
+        The parts of a matrix have the zeros of the whole between them; only exact patterns differ
+        from part to part.
         """
         if self.zeros is None:
             return self
@@ -94,8 +104,10 @@ class Pattern:
         """Raise UsageError where a row of `in_features` weights cannot be split into groups of m."""
         if self.m and in_features % self.m:
             raise UsageError(
-                f"in_features {in_features} of {name} is not a multiple of {self.m} (pattern {self}); "
-                f"choose another pattern or leave it dense with --ignore '*{name.rsplit('.', 1)[-1]}'"
+                f"in_features {in_features} of {name} is not a multiple of {self.m} (pattern "
+                f"{self}); "
+                f"choose another pattern or leave it dense with --ignore "
+                f"'*{name.rsplit('.', 1)[-1]}'"
             )
 
     def mask(self, score: Tensor) -> Tensor:
@@ -105,8 +117,9 @@ class Pattern:
             score: `[rows, columns]`, any float dtype, finite; higher = keep.
 
         Returns:
-            bool `[rows, columns]`, True = kept: n of every m for n:m, `columns - floor(columns * sparsity)` of
-            every row otherwise; for an exact pattern rows differ by one weight at most.
+            bool `[rows, columns]`, True = kept: n of every m for n:m, `columns - floor(columns *
+            sparsity)` of every row otherwise; for an exact pattern rows differ by one weight at
+            most.
         """
         import torch
 
@@ -133,14 +146,18 @@ class Pattern:
         return keep_counts(score, torch.tensor(_spread(self.zeros, rows), device=score.device))
 
     def is_legal(self, weight: Tensor) -> bool:
-        """True where no group of m consecutive weights has more than n non-zeros (always, if unstructured)."""
+        """True where no group of m consecutive weights has more than n non-zeros (always, if
+        unstructured).
+        """
         if not self.m:
             return True
         return bool(((weight != 0).reshape(-1, self.m).sum(-1) <= self.n).all())
 
 
 def parse_fraction(name: str, text: str) -> Fraction:
-    """Option `name`, such as `"10%"` or `"0.1"`. Raises UsageError where it is no number between 0 and 1."""
+    """Option `name`, such as `"10%"` or `"0.1"`. Raises UsageError where it is no number between 0
+    and 1.
+    """
     fraction = _fraction(text.strip())
     if fraction is None or not 0 < fraction < 1:
         raise UsageError(f"{name} is {text!r}; accepted: a fraction between 0 and 1 such as 10%")
@@ -181,7 +198,9 @@ def _spread(zeros: int, rows: int) -> list[int]:
 
 
 def _keep_rows(score: Tensor, pruned: int) -> Tensor:
-    """Mask without the `pruned` smallest of each row, by selection rather than by a sort; same rule for ties."""
+    """Mask without the `pruned` smallest of each row, by selection rather than by a sort; same rule
+    for ties.
+    """
     import torch
 
     if not pruned:
@@ -190,7 +209,9 @@ def _keep_rows(score: Tensor, pruned: int) -> Tensor:
 
 
 def _keep_above(score: Tensor, threshold: Tensor, pruned: Tensor | int) -> Tensor:
-    """Mask without what is below the threshold of its row, and without as many equal to it as makes `pruned`, the first ones."""
+    """Mask without what is below the threshold of its row, and without as many equal to it as makes
+    `pruned`, the first ones.
+    """
     import torch
 
     below, tied = score < threshold, score == threshold

@@ -11,8 +11,9 @@ Losses = tuple[float, float]
 
 
 class Progress(Protocol):
-    """Told after each step: its name, how many are done of how many, and what is finished: a block's row, or a linear's name
-    and the losses that its method started from and arrived at."""
+    """Told after each step: its name, how many are done of how many, and what is finished: a
+    block's row, or a linear's name and the losses that its method started from and arrived at.
+    """
 
     def __call__(
         self,

@@ -1,8 +1,10 @@
-"""Statistics of the inputs of linears, collected in one pass and shared by linears that read the same tensor.
+"""Statistics of the inputs of linears, collected in one pass and shared by linears that read the
+same tensor.
 
-q, k and v receive the same tensor object, as do gate and up; grouping hook inputs by identity finds that without any
-table of architectures. Mean and centred second moment are merged batch by batch (Chan et al. 1979): with inputs
-distributed as N(100, 0.1²) the naive sums give a variance that is 7 % off.
+q, k and v receive the same tensor object, as do gate and up; grouping hook inputs by identity finds
+that without any table of architectures. Mean and centred second moment are merged batch by batch
+(Chan et al. 1979): with inputs distributed as N(100, 0.1²) the naive sums give a variance that is 7
+% off.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class InputStats:
         gram: float32 `[in, in]`, XᵀX summed over tokens; None unless asked for.
         sample: float32 `[<= 1024, in]`, the first tokens seen.
         note: what the report says of them, if anything.
-        parts: tokens, mean and variance of every update, where they are asked for: with those of other processes they can
-            be merged again in the order of the samples.
+        parts: tokens, mean and variance of every update, where they are asked for: with those of
+            other processes they can be merged again in the order of the samples.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class InputStats:
             self._sample.append(x[: SAMPLE_TOKENS - kept].clone())
 
     def merge(self, tokens: int, mean: Tensor, variance: Tensor) -> None:
-        """Add rows of which only number, mean and variance are known, float32 `[in]` (Chan et al. 1979)."""
+        """Add rows of which only number, mean and variance are known, float32 `[in]` (Chan et al.
+        1979).
+        """
         total = self.tokens + tokens
         delta = mean.double() - self.mean
         self.m2 += variance.double() * tokens + delta.square() * (self.tokens * tokens / total)
@@ -95,16 +99,20 @@ class InputStats:
         """Raise NumericalError where the linear saw no tokens or anything but finite ones."""
         if not self.tokens:
             raise NumericalError(
-                f"{name} saw no tokens during calibration: give more samples or leave it dense with --ignore {name!r}"
+                f"{name} saw no tokens during calibration: give more samples or leave it dense "
+                f"with --ignore {name!r}"
             )
         if not bool(torch.isfinite(self.m2).all()):
             raise NumericalError(
-                f"the inputs of {name} are not finite (NaN or Inf activations): try --dtype bfloat16 or float32"
+                f"the inputs of {name} are not finite (NaN or Inf activations): try --dtype "
+                f"bfloat16 or float32"
             )
 
 
 def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:
-    """Relative squared output error ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the sampled tokens; weights `[out, in]`."""
+    """Relative squared output error ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the sampled tokens; weights `[out,
+    in]`.
+    """
     x = stats.sample
     exact = x @ weight.float().T
     difference = exact - x @ compressed.float().T
@@ -117,9 +125,11 @@ def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float
 def collecting(
     linears: Mapping[str, nn.Module], *, gram: bool = False, parts: bool = False
 ) -> Iterator[dict[str, InputStats]]:
-    """Hook `linears` and yield their statistics, filled by every forward pass run inside the `with`.
+    """Hook `linears` and yield their statistics, filled by every forward pass run inside the
+    `with`.
 
-    Linears that receive the same tensor object share one InputStats: the statistics exist once per distinct input.
+    Linears that receive the same tensor object share one InputStats: the statistics exist once per
+        distinct input.
     """
     stats: dict[str, InputStats] = {}
     seen: list[

@@ -8,13 +8,17 @@ _IN_BLOCK = re.compile(r".*?\.(\d{1,6})\.(.+)")
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """The block of a linear and its name inside, numbers of experts as `*`; None and the name for one outside the blocks."""
+    """The block of a linear and its name inside, numbers of experts as `*`; None and the name for
+    one outside the blocks.
+    """
     inside = _IN_BLOCK.fullmatch(name)
     return (int(inside[1]), part(inside[2])) if inside else (None, name)
 
 
 def part(inside: str) -> str:
-    """The name of a linear inside its block with the numbers of experts as `*`: `mlp.experts.*.up_proj`."""
+    """The name of a linear inside its block with the numbers of experts as `*`:
+    `mlp.experts.*.up_proj`.
+    """
     return re.sub(r"\.\d+(?=\.|$)", ".*", inside)
 
 

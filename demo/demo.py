@@ -1,7 +1,8 @@
 """The demo: one small real model, five ways to prune it, and what each does to size and quality.
 
-The model (demo/books-1m, 1.3 million parameters) was trained on public-domain books. Everything runs offline on two CPU
-cores: calibration and test texts are both written by the model itself, with different seeds.
+The model (demo/books-1m, 1.3 million parameters) was trained on public-domain books. Everything
+runs offline on two CPU cores: calibration and test texts are both written by the model itself, with
+different seeds.
 """
 
 from __future__ import annotations
@@ -90,10 +91,12 @@ def main() -> None:
         table.add_row(name, f"{linear_bytes(folder) / 1e6:.2f} MB", f"{perplexity:.1f}", how)
     Console().print(table)
     print(
-        "perplexity: how surprised a model is by text (lower is better); here held-out text that the original model wrote."
+        "perplexity: how surprised a model is by text (lower is better); here held-out text that "
+        "the original model wrote."
     )
     print(
-        f"The compressed models are in {OUT.relative_to(HERE.parent)}/; look at one with: compress inspect .demo/sparsegpt"
+        f"The compressed models are in {OUT.relative_to(HERE.parent)}/; look at one with: compress "
+        f"inspect .demo/sparsegpt"
     )
     print(f"{time.time() - started:.0f} s")
 

@@ -1,4 +1,6 @@
-"""Shared fixtures: tiny random models of many families, the model that ships with the demo, and the optional canaries."""
+"""Shared fixtures: tiny random models of many families, the model that ships with the demo, and the
+optional canaries.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """Run the command line in this process, as `main` would in its own; returns code, stdout and stderr."""
+    """Run the command line in this process, as `main` would in its own; returns code, stdout and
+    stderr.
+    """
     from compressor.cli import main
 
     def run(*arguments: object, code: int = 0) -> SimpleNamespace:

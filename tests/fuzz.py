@@ -3,8 +3,9 @@
     python tests/fuzz.py --seconds 3600                 # from the root of the repository
     python tests/fuzz.py --seed 1 --case 4711           # one case again, with what it printed
 
-Each case runs in a process of its own and must end within a time limit as success or as one line of error with exit code 1
-or 2, with no traceback, without a memory peak far above its input's size, with the input as it was and no file but the output.
+Each case runs in a process of its own and must end within a time limit as success or as one line of
+error with exit code 1 or 2, with no traceback, without a memory peak far above its input's size,
+with the input as it was and no file but the output.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def preload() -> None:
 
 
 def make_bases(folder: Path) -> dict[str, list[Path]]:
-    """Small intact folders by target: families, one and several shards, packed forms, foreign formats."""
+    """Small intact folders by target: families, one and several shards, packed forms, foreign
+    formats.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -208,7 +211,9 @@ def run_case(
     place: Path,
     rows: Path,
 ) -> tuple[dict[str, Any], str]:
-    """One case; returns what it was and how it ended, and what it printed. `problem` is None where all is well."""
+    """One case; returns what it was and how it ended, and what it printed. `problem` is None where
+    all is well.
+    """
     random = Random(f"{seed}-{number}")
     target = random.choice(targets)
     base = random.choice(bases[target])

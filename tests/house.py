@@ -1,4 +1,5 @@
-"""The structure of the code, measured from its text: files, packages, imports, circles, floors, long functions.
+"""The structure of the code, measured from its text: files, packages, imports, circles, floors,
+long functions.
 
     python tests/house.py
 
@@ -31,7 +32,9 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
-    """Names of the modules of ours that the file imports; a name that a package exports is an import of that package."""
+    """Names of the modules of ours that the file imports; a name that a package exports is an
+    import of that package.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module in known:
             for alias in node.names:
@@ -48,7 +51,9 @@ def file_graph() -> dict[str, set[str]]:
 
 
 def package_of(name: str, paths: Mapping[str, Path]) -> str:
-    """The innermost package of a module; a file that lies flat in the top package stands for itself."""
+    """The innermost package of a module; a file that lies flat in the top package stands for
+    itself.
+    """
     if paths[name].name == "__init__.py":
         return name
     parent = name.rpartition(".")[0]
@@ -56,7 +61,9 @@ def package_of(name: str, paths: Mapping[str, Path]) -> str:
 
 
 def package_graph() -> dict[str, set[str]]:
-    """What each package imports of the others; a package and those inside it are one as seen from outside it."""
+    """What each package imports of the others; a package and those inside it are one as seen from
+    outside it.
+    """
     paths = modules()
     graph: dict[str, set[str]] = {package_of(name, paths): set() for name in paths}
     for name, targets in file_graph().items():
@@ -125,7 +132,8 @@ def main() -> None:
     files, packages = file_graph(), package_graph()
     print(f"{len(files)} files, {sum(map(len, files.values()))} imports between them")
     print(
-        f"{len(packages)} packages and flat files, {sum(map(len, packages.values()))} arrows between them"
+        f"{len(packages)} packages and flat files, {sum(map(len, packages.values()))} arrows "
+        f"between them"
     )
     print(f"{len(flat_files())} files flat in compressor/: {', '.join(flat_files())}")
     for kind, graph in (("files", files), ("packages", packages)):

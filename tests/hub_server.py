@@ -1,8 +1,10 @@
-"""A small Hub on this machine: enough of its HTTP interface for huggingface_hub to create, upload, download and fail.
+"""A small Hub on this machine: enough of its HTTP interface for huggingface_hub to create, upload,
+download and fail.
 
     with running() as hub: …    hub.url, hub.repos, hub.requests, hub.faults
 
-`hub.faults` is a list of Fault; the first that fits a request and has not been used up is applied instead of the answer.
+`hub.faults` is a list of Fault; the first that fits a request and has not been used up is applied
+instead of the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ LARGE = 1 << 20  # bytes from which a file is large; *.safetensors always is
 
 @dataclass
 class Fault:
-    """`status` as the answer, or with `cut` a connection closed after so many bytes of the request's body."""
+    """`status` as the answer, or with `cut` a connection closed after so many bytes of the
+    request's body.
+    """
 
     method: str
     path: str  # a regular expression

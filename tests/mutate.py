@@ -1,4 +1,6 @@
-"""Damage to checkpoint folders: what a careless download, a broken disk or an enemy would hand us. All of it seeded."""
+"""Damage to checkpoint folders: what a careless download, a broken disk or an enemy would hand us.
+All of it seeded.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def nodes(value: Any) -> list[tuple[Any, ...]]:
 
 
 def mutate_json(random: Random, value: Any) -> str:
-    """Change, delete, rename, swap or add one to three values; returns the name of the last one touched."""
+    """Change, delete, rename, swap or add one to three values; returns the name of the last one
+    touched.
+    """
     touched = "root"
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         paths = nodes(value)
@@ -165,7 +169,9 @@ def _mutate_shard(random: Random, path: Path) -> str:
 
 
 def _mutate_tensors(random: Random, path: Path) -> str:
-    """Leave the file well-formed and lie in it: metadata words, values, dtypes of the same width, shapes, exchanged tensors."""
+    """Leave the file well-formed and lie in it: metadata words, values, dtypes of the same width,
+    shapes, exchanged tensors.
+    """
     header, body = split(path.read_bytes())
     names = [
         name

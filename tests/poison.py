@@ -4,7 +4,9 @@ import torch
 
 
 def poison(patch):
-    """Through `patch`, a MonkeyPatch, fill what `torch.empty` and `new_empty` give: NaN, or -1 in integers."""
+    """Through `patch`, a MonkeyPatch, fill what `torch.empty` and `new_empty` give: NaN, or -1 in
+    integers.
+    """
     plain, plain_new = torch.empty, torch.Tensor.new_empty
 
     def filled(tensor):

@@ -1,4 +1,6 @@
-"""Layer ratios on tiny models: scores against the whole model, exact totals, the guard, plans through the command line."""
+"""Layer ratios on tiny models: scores against the whole model, exact totals, the guard, plans
+through the command line.
+"""
 
 import json
 import math

@@ -156,7 +156,8 @@ def test_full_sweep_is_gauss_seidel_over_groups() -> None:
         columns = range(4 * group, 4 * group + 4)
         best = None
         for pair in itertools.combinations(columns, 2):
-            # the loss is a quadratic in the two values: least squares of the weighted residual on the two rank-1 terms
+            # the loss is a quadratic in the two values: least squares of the weighted residual on
+            # the two rank-1 terms
             s[row, list(columns)] = 0
             root = torch.linalg.cholesky(gram)
             residual = ((weight - f._replace(s=s).dense()) @ root).flatten()

@@ -1,4 +1,6 @@
-"""Quality on really trained models: perplexities equal those of an independent implementation of the formulas."""
+"""Quality on really trained models: perplexities equal those of an independent implementation of
+the formulas.
+"""
 
 import math
 
@@ -58,7 +60,9 @@ def test_quality_equals_the_reference(method, pattern, canaries, tmp_path):
 
 
 def test_factors_that_see_gradients_halve_the_rise_of_the_loss(canaries, tmp_path):
-    """At half the parameters, beside SVD-LLM, on TinyStories; benchmarks/lowrank.py has the whole table."""
+    """At half the parameters, beside SVD-LLM, on TinyStories; benchmarks/lowrank.py has the whole
+    table.
+    """
     calibration = str(canaries / "data" / "canary" / "babyllama105-calib.jsonl")
     found = {}
     for method in ("svd_llm", "kfac"):
@@ -75,7 +79,9 @@ def test_factors_that_see_gradients_halve_the_rise_of_the_loss(canaries, tmp_pat
 
 @pytest.mark.parametrize("name", ["babyllama105", "stories260K", "books-1m"])
 def test_armor_is_never_worse_than_nowag(name, canaries):
-    """Every linear, in every dtype it may be stored in. `benchmarks/armor.py guarantee` does it with the defaults."""
+    """Every linear, in every dtype it may be stored in. `benchmarks/armor.py guarantee` does it
+    with the defaults.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         canaries / "models" / name, dtype=torch.float32
     ).eval()

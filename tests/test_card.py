@@ -35,9 +35,11 @@ PLAN = """version = 1
             dict(method="svd"),
             PLAN,
             [
-                "24 linears: 4 of low rank (rank 32, 50.0% of their parameters); 20 packed 2:4 (50.0% zeros)",
+                "24 linears: 4 of low rank (rank 32, 50.0% of their parameters); 20 packed 2:4 "
+                "(50.0% zeros)",
                 "as its plan.toml says with svd and sparsegpt",
-                "| method | `svd`. Plain truncated SVD: the nearest weight of a rank, ‖W - U V‖_F, blind",
+                "| method | `svd`. Plain truncated SVD: the nearest weight of a rank, ‖W - U "
+                "V‖_F, blind",
                 "; `sparsegpt`. SparseGPT: prune column by column",
                 "`plan.toml` beside it",
                 "| left dense | 5 weights, 4 inside the decoder blocks:",

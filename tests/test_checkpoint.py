@@ -211,7 +211,9 @@ def test_output_is_checked_first(folder, tmp_path, monkeypatch):
 
 
 def test_header_reader_survives_any_flip(folder):
-    """Every single-byte change of a header is either read to the same bytes' worth of tensors or refused as a CheckpointError."""
+    """Every single-byte change of a header is either read to the same bytes' worth of tensors or
+    refused as a CheckpointError.
+    """
     path = sorted(folder.glob("*.safetensors"))[0]
     good = path.read_bytes()
     length = struct.unpack("<Q", good[:8])[0]

@@ -131,7 +131,8 @@ def test_unstructured_says_that_the_size_stays(cli, tiny, rows, tmp_path):
         (["--pattern=-0.2"], "sparsity of -0.2"),
         (
             ["--pattern", "2:5"],
-            "in_features 64 of model.layers.0.self_attn.q_proj is not a multiple of 5 (pattern 2:5)",
+            "in_features 64 of model.layers.0.self_attn.q_proj is not a multiple of 5 (pattern "
+            "2:5)",
         ),
         (["--method", "wandaa"], "did you mean 'wanda'"),
         (["--method", "WANDA"], "did you mean 'wanda'"),

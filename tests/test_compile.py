@@ -1,4 +1,6 @@
-"""Every kernel compiled for three GPUs, without one: registers, instructions and loads as the design needs them."""
+"""Every kernel compiled for three GPUs, without one: registers, instructions and loads as the
+design needs them.
+"""
 
 import os
 import re
@@ -40,7 +42,9 @@ def _cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A function: kernel, pointer types, constants, target -> registers, spills, shared memory, machine code, Triton's layouts."""
+    """A function: kernel, pointer types, constants, target -> registers, spills, shared memory,
+    machine code, Triton's layouts.
+    """
     folder = tmp_path_factory.mktemp("cubin")
 
     def build(kernel, types, constants, target, num_warps, num_stages=3):
@@ -91,7 +95,9 @@ def operations(listing):
 
 
 def loop(listing, holding):
-    """The lines between a label and the last jump back to it, of the smallest such loop with an instruction like `holding`."""
+    """The lines between a label and the last jump back to it, of the smallest such loop with an
+    instruction like `holding`.
+    """
     lines = listing.splitlines()
     labels = {
         match[1]: place
@@ -116,8 +122,9 @@ def per_weight(body, warps, weights):
 
 
 def under_way(made, warps, turns=6):
-    """Bytes of weights that a full multiprocessor has on the way, on average, if a load of weights takes a time of 1, one of x,
-    which comes from a cache, 0.3, and all else none: from the order in which the loop has loads and what needs them.
+    """Bytes of weights that a full multiprocessor has on the way, on average, if a load of weights
+    takes a time of 1, one of x, which comes from a cache, 0.3, and all else none: from the order in
+    which the loop has loads and what needs them.
     """
     body, now, ready, marks, loads = loop(made.code, "HMMA.SP"), 0.0, {}, [], 0
     for line in turns * body.splitlines():
@@ -180,7 +187,9 @@ def test_mma(compiled, target, arrangement, tiles, ordered, registers, instructi
 
 
 def check_operands(ttgir, warps=8):
-    """Every mma.sp sees the layout it was written for: thread t holds row t, all four elements, in order."""
+    """Every mma.sp sees the layout it was written for: thread t holds row t, all four elements, in
+    order.
+    """
     used = re.findall(
         rf"elementwise_inline_asm \"mma\.sp.*-> tensor<{32 * warps}x4xf32, (#\w+)>", ttgir
     )
@@ -188,7 +197,8 @@ def check_operands(ttgir, warps=8):
     for name in set(used):
         layout = re.search(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[1]
         assert re.search(
-            rf"sizePerThread = \[1, [14]\], threadsPerWarp = \[32, 1\], warpsPerCTA = \[{warps}, 1\]",
+            rf"sizePerThread = \[1, [14]\], threadsPerWarp = \[32, 1\], warpsPerCTA = \[{warps}, "
+            rf"1\]",
             layout,
         ), layout
 

@@ -14,8 +14,8 @@ from compressor.calibration.tokens import (
 from compressor.errors import DataError
 
 TEXT = (
-    "The ship came slowly round the point, and every soul on the quay knew her by the patched brown sail. "
-    * 40
+    "The ship came slowly round the point, and every soul on the quay knew her by the patched "
+    "brown sail. " * 40
 )
 
 

@@ -1,4 +1,6 @@
-"""A digest is the content of a checkpoint: not its place, not its records, every byte of its weights."""
+"""A digest is the content of a checkpoint: not its place, not its records, every byte of its
+weights.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Processes that share a run give the bytes that one process gives; one that dies leaves what the others can go on from."""
+"""Processes that share a run give the bytes that one process gives; one that dies leaves what the
+others can go on from.
+"""
 
 import errno
 import os
@@ -60,7 +62,9 @@ def recipe(tiny, rows, tmp_path_factory):
 
 
 def in_processes(size, function):
-    """Run `function(rank)` in processes as torchrun starts them; gives their exit codes, 3 for an error of ours, and the errors."""
+    """Run `function(rank)` in processes as torchrun starts them; gives their exit codes, 3 for an
+    error of ours, and the errors.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -283,7 +287,8 @@ def test_torchrun_ends_with_one_line_and_the_run_goes_on(recipe, tmp_path):
     lines = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, ran.stderr
     assert re.match(
-        r"error: another process of this run is gone: .*; 1 blocks of \S+ are done: the same command, or",
+        r"error: another process of this run is gone: .*; 1 blocks of \S+ are done: the same "
+        r"command, or",
         lines[0],
     )
     codes, said = in_processes(2, lambda rank: pipeline.prune(job, output))

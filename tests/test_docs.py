@@ -1,4 +1,6 @@
-"""The documents: every command line in them parses, every option is one of its command's, every link leads somewhere."""
+"""The documents: every command line in them parses, every option is one of its command's, every
+link leads somewhere.
+"""
 
 import re
 import shlex
@@ -16,7 +18,9 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def words_of(line):
-    """The arguments of one command line as a document shows it: comments, redirections and optional parts marked by brackets."""
+    """The arguments of one command line as a document shows it: comments, redirections and optional
+    parts marked by brackets.
+    """
     words = shlex.split(re.sub(r"[][]", "", line), comments=True)
     return words[: words.index(">")] if ">" in words else words
 

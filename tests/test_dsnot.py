@@ -32,7 +32,9 @@ def missing(weight, pruned, stats):
 
 
 def literal_row(w, kept, mean, variance, norm, m, cycles, threshold, power, same_sign):
-    """The published rule with its two moving pointers, one row, no guards: (mask, |err| before, |err| after)."""
+    """The published rule with its two moving pointers, one row, no guards: (mask, |err| before,
+    |err| after).
+    """
     columns = len(w)
     contribution = [w[j] * mean[j] for j in range(columns)]
     err = start = math.fsum(contribution[j] for j in range(columns) if not kept[j])

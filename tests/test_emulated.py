@@ -1,7 +1,8 @@
 """Every kernel as it was compiled: its PTX executed without a GPU (tests/emulated) against float64.
 
-What the interpreter cannot show is here as it will run: the layouts that the compiler chose, operands of inline assembly,
-conversions through shared memory, bfloat16, and the protocol between programs under the weakest memory that PTX allows.
+What the interpreter cannot show is here as it will run: the layouts that the compiler chose,
+operands of inline assembly, conversions through shared memory, bfloat16, and the protocol between
+programs under the weakest memory that PTX allows.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""The emulator of tests/emulated itself: instructions against literal Python, and every check with something that it must find."""
+"""The emulator of tests/emulated itself: instructions against literal Python, and every check with
+something that it must find.
+"""
 
 import os
 
@@ -264,7 +266,10 @@ def test_the_same_with_barriers_is_right():
 
 
 def test_copies_arrive_when_they_are_waited_for():
-    start = "shl.b32 %r6, %r0, 2; mov.b32 %r7, smem; add.s32 %r6, %r6, %r7; st.shared.b32 [%r6], 5; mov.b32 %r8, 4;\n"
+    start = (
+        "shl.b32 %r6, %r0, 2; mov.b32 %r7, smem; add.s32 %r6, %r6, %r7; st.shared.b32 [%r6], 5; "
+        "mov.b32 %r8, 4;\n"
+    )
     copy = (
         start
         + "cp.async.ca.shared.global [ %r6 + 0 ], [ %rd1 + 0 ], 0x4, %r8; cp.async.commit_group;\n"
@@ -312,7 +317,9 @@ HANDED_ON = """
     ],
 )
 def test_what_another_program_sees(order, barriers, seen):
-    """The second program waits for the first and reads what it stored: only with both halves of the order, and barriers."""
+    """The second program waits for the first and reads what it stored: only with both halves of the
+    order, and barriers.
+    """
     body = "add.s64 %rd3, %rd0, 8;" + HANDED_ON.replace("ORDER", order) + WIDEN
     if not barriers:
         body = body.replace("bar.sync 0;", "")

@@ -1,4 +1,6 @@
-"""Scores of one model and of many: what they are of, what is known already, where they are stored, how they are shown."""
+"""Scores of one model and of many: what they are of, what is known already, where they are stored,
+how they are shown.
+"""
 
 import json
 import shutil
@@ -70,7 +72,8 @@ def choice_task(tmp_path):
     )
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(
-        f"task: local_choice\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
+        f"task: local_choice\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'data.jsonl'}\n"
         "output_type: multiple_choice\ntest_split: test\n"
         "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: label\n"
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"

@@ -1,4 +1,6 @@
-"""Experts of a mixture: linears with statistics, names and forms of their own; routers stay dense, nothing is left unsaid."""
+"""Experts of a mixture: linears with statistics, names and forms of their own; routers stay dense,
+nothing is left unsaid.
+"""
 
 import json
 import shutil
@@ -47,7 +49,9 @@ def entering_block(folder, index=0):
 
 
 def literal(weights, module, hidden, index):
-    """Rows that reach each expert's matrices, token by token: those routed to it, and its inner activations of them."""
+    """Rows that reach each expert's matrices, token by token: those routed to it, and its inner
+    activations of them.
+    """
     inputs = {}
     for token, chosen in enumerate(index.tolist()):
         for expert in chosen:
@@ -172,7 +176,9 @@ def test_layouts_that_are_not_understood_give_none():
 
 
 def never_route(folder):
-    """Let a qwen3_moe checkpoint send each token to one expert, never to expert 3: one of two opposite logits beats its 0."""
+    """Let a qwen3_moe checkpoint send each token to one expert, never to expert 3: one of two
+    opposite logits beats its 0.
+    """
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
@@ -244,8 +250,8 @@ def test_experts_are_packed_together_or_not_at_all(cli, tiny, rows, tmp_path):
         "prune", tiny("qwen3_moe"), "--dry-run", "--ignore", "model.layers.1.mlp.experts.2.*"
     ).stdout
     assert (
-        f"{len(report.linears)} linears in 3 blocks would be pruned, {len(report.linears) - 9} stored packed 2:4, 9 dense"
-        in plan
+        f"{len(report.linears)} linears in 3 blocks would be pruned, {len(report.linears) - 9} "
+        f"stored packed 2:4, 9 dense" in plan
     )
     cli("unpack", tmp_path / "out", "-o", tmp_path / "dense")
     with torch.no_grad():
@@ -269,7 +275,8 @@ def test_experts_are_packed_together_or_not_at_all(cli, tiny, rows, tmp_path):
         (
             "gpt_oss",
             {"method": "armor"},
-            r"all experts in one tensor: .* leave them all dense with --ignore '\*gate_up_proj\.\*'",
+            r"all experts in one tensor: .* leave them all dense with --ignore "
+            r"'\*gate_up_proj\.\*'",
         ),
         ("qwen3_moe", {"pattern": "2:5"}, "in_features 64 of"),
     ],
@@ -379,7 +386,10 @@ def test_a_table_with_some_experts_only_is_refused(tiny, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(
         CheckpointError,
-        match=r"matrices of model\.layers\.0\.mlp\.experts as packed, but not those of all its experts",
+        match=(
+            r"matrices of model\.layers\.0\.mlp\.experts as packed, but not those of all its "
+            r"experts"
+        ),
     ):
         compressor.load(tmp_path / "out")
     modules[name], modules[name.replace("experts.1", "experts.9")] = entry, entry
@@ -389,7 +399,9 @@ def test_a_table_with_some_experts_only_is_refused(tiny, tmp_path):
 
 
 def with_products(folder, factored, experts, leaves):
-    """The model of `folder` in float32, with u v in place of every weight that `factored` has factors of."""
+    """The model of `folder` in float32, with u v in place of every weight that `factored` has
+    factors of.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     stored, original = Reader(factored), Reader(folder)
 

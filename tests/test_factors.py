@@ -226,7 +226,9 @@ def total(found):
 
 
 def literal_welore(found, budget):
-    """The paper's rule, thresholds swept one after another; ranks rounded up to the step, then the break-even gate."""
+    """The paper's rule, thresholds swept one after another; ranks rounded up to the step, then the
+    break-even gate.
+    """
     cuts = sorted(
         {
             float((v - one.values.min()) / (one.values.max() - one.values.min()))

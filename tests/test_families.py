@@ -1,4 +1,6 @@
-"""Architectures: streaming block by block is exactly `from_pretrained`, and every family prunes, packs and reloads."""
+"""Architectures: streaming block by block is exactly `from_pretrained`, and every family prunes,
+packs and reloads.
+"""
 
 import json
 
@@ -49,7 +51,8 @@ def tensors_of(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_to_the_same_bits(family, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 48)  # two batches of two
-    # from_pretrained computes a table of gptj's in float32, whatever the dtype: there only float32 can agree
+    # from_pretrained computes a table of gptj's in float32, whatever the dtype: there only float32
+    # can agree
     folder = build(family, tmp_path, torch.float32) if family == "gptj" else tiny(family)
     skeleton = Skeleton(Reader(folder))
     cpu = torch.device("cpu")
@@ -66,7 +69,9 @@ def test_streams_to_the_same_bits(family, tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["wanda", "armor"])
 def test_prunes_packs_and_reloads(family, method, rows, tmp_path):
-    """In float32: packed and dense models add up in different orders, and in bfloat16 a router may then choose otherwise."""
+    """In float32: packed and dense models add up in different orders, and in bfloat16 a router may
+    then choose otherwise.
+    """
     options = (
         {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}
         if method == "armor"

@@ -1,4 +1,6 @@
-"""Help and shell completion: every command shows examples that its own parser understands, at any width."""
+"""Help and shell completion: every command shows examples that its own parser understands, at any
+width.
+"""
 
 import os
 import re

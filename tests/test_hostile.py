@@ -144,7 +144,9 @@ def test_any_recipe_is_checked_and_written_as_it_was_read(tmp_path, settings):
 @ENOUGH
 @given(st.lists(st.integers(-(1 << 15), (1 << 15) - 1), min_size=2, max_size=2), st.integers(1, 4))
 def test_metadata_is_checked_pair_by_pair(words, groups):
-    """Duplicated, descending and out-of-order columns are refused; nothing can point outside its group of four."""
+    """Duplicated, descending and out-of-order columns are refused; nothing can point outside its
+    group of four.
+    """
     values, metadata = (
         torch.randn(2, 2 * groups),
         torch.tensor([[word] for word in words], dtype=torch.int16),

@@ -51,7 +51,8 @@ def test_starts_without_the_heavy_libraries(command):
         "from compressor.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'lm_eval', 'datasets', 'accelerate', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'lm_eval', 'datasets', 'accelerate', "
+        "'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -59,5 +60,8 @@ def test_starts_without_the_heavy_libraries(command):
 
 
 def test_import_compressor_is_light_and_exports_what_it_says():
-    code = "import sys, compressor; assert 'torch' not in sys.modules; assert compressor.__all__ == ['load', 'prune']"
+    code = (
+        "import sys, compressor; assert 'torch' not in sys.modules; assert compressor.__all__ == "
+        "['load', 'prune']"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,6 @@
-"""The Triton kernels in the interpreter, in a process of its own for each file of tests/interpreted."""
+"""The Triton kernels in the interpreter, in a process of its own for each file of
+tests/interpreted.
+"""
 
 import os
 import subprocess

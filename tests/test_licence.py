@@ -27,7 +27,8 @@ def test_card(metadata, expected):
     ("text", "expected"),
     [
         (
-            "                                 Apache License\n                           Version 2.0, January 2004\n",
+            "                                 Apache License\n                           Version "
+            "2.0, January 2004\n",
             "apache-2.0",
         ),
         ("MIT License\n\nPermission is hereby granted, free of\ncharge, to any person", "mit"),

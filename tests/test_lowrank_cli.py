@@ -1,4 +1,6 @@
-"""`compress lowrank` end to end: folder, report, plan, load, generate, save, unpack, verify, train, resume."""
+"""`compress lowrank` end to end: folder, report, plan, load, generate, save, unpack, verify, train,
+resume.
+"""
 
 import json
 

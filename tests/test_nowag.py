@@ -26,7 +26,9 @@ def layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, InputSt
 
 
 def literal_mask(weight: torch.Tensor, stats: InputStats, n: int, m: int) -> torch.Tensor:
-    """Normalise columns, then rows; score by the square times h; keep n of m: one group at a time, in float64."""
+    """Normalise columns, then rows; score by the square times h; keep n of m: one group at a time,
+    in float64.
+    """
     W = weight.double()
     c = torch.stack([W[:, j].norm() + 1e-5 for j in range(W.shape[1])])
     r = torch.stack([(W[i] / c).norm() + 1e-5 for i in range(W.shape[0])])

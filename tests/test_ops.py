@@ -1,4 +1,6 @@
-"""The ops without a GPU: layouts, the twin behind each op, gradients, errors, torch.compile, and the choice of a kernel."""
+"""The ops without a GPU: layouts, the twin behind each op, gradients, errors, torch.compile, and
+the choice of a kernel.
+"""
 
 import re
 import subprocess
@@ -282,7 +284,8 @@ def test_linears_that_do_not_fit_stay_apart(monkeypatch):
 def test_import_touches_neither_triton_nor_cuda():
     code = (
         "import sys, torch, compressor_kernels.linear, compressor_kernels.siblings\n"
-        "assert not [n for n in sys.modules if n.startswith('compressor_kernels.') and n.split('.')[1] in ('mma', 'expand')]\n"
+        "assert not [n for n in sys.modules if n.startswith('compressor_kernels.') and "
+        "n.split('.')[1] in ('mma', 'expand')]\n"
         "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

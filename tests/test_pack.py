@@ -89,7 +89,9 @@ def test_pack_refuses_what_it_cannot_improve(cli, tiny, tmp_path):
 
 
 def literal_bitmask(weight):
-    """The retired layout, weight by weight: kept values row by row, and bit c % 8 of byte c // 8 for each kept column c."""
+    """The retired layout, weight by weight: kept values row by row, and bit c % 8 of byte c // 8
+    for each kept column c.
+    """
     rows, columns = weight.shape
     compressed, bitmask = [], [[0] * ((columns + 7) // 8) for _ in range(rows)]
     for row in range(rows):
@@ -106,7 +108,9 @@ def literal_bitmask(weight):
 
 
 def legacy(folder, into, *, flat=False, outside=()):
-    """The checkpoint `folder` as compressed-tensors stored it: bitmask weights for every linear of the blocks."""
+    """The checkpoint `folder` as compressed-tensors stored it: bitmask weights for every linear of
+    the blocks.
+    """
     shutil.copytree(folder, into)
     index = json.loads((into / INDEX).read_text())
     for path in sorted(into.glob("*.safetensors")):

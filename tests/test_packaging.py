@@ -1,4 +1,6 @@
-"""What is shipped: exactly `compressor` and `compressor_kernels`; Hugging Face's `kernels` package stays what it is."""
+"""What is shipped: exactly `compressor` and `compressor_kernels`; Hugging Face's `kernels` package
+stays what it is.
+"""
 
 import subprocess
 import sys

@@ -56,7 +56,9 @@ def test_width_names_the_linear():
 
 
 def literal_mask(score, pattern):
-    """Sort (score, column) pairs group by group and drop the smallest: the definition, in plain Python."""
+    """Sort (score, column) pairs group by group and drop the smallest: the definition, in plain
+    Python.
+    """
     mask = []
     for row in score.tolist():
         kept = [True] * len(row)

@@ -1,4 +1,6 @@
-"""Plan files: written, edited, read back, and refused in one line when they are not what they should be."""
+"""Plan files: written, edited, read back, and refused in one line when they are not what they
+should be.
+"""
 
 import json
 import sys

@@ -104,12 +104,16 @@ def test_push_then_again_then_load_by_hub_id(hub, child, push, out):
     assert hub.sent("PUT", "/objects/") == 1
 
     load = (
-        "import torch, compressor, compressor.runtime\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "a = AutoModelForCausalLM.from_pretrained('tester/packed').eval()\nb = compressor.load('tester/packed')\n"
+        "import torch, compressor, compressor.runtime\nfrom transformers import "
+        "AutoModelForCausalLM, AutoTokenizer\n"
+        "a = AutoModelForCausalLM.from_pretrained('tester/packed').eval()\nb = "
+        "compressor.load('tester/packed')\n"
         f"c = compressor.load({str(out)!r})\n"
-        "ids = AutoTokenizer.from_pretrained('tester/packed')('It was a dark', return_tensors='pt')\n"
+        "ids = AutoTokenizer.from_pretrained('tester/packed')('It was a dark', "
+        "return_tensors='pt')\n"
         "with torch.no_grad(): x, y, z = (model(**ids).logits for model in (a, b, c))\n"
-        "assert type(a.model.layers[0].mlp.up_proj).__name__ == 'Sparse24Linear'\nassert torch.equal(x, y) and torch.equal(y, z)"
+        "assert type(a.model.layers[0].mlp.up_proj).__name__ == 'Sparse24Linear'\nassert "
+        "torch.equal(x, y) and torch.equal(y, z)"
     )
     child(load)
     found = json.loads(child(MAIN, "inspect", "tester/packed", "--json").stdout)
@@ -341,7 +345,8 @@ def test_the_card_of_a_low_rank_model_calls_it_that(push, tmp_path):
     assert "low-rank" in card.data.tags
     assert "zeros" not in card.text
     assert re.search(
-        r"\| compressed \| \d+ linears, of low rank \(ranks \d+ to \d+, \d\d\.\d% of their parameters\) \|",
+        r"\| compressed \| \d+ linears, of low rank \(ranks \d+ to \d+, \d\d\.\d% of their "
+        r"parameters\) \|",
         card.text,
     )
     assert re.search(

@@ -1,4 +1,6 @@
-"""The arithmetic of layer ratios: whole numbers that add up, water-filling, curves and knapsacks, OWL's shift."""
+"""The arithmetic of layer ratios: whole numbers that add up, water-filling, curves and knapsacks,
+OWL's shift.
+"""
 
 import itertools
 import math
@@ -41,7 +43,9 @@ def test_apportion_rounds_up_the_largest_remainders():
 
 
 def literal_waterfill(sizes, scores, keep, most):
-    """The authors' rounds in real numbers: pour in proportion to the scores, fix what is full, pour the rest again."""
+    """The authors' rounds in real numbers: pour in proportion to the scores, fix what is full, pour
+    the rest again.
+    """
     floors = [math.ceil(size * (1 - most)) for size in sizes]
     kept, full = [float(floor) for floor in floors], set()
     while keep - sum(kept) > 1e-6:

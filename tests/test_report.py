@@ -40,7 +40,9 @@ def facts(blocks, *, name="model.layers.{}.{}", error=0.02):
 
 
 def measured(blocks):
-    """Spectra as a low-rank run reports them: 10^0 … 10^-3 of 8 values, all at rank 2 but in block 0, which stays dense."""
+    """Spectra as a low-rank run reports them: 10^0 … 10^-3 of 8 values, all at rank 2 but in block
+    0, which stays dense.
+    """
     values = [10.0 ** -(place * 3 / 7) for place in range(8)]
     return [
         {

@@ -43,7 +43,9 @@ def contents(folder):
 
 
 def cut_off(monkeypatch, after, how):
-    """Have the run end by `how()` just before its `after`-th step that is to survive; gives the counter of the steps."""
+    """Have the run end by `how()` just before its `after`-th step that is to survive; gives the
+    counter of the steps.
+    """
     steps = [0]
 
     def counting(name):
@@ -63,7 +65,9 @@ def cut_off(monkeypatch, after, how):
 
 
 def in_child(function):
-    """Run in a forked process; gives its exit code, or the negative number of the signal that ended it."""
+    """Run in a forked process; gives its exit code, or the negative number of the signal that ended
+    it.
+    """
     if not (child := os.fork()):
         code = 9
         try:

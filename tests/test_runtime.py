@@ -1,4 +1,6 @@
-"""A packed folder in transformers: loading, saving, devices, and the refusal to load without the plug-in."""
+"""A packed folder in transformers: loading, saving, devices, and the refusal to load without the
+plug-in.
+"""
 
 import json
 import shutil
@@ -119,7 +121,8 @@ def test_unpack_gives_a_plain_checkpoint(packed, logits, tmp_path):
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r}).eval()\n"
         "assert 'compressor' not in sys.modules\n"
-        f"with torch.no_grad(): torch.save(model(torch.arange(4, 40)[None]).logits, {str(tmp_path / 'logits')!r})"
+        f"with torch.no_grad(): torch.save(model(torch.arange(4, 40)[None]).logits, "
+        f"{str(tmp_path / 'logits')!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "logits"), logits)
@@ -128,7 +131,10 @@ def test_unpack_gives_a_plain_checkpoint(packed, logits, tmp_path):
 
 
 def test_without_the_plug_in_it_fails_and_names_the_package(packed):
-    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(packed)!r})"
+    code = (
+        f"from transformers import "
+        f"AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(packed)!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "pip install compress-llm" in done.stderr.splitlines()[-1]

@@ -11,7 +11,9 @@ from tests.test_methods import correlated
 
 
 def literal_sparsegpt(weight, gram, tokens, pattern, damp=0.01, block=128):
-    """Algorithm 1 one weight at a time in float64, with the inverse of the remaining Hessian computed anew at each column."""
+    """Algorithm 1 one weight at a time in float64, with the inverse of the remaining Hessian
+    computed anew at each column.
+    """
     W = weight.double().clone()
     rows, columns = W.shape
     H = gram.double() * 2 / tokens

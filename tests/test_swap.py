@@ -24,7 +24,9 @@ def errors(weight, pruned, gram):
 
 
 def literal_sweep(weight, current, gram, n, m):
-    """Every row, every group, every mask by itself: solve for its values, keep the one with the least error of the row."""
+    """Every row, every group, every mask by itself: solve for its values, keep the one with the
+    least error of the row.
+    """
     current = current.double().clone()
     for r in range(len(weight)):
         for first in range(0, weight.shape[1], m):
@@ -104,6 +106,8 @@ def test_refuses_what_cannot_be_searched(pattern):
     weight, pruned, stats, _ = case(3, 4, 32, 50, "2:4")
     with pytest.raises(
         UsageError,
-        match=r"--refine swap tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)",
+        match=(
+            r"--refine swap tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)"
+        ),
     ):
         refine(weight, pruned, stats, Pattern.parse(pattern))

@@ -47,7 +47,9 @@ def copy(made, tmp_path):
 
 
 def change(folder, name, edit, *, seal=True):
-    """Edit one tensor; with `seal` the manifest is made anew, so that only the deeper checks can tell."""
+    """Edit one tensor; with `seal` the manifest is made anew, so that only the deeper checks can
+    tell.
+    """
     from compressor.checkpoint.atomic import sha256
 
     for path in folder.glob("*.safetensors"):

@@ -9,7 +9,9 @@ from compressor.stats import InputStats
 
 
 def literal_wanda(weight, x, pattern):
-    """The formula in float64, row by row: score |W_ij| ‖X_j‖, the smallest of each group pruned, lower columns first."""
+    """The formula in float64, row by row: score |W_ij| ‖X_j‖, the smallest of each group pruned,
+    lower columns first.
+    """
     norms = [math.sqrt(sum(value * value for value in column)) for column in x.double().T.tolist()]
     mask = []
     for row in weight.double().tolist():

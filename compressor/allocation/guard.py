@@ -1,4 +1,6 @@
-"""Try a job: compress for real on a part of the calibration, keep nothing, and see how far the predictions moved."""
+"""Try a job: compress for real on a part of the calibration, keep nothing, and see how far the
+predictions moved.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ class Trial:
 def better(
     trial: Trial, jobs: Mapping[str, Job], facts: Mapping[str, Any], progress: Progress
 ) -> Job:
-    """The last of two jobs if its divergence on the calibration is lower than that of the first, else the first.
+    """The last of two jobs if its divergence on the calibration is lower than that of the first,
+    else the first.
 
     Both numbers are in the `allocation` of the job that is returned.
     """

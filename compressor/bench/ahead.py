@@ -15,7 +15,9 @@ LAUNCHING = ("sparse24", "armor", "lowrank")  # modules of compressor_kernels th
 
 
 def compile_ahead(runs: Iterable[Callable[[], Any]]) -> None:
-    """Compile what `runs` launch, and launch nothing; what cannot be compiled fails where it is run."""
+    """Compile what `runs` launch, and launch nothing; what cannot be compiled fails where it is
+    run.
+    """
     if not backend.interpreting():
         with _compiling():
             for run in runs:

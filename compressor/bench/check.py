@@ -1,4 +1,6 @@
-"""Is every kernel right on this GPU? Each against float64, at whatever sizes, with and without overlapped launches."""
+"""Is every kernel right on this GPU? Each against float64, at whatever sizes, with and without
+overlapped launches.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Case(NamedTuple):
 def check(
     device: torch.device, shapes: Iterable[tuple[int, int]], rows: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Rows with the error of each kernel; `ok` says whether it is below its bar, five times the same, and left no semaphore set."""
+    """Rows with the error of each kernel; `ok` says whether it is below its bar, five times the
+    same, and left no semaphore set.
+    """
     for dtype, (n, k) in itertools.product((torch.bfloat16, torch.float16), shapes):
         weight, bias = random24(n, k, dtype, device), torch.randn(n, dtype=dtype, device=device)
         weight[: n // 2, :8] = 0  # groups without a value

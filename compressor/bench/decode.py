@@ -1,4 +1,6 @@
-"""End to end: greedy decoding with a static cache, the whole step of a token captured in one CUDA graph."""
+"""End to end: greedy decoding with a static cache, the whole step of a token captured in one CUDA
+graph.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class Decoder:
 def measure_model(
     model: Any, label: str, batches: tuple[int, ...] = BATCHES, prompt: int = 32, tokens: int = 128
 ) -> list[dict]:
-    """A row for each batch size: tokens a second over all sequences, and the peak memory since the model was there."""
+    """A row for each batch size: tokens a second over all sequences, and the peak memory since the
+    model was there.
+    """
     rows = []
     for batch in batches:
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +71,8 @@ def measure_model(
         step, note = decoder.step, ""
         try:
             step = decoder.capture()
-        except RuntimeError as error:  # some op of the model does not allow it: what users see without graphs is measured
+        # some op of the model does not allow it: what users see without graphs is measured
+        except RuntimeError as error:
             decoder = Decoder(model, batch, prompt, tokens + 8)
             step, note = decoder.step, f"not captured: {str(error).splitlines()[0]}"
         seconds = []

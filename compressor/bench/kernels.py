@@ -1,4 +1,6 @@
-"""One linear at a time: our ops against dense cuBLAS and PyTorch's semi-structured product, at the same shape."""
+"""One linear at a time: our ops against dense cuBLAS and PyTorch's semi-structured product, at the
+same shape.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ OPS = ("sparse24", "armor", "lowrank")
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal numbers from a generator of their own: that of the device is out of order after a capture that failed."""
+    """Normal numbers from a generator of their own: that of the device is out of order after a
+    capture that failed.
+    """
     return torch.randn(
         *shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0)
     )
@@ -51,7 +55,9 @@ def random24(
 
 
 def module(op: str, weight: Tensor) -> Any:
-    """A prepared module for `op` of the shape of the 2:4 `weight`: ARMOR with blocks of 128, low rank at half the weights."""
+    """A prepared module for `op` of the shape of the 2:4 `weight`: ARMOR with blocks of 128, low
+    rank at half the weights.
+    """
     (n, k), common = weight.shape, {"bias": False, "dtype": weight.dtype, "device": weight.device}
     if op == "lowrank":
         made: Any = LowRankLinear(k, n, rank=max(16, n * k // (2 * (n + k)) // 16 * 16), **common)
@@ -150,7 +156,9 @@ def _row(
 def _semi_structured(
     weight: Tensor, inputs: dict[int, Tensor], count: int, dense_us: dict[int, float], copied: float
 ) -> list[dict[str, Any]]:
-    """PyTorch's own 2:4 product with its default algorithm; from where it fails on, why. Last, as a failed capture lingers."""
+    """PyTorch's own 2:4 product with its default algorithm; from where it fails on, why. Last, as a
+    failed capture lingers.
+    """
     found, weights, reason = [], [], ""
     for m, x in inputs.items():
         row = {**_base(weight, x), "op": "torch semi-structured"}

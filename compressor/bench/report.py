@@ -11,7 +11,9 @@ COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#7b4ea3", "#b8860b", "#2a9d8f", "#5
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
-    """`bench.json` with everything, `kernels.csv`, `decode.csv` and `ratio.svg` as far as they were measured."""
+    """`bench.json` with everything, `kernels.csv`, `decode.csv` and `ratio.svg` as far as they were
+    measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     for name in ("kernels", "decode"):
@@ -30,7 +32,9 @@ def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
-    """One sentence for each op and shape, and for each batch size of the models: the gain, or that there is none."""
+    """One sentence for each op and shape, and for each batch size of the models: the gain, or that
+    there is none.
+    """
     said = []
     ours = [
         row
@@ -59,13 +63,16 @@ def verdicts(result: dict[str, Any]) -> list[str]:
             )
             gain = f"{ratio:.2f}x dense" if ratio > 1 else f"no gain here ({ratio:.2f}x dense)"
             said.append(
-                f"decoding {row['model']} at batch {row['batch']}: {gain}, {memory:.2f}x its peak memory"
+                f"decoding {row['model']} at batch {row['batch']}: {gain}, {memory:.2f}x its peak "
+                f"memory"
             )
     return said
 
 
 def plot(rows: list[dict[str, Any]], title: str) -> str:
-    """Speed relative to dense cuBLAS over rows of x, one panel for each op, one line for each shape; an SVG."""
+    """Speed relative to dense cuBLAS over rows of x, one panel for each op, one line for each
+    shape; an SVG.
+    """
     ours = [row for row in rows if "ratio" in row and row["op"] != "dense"]
     ops = list(dict.fromkeys(row["op"] for row in ours))
     counts = sorted({row["rows"] for row in ours})
@@ -73,7 +80,8 @@ def plot(rows: list[dict[str, Any]], title: str) -> str:
     top = max([2.0, *(row["ratio"] for row in ours)])
     width, height = 300, 220
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{80 + len(ops) * (width + 40) + 130}" height="{height + 110}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{80 + len(ops) * (width + 40) + 130}" '
+        f'height="{height + 110}" '
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="60" y="22" font-size="14">Speed relative to dense cuBLAS, {title}</text>',
@@ -101,7 +109,8 @@ def plot(rows: list[dict[str, Any]], title: str) -> str:
     for place, (n, k) in enumerate(shapes):
         x, y = 60 + len(ops) * (width + 40), 70 + 18 * place
         parts.append(
-            f'<rect x="{x}" y="{y - 9}" width="12" height="10" fill="{COLOURS[place % len(COLOURS)]}"/>'
+            f'<rect x="{x}" y="{y - 9}" width="12" height="10" '
+            f'fill="{COLOURS[place % len(COLOURS)]}"/>'
         )
         parts.append(f'<text x="{x + 18}" y="{y}">{n} × {k}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

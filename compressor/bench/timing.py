@@ -1,4 +1,6 @@
-"""Times on a CUDA device, as a decoding model sees them: launches replayed from a CUDA graph, weights never in the cache."""
+"""Times on a CUDA device, as a decoding model sees them: launches replayed from a CUDA graph,
+weights never in the cache.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,8 @@ def copies(nbytes: int, device: torch.device) -> int:
 
 
 def measure(calls: Sequence[Callable[[], Any]], replays: int = 20) -> Time:
-    """The time of one of `calls`, which are captured one after the other, LAUNCHES or more in all, and replayed together.
+    """The time of one of `calls`, which are captured one after the other, LAUNCHES or more in all,
+    and replayed together.
 
     The clock is not started before the GPU has been busy for a while: an idle one runs slowly.
     """

@@ -1,4 +1,6 @@
-"""Which settings of the kernels are fastest on this GPU: what may be set, and all of it measured, by shape and rows of x."""
+"""Which settings of the kernels are fastest on this GPU: what may be set, and all of it measured,
+by shape and rows of x.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def mma_configs(
     heights: tuple[int, ...],
     orders: tuple[bool, ...],
 ) -> list[dict]:
-    """Arrangements of programs so many row tiles high; where K is split, with 8 to 48 warps for each multiprocessor."""
+    """Arrangements of programs so many row tiles high; where K is split, with 8 to 48 warps for
+    each multiprocessor.
+    """
     found = []
     for high, each, warps, unroll, split in itertools.product(
         heights, (1, 2), (8, 16), (1, 2), (1, 2, 4, 8)
@@ -80,7 +84,9 @@ def dot_configs(rows: int) -> list[dict[str, Any]]:
 def tune(
     device: torch.device, shapes: Iterable[tuple[int, int]], rows: Iterable[int], until: float
 ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """For each shape and count of rows all measurements, and the best of each op as a row of the table. Stops in time."""
+    """For each shape and count of rows all measurements, and the best of each op as a row of the
+    table. Stops in time.
+    """
     for n, k in shapes:
         weight = random24(n, k, torch.bfloat16, device)
         count = timing.copies(weight.nbytes // 2, device)
@@ -128,7 +134,8 @@ def tune(
                     }
                 )
                 print(
-                    f"{op} {size[0]} x {size[1]}, {m} rows: cuBLAS {cublas:.1f} us: {describe(fastest)}",
+                    f"{op} {size[0]} x {size[1]}, {m} rows: cuBLAS {cublas:.1f} us: "
+                    f"{describe(fastest)}",
                     file=sys.stderr,
                 )
             yield everything, best
@@ -158,7 +165,9 @@ def _kind(op: str) -> str:
 def _candidates(
     modules: dict[str, list[Any]], x: Tensor
 ) -> list[tuple[str, tuple[int, int], Any, list[dict[str, Any]]]]:
-    """Op, shape, how to run a module with a configuration, and the configurations, the rule's first, for one x."""
+    """Op, shape, how to run a module with a configuration, and the configurations, the rule's
+    first, for one x.
+    """
     m = len(x)
     example = modules["lowrank"][0]
     n, k, rank = example.out_features, example.in_features, example.rank

@@ -1,7 +1,9 @@
-"""What calibration runs on: token samples, and the hidden states they are on entering the first block.
+"""What calibration runs on: token samples, and the hidden states they are on entering the first
+block.
 
-The keyword arguments each block is called with (masks, position embeddings) are captured per block: blocks of one model
-differ in them (sliding windows, local and global rotary tables), and those of block 0 are wrong for the others.
+The keyword arguments each block is called with (masks, position embeddings) are captured per block:
+blocks of one model differ in them (sliding windows, local and global rotary tables), and those of
+block 0 are wrong for the others.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from compressor.calibration.hidden_states import Batches
 from compressor.errors import CheckpointError
 from compressor.model.skeleton import Skeleton
 
-_BATCH_TOKENS = 2048  # tokens in one forward pass of a block: bounds activations, whatever the number of samples
+# tokens in one forward pass of a block: bounds activations, whatever the number of samples
+_BATCH_TOKENS = 2048
 
 
 Arguments = tuple[
@@ -35,7 +38,8 @@ class States:
     Attributes:
         hidden: hidden states entering the next block, batches of `[batch, seq, dim]`.
         dense: the same in the dense model; empty unless blocks are tuned towards it.
-        arguments: per block, the further positional arguments and the keyword arguments it is called with.
+        arguments: per block, the further positional arguments and the keyword arguments it is
+            called with.
         ids: the tokens themselves, batches of `[batch, seq]`.
         tuples: whether the blocks return a tuple.
         offset: batches of other processes that come before these.
@@ -49,7 +53,9 @@ class States:
     offset: int = 0
 
     def first(self, batches: int) -> States:
-        """The first batches only, in lists of their own: running them on leaves these states as they are."""
+        """The first batches only, in lists of their own: running them on leaves these states as
+        they are.
+        """
         return States(
             self.hidden[:batches],
             self.arguments,
@@ -68,7 +74,9 @@ class States:
         return {name: batches.save(folder) for name, batches in self._batches()}
 
     def load(self, folder: Path, saved: dict[str, Any]) -> None:
-        """Have the hidden states that `save` wrote. Raises OutputError where they are not there any more."""
+        """Have the hidden states that `save` wrote. Raises OutputError where they are not there any
+        more.
+        """
         for name, batches in self._batches():
             batches.load(folder, saved[name])
 
@@ -84,7 +92,9 @@ class States:
 
 @torch.no_grad()
 def run(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-    """One block applied to hidden states `[batch, seq, dim]`; what it returns beside them is dropped."""
+    """One block applied to hidden states `[batch, seq, dim]`; what it returns beside them is
+    dropped.
+    """
     return call(block, hidden, arguments)
 
 
@@ -96,7 +106,9 @@ def call(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 
 
 def batch_size(samples: int, seq_len: int) -> int:
-    """The largest divisor of `samples` that keeps a batch within 2048 tokens: all batches then share their masks."""
+    """The largest divisor of `samples` that keeps a batch within 2048 tokens: all batches then
+    share their masks.
+    """
     return max(
         size
         for size in range(1, samples + 1)
@@ -113,8 +125,9 @@ def capture(
 ) -> States:
     """Run the embeddings on `ids` `[samples, seq]` and record what reaches the blocks.
 
-    The model's own forward runs with recorders in place of the blocks' forwards, so that whatever a family does before
-    its blocks is done. Block 0 runs for real once: it shows whether blocks return a tensor or a tuple.
+    The model's own forward runs with recorders in place of the blocks' forwards, so that whatever a
+    family does before its blocks is done. Block 0 runs for real once: it shows whether blocks
+    return a tensor or a tuple.
 
     Args:
         hidden: where the hidden states go; on the device, if not given.
@@ -148,7 +161,8 @@ def capture(
             decoder(input_ids=batch, use_cache=False)
     if not answers:
         raise CheckpointError(
-            f"the decoder of {skeleton.config.model_type!r} does not call the blocks {skeleton.path} that were found"
+            f"the decoder of {skeleton.config.model_type!r} does not call the blocks "
+            f"{skeleton.path} that were found"
         )
     skeleton.free_embeddings()
     return states

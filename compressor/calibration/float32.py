@@ -15,15 +15,19 @@ def check_seen(name: str, tap: Taps) -> None:
     """Raise NumericalError where no token of the calibration reached a linear."""
     if not tap.inputs:
         raise NumericalError(
-            f"{name} saw no tokens of that part of the calibration which gradients are measured on: "
-            f"give more samples, raise ratios.tokens where it applies, or leave it dense with --ignore {name!r}"
+            f"{name} saw no tokens of that part of the calibration which gradients are measured "
+            f"on: "
+            f"give more samples, raise ratios.tokens where it applies, or leave it dense with "
+            f"--ignore {name!r}"
         )
 
 
 def in_float32(
     skeleton: Skeleton, states: States, tokens: int, device: torch.device
 ) -> tuple[Skeleton, States]:
-    """A skeleton that computes in float32, and the first batches of the calibration with at least so many tokens in it."""
+    """A skeleton that computes in float32, and the first batches of the calibration with at least
+    so many tokens in it.
+    """
     precise, part = skeleton.in_dtype(torch.float32), states.at_least(tokens)
     if precise is not skeleton:
         part = capture.capture(precise, torch.cat(part.ids), device)

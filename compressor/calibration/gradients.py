@@ -1,9 +1,9 @@
 """Gradients of the loss with one block in memory: the chain rule over blocks, each loaded twice.
 
-Forward, the hidden states entering every block are kept. Backward, block after block from the last: load it, run it
-again with gradients, pull the gradient of its output back to its input. The result is that of automatic differentiation
-of the whole model (rounding apart); memory is one block, its activations for one batch, the block inputs, and what is
-asked for of the block under way.
+Forward, the hidden states entering every block are kept. Backward, block after block from the last:
+load it, run it again with gradients, pull the gradient of its output back to its input. The result
+is that of automatic differentiation of the whole model (rounding apart); memory is one block, its
+activations for one batch, the block inputs, and what is asked for of the block under way.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def backward_blocks(
     skeleton: Skeleton, states: States, device: torch.device, *, loss: Loss = next_token_loss
 ) -> Iterator[tuple[int, dict[str, Taps]]]:
-    """Yields each block's index, last block first, and the Taps of its linears by name; the block is loaded meanwhile.
+    """Yields each block's index, last block first, and the Taps of its linears by name; the block
+    is loaded meanwhile.
 
     Args:
-        skeleton: the model; its dtype is that of the arithmetic: bfloat16 gradients are mostly rounding.
+        skeleton: the model; its dtype is that of the arithmetic: bfloat16 gradients are mostly
+            rounding.
         states: calibration on entering block 0; left as it is.
         device: where the blocks are computed.
         loss: of the logits of a batch.
@@ -84,7 +86,9 @@ def backward_blocks(
 
 @contextmanager
 def tapping(linears: list[Linear]) -> Iterator[dict[str, Taps]]:
-    """Hook `linears` and yield their Taps, filled by every differentiable forward pass run inside the `with`."""
+    """Hook `linears` and yield their Taps, filled by every differentiable forward pass run inside
+    the `with`.
+    """
     taps = {linear.name: Taps() for linear in linears}
     seen: list[tuple[Tensor, Tensor]] = []  # the tensor a linear was given last, and its rows
 

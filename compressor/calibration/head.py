@@ -1,4 +1,6 @@
-"""What follows the blocks: final norm and language head, and how far two models' next-token distributions are apart."""
+"""What follows the blocks: final norm and language head, and how far two models' next-token
+distributions are apart.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ Head = Callable[[int, Tensor], Tensor]
 
 @contextmanager
 def head(skeleton: Skeleton, states: States, device: torch.device) -> Iterator[Head]:
-    """Inside the `with`, `logits(number, hidden)` of batch `number`: `[batch, seq, dim]` -> `[batch, seq, vocab]`.
+    """Inside the `with`, `logits(number, hidden)` of batch `number`: `[batch, seq, dim]` ->
+    `[batch, seq, vocab]`.
 
-    `hidden` is what leaves the last block. The model's own forward runs, its blocks passing `hidden` through, so that
-    whatever a family does after them is done; the result is differentiable in `hidden`.
+    `hidden` is what leaves the last block. The model's own forward runs, its blocks passing
+    `hidden` through, so that whatever a family does after them is done; the result is
+    differentiable in `hidden`.
     """
     model = skeleton.load_embeddings(device, head=True)
 
@@ -37,7 +41,9 @@ def head(skeleton: Skeleton, states: States, device: torch.device) -> Iterator[H
 
 @torch.no_grad()
 def divergence(logits: Head, exact: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Mean over tokens of KL(p ‖ q) in nats: p from the hidden states `exact`, q from `other`, batches leaving the last block."""
+    """Mean over tokens of KL(p ‖ q) in nats: p from the hidden states `exact`, q from `other`,
+    batches leaving the last block.
+    """
     total, tokens = 0.0, 0
     for number, (first, second) in enumerate(zip(exact, other, strict=True)):
         p, q = (

@@ -1,8 +1,8 @@
 """Hidden states entering a block, batch by batch: on the device, in host memory, or on disk.
 
-Where they rest does not change what is computed from them: a batch read from disk has the bytes, the shape and the
-alignment of one that stayed in memory. Files hold the batches one after the other, and are written once per block:
-they are what a run that was cut off goes on from.
+Where they rest does not change what is computed from them: a batch read from disk has the bytes,
+the shape and the alignment of one that stayed in memory. Files hold the batches one after the
+other, and are written once per block: they are what a run that was cut off goes on from.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Batches(Sequence[Tensor]):
         self._count += 1
 
     def advance(self, step: Step) -> None:
-        """Put `step(number, batch)` in the place of every batch. On disk the old ones stay until `forget`."""
+        """Put `step(number, batch)` in the place of every batch. On disk the old ones stay until
+        `forget`.
+        """
         self._generation += 1
         if isinstance(self.home, Path):
             old, new = self._file, self._path()
@@ -83,7 +85,9 @@ class Batches(Sequence[Tensor]):
                 self._held[number] = step(number, batch.to(self.device)).contiguous().to(self.home)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Force them to disk, in `folder`; returns what `load` needs to find and check them there, as JSON values."""
+        """Force them to disk, in `folder`; returns what `load` needs to find and check them there,
+        as JSON values.
+        """
         if not isinstance(self.home, Path):
             self._file, self._digest = self._path(folder), hashlib.sha256()
             with self._file.open("wb") as file:
@@ -100,7 +104,9 @@ class Batches(Sequence[Tensor]):
         }  # fmt: skip
 
     def load(self, folder: Path, saved: dict[str, Any]) -> None:
-        """Become what `save` wrote, of these or others. Raises OutputError where the file is not that."""
+        """Become what `save` wrote, of these or others. Raises OutputError where the file is not
+        that.
+        """
         self._generation, self._count = saved["generation"], saved["batches"]
         self._kind = (torch.Size(saved["shape"]), getattr(torch, saved["dtype"]))
         self._file, self._held, self._digest = (
@@ -119,7 +125,8 @@ class Batches(Sequence[Tensor]):
             whole = False
         if not whole or self._digest.hexdigest() != saved["sha256"]:
             raise OutputError(
-                f"the work state {folder} is damaged: {self._file.name} is not what was written; remove {folder} to start anew"
+                f"the work state {folder} is damaged: {self._file.name} is not what was written; "
+                f"remove {folder} to start anew"
             )
 
     def forget(self, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Token rows for calibration and evaluation, from text or ready token ids.
 
 A dataset is named by
-    a file      .txt, .jsonl or .parquet; records have a `text` field, or `input_ids` rows that are taken as they are
+    a file      .txt, .jsonl or .parquet; records have a `text` field, or `input_ids` rows that are
+                taken as they are
     a Hub id    org/name, optionally org/name:config:split; its `text` field is streamed
     self        text sampled from the model itself, seeded: needs no file and no network
 """
@@ -94,7 +95,8 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
         columns = [name for name in ("input_ids", "text") if name in file.schema_arrow.names][:1]
         if not columns:
             raise DataError(
-                f"{path} has no `text` or `input_ids` column; it has {', '.join(file.schema_arrow.names)[:200]}"
+                f"{path} has no `text` or `input_ids` column; it has "
+                f"{', '.join(file.schema_arrow.names)[:200]}"
             )
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
@@ -109,14 +111,16 @@ def _hub_records(dataset: str) -> Iterator[dict[str, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
-            f"reading {dataset} from the Hub needs the datasets package: pip install 'compress-llm[eval]'"
+            f"reading {dataset} from the Hub needs the datasets package: pip install "
+            f"'compress-llm[eval]'"
         ) from None
     name, config, split = [*dataset.split(":"), "", ""][:3]
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the datasets and Hub clients raise dozens of kinds
         raise DataError(
-            f"dataset {dataset} could not be read from the Hub: {' '.join(str(error).split())[:300]}"
+            f"dataset {dataset} could not be read from the Hub: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from None
 
 
@@ -128,7 +132,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise DataError(
-            f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}; give rows of `input_ids`"
+            f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}; "
+            f"give rows of `input_ids`"
         ) from None
 
 
@@ -144,8 +149,8 @@ def calibration_rows(
 ) -> Tensor:
     """Token ids int64 `[num_samples, seq_len]` from a file or a Hub dataset.
 
-    Rows of `input_ids` are taken in order, the first `seq_len` ids of each. Texts are shuffled by `seed`, tokenised,
-    joined and cut into consecutive rows, so that no token is padding.
+    Rows of `input_ids` are taken in order, the first `seq_len` ids of each. Texts are shuffled by
+    `seed`, tokenised, joined and cut into consecutive rows, so that no token is padding.
 
     Raises:
         DataError: fewer tokens than asked for, ids outside the vocabulary, records without text.
@@ -172,7 +177,8 @@ def calibration_rows(
         ids = torch.tensor(stream[: len(stream) // seq_len * seq_len]).reshape(-1, seq_len)
     if len(ids) < num_samples:
         raise DataError(
-            f"{dataset} gives {len(ids)} samples of {seq_len} tokens, {num_samples} were asked for: "
+            f"{dataset} gives {len(ids)} samples of {seq_len} tokens, {num_samples} were asked "
+            f"for: "
             "lower --num-samples or --seq-len, or give more text"
         )
     return ids[:num_samples]
@@ -181,9 +187,11 @@ def calibration_rows(
 def evaluation_rows(
     dataset: str, folder: Path, vocab_size: int, *, seq_len: int, trust_remote_code: bool = False
 ) -> list[Tensor]:
-    """Token rows to score: `input_ids` as they are; text joined, tokenised once and cut into windows of `seq_len`.
+    """Token rows to score: `input_ids` as they are; text joined, tokenised once and cut into
+    windows of `seq_len`.
 
-    As in the papers the records of a text set are joined by blank lines and the last, shorter window is dropped.
+    As in the papers the records of a text set are joined by blank lines and the last, shorter
+    window is dropped.
     """
     import torch
 
@@ -201,7 +209,8 @@ def evaluation_rows(
     )
     if len(ids) < seq_len:
         raise DataError(
-            f"{dataset} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len or give more text"
+            f"{dataset} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len "
+            f"or give more text"
         )
     return list(torch.tensor(ids[: len(ids) // seq_len * seq_len]).split(seq_len))
 
@@ -223,7 +232,8 @@ def _ids(dataset: str, record: dict[str, Any], vocab_size: int) -> list[int]:
         or not all(type(token) is int and 0 <= token < vocab_size for token in row)
     ):
         raise DataError(
-            f"{dataset}: input_ids must be rows of two or more integers in 0..{vocab_size - 1}, the model's vocabulary"
+            f"{dataset}: input_ids must be rows of two or more integers in 0..{vocab_size - 1}, "
+            f"the model's vocabulary"
         )
     return row
 
@@ -254,7 +264,8 @@ def _tokenize(
         raise DataError(f"{dataset} is empty: its text has no tokens")
     if max(stream) >= vocab_size:
         raise DataError(
-            f"the tokenizer gives id {max(stream)}, the model's vocabulary ends at {vocab_size - 1}: they do not belong together"
+            f"the tokenizer gives id {max(stream)}, the model's vocabulary ends at "
+            f"{vocab_size - 1}: they do not belong together"
         )
     return stream
 
@@ -269,7 +280,8 @@ def sample_from_model(
     device: str,
     trust_remote_code: bool = False,
 ) -> Tensor:
-    """`[num_samples, seq_len]` token ids that the model itself writes: plain sampling at temperature 1.
+    """`[num_samples, seq_len]` token ids that the model itself writes: plain sampling at
+    temperature 1.
 
     Raises:
         DataError: the model does not fit into free memory, so that sampling would take days.
@@ -301,8 +313,9 @@ def sample_from_model(
 def _write(model: Any, ids: Tensor, seq_len: int, generator: Any) -> Tensor:
     """Continue the rows of `ids` `[rows, 1]` to `seq_len` tokens.
 
-    A text that ends is followed by the next, as in training. The next token is the argmax of logits + Gumbel noise, which is
-    a draw from their softmax; on a CPU that is three times faster than `generate`, which sorts and normalises.
+    A text that ends is followed by the next, as in training. The next token is the argmax of logits
+    + Gumbel noise, which is a draw from their softmax; on a CPU that is three times faster than
+    `generate`, which sorts and normalises.
     """
     import torch
 
@@ -317,7 +330,9 @@ def _write(model: Any, ids: Tensor, seq_len: int, generator: Any) -> Tensor:
 
 
 def _rows_at_once(config: Any, seq_len: int) -> int:
-    """Rows whose keys and values fit into a gigabyte, counting four bytes a number and no sharing between heads."""
+    """Rows whose keys and values fit into a gigabyte, counting four bytes a number and no sharing
+    between heads.
+    """
     text = config.get_text_config(decoder=True)
     row = 8 * seq_len * text.num_hidden_layers * text.hidden_size
     return max(1, min(128, 10**9 // row))
@@ -335,7 +350,8 @@ def _require_memory(folder: Path, device: str) -> None:
     )
     if needed * 1.2 > free:
         raise DataError(
-            f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of weights, "
+            f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of "
+            f"weights, "
             f"{free / 1e9:.1f} GB free on {device}; "
             "give a text with --dataset"
         )

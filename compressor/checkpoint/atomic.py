@@ -1,4 +1,6 @@
-"""Files that a crash leaves either as they were or as they were to be: written under another name, forced to disk, renamed."""
+"""Files that a crash leaves either as they were or as they were to be: written under another name,
+forced to disk, renamed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _PIECE = 1 << 22  # bytes read at once
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`: a crash at any moment leaves the old file, or the new one, never a part of it."""
+    """Make `path` hold `data`: a crash at any moment leaves the old file, or the new one, never a
+    part of it.
+    """
     fresh = path.with_name(f"{path.name}.new")
     with fresh.open("wb") as file:
         file.write(data)

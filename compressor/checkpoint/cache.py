@@ -1,7 +1,9 @@
-"""Finished work kept by what it was made from: small JSON files in the user's cache folder. No torch at import.
+"""Finished work kept by what it was made from: small JSON files in the user's cache folder. No
+torch at import.
 
-`COMPRESS_CACHE` names the folder; otherwise it is `compress-llm` in `XDG_CACHE_HOME` or `~/.cache`. Whoever removes it loses
-time, nothing else. A cache that cannot be read or written is no error: the work is done again.
+`COMPRESS_CACHE` names the folder; otherwise it is `compress-llm` in `XDG_CACHE_HOME` or `~/.cache`.
+Whoever removes it loses time, nothing else. A cache that cannot be read or written is no error: the
+work is done again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a checkpoint is, by content: two folders have the same digest when they compute the same. No torch at import."""
+"""What a checkpoint is, by content: two folders have the same digest when they compute the same. No
+torch at import.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _DECISIVE = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".py"}
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file; remembered, as git does, for as long as its size and its times stay what they were."""
+    """The SHA-256 of a file; remembered, as git does, for as long as its size and its times stay
+    what they were.
+    """
     status = path.stat()
     key = cache.make_key(
         str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

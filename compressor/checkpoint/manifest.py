@@ -1,6 +1,8 @@
-"""SHA256SUMS: the sha256 of every other file of a finished folder, as `sha256sum` writes and checks it.
+"""SHA256SUMS: the sha256 of every other file of a finished folder, as `sha256sum` writes and checks
+it.
 
-It lies inside the folder: it is a function of the files beside it, so the folder stays the same for the same run.
+It lies inside the folder: it is a function of the files beside it, so the folder stays the same for
+the same run.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def manifest(hashes: Mapping[str, str]) -> str:
 
 
 def problems(folder: Path) -> list[str]:
-    """One line for each file that SHA256SUMS does not describe as it is: gone, changed, or added and read by loaders."""
+    """One line for each file that SHA256SUMS does not describe as it is: gone, changed, or added
+    and read by loaders.
+    """
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,7 +1,9 @@
 """How a compressed folder names itself in config.json; docs/format.md is its specification.
 
-Transformers ignores a quantisation method it does not know and goes on with random weights. So config.json also sets
-`transformers_weights` to a sentence: without our plug-in transformers takes it for a file name, refuses it and prints it.
+Transformers ignores a quantisation method it does not know and goes on with random weights. So
+config.json also sets
+`transformers_weights` to a sentence: without our plug-in transformers takes it for a file name,
+refuses it and prints it.
 """
 
 from __future__ import annotations
@@ -14,13 +16,18 @@ from compressor.errors import CheckpointError
 QUANT_METHOD = "compress-llm"
 VERSION = 1
 TRANSPOSED = "transposed"  # key of an entry whose dense weight is stored [in, out]
-GUARD = "this checkpoint is compressed: `pip install compress-llm` and `import compressor.runtime` before loading it"
+GUARD = (
+    "this checkpoint is compressed: `pip install compress-llm` and `import compressor.runtime` "
+    "before loading it"
+)
 
 
 def compressed_config(
     config: Mapping[str, Any], modules: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """`config` for a checkpoint whose linears `modules` (name -> {"format": …}) are packed; unchanged if none is."""
+    """`config` for a checkpoint whose linears `modules` (name -> {"format": …}) are packed;
+    unchanged if none is.
+    """
     if not modules:
         return dict(config)
     described = {"quant_method": QUANT_METHOD, "version": VERSION, "modules": dict(modules)}
@@ -28,7 +35,9 @@ def compressed_config(
 
 
 def module_entry(entry: Mapping[str, Any], *, transposed: bool) -> dict[str, Any]:
-    """A form's entry as the table of modules has it: what turns it back into a dense checkpoint must know of gpt2's layout."""
+    """A form's entry as the table of modules has it: what turns it back into a dense checkpoint
+    must know of gpt2's layout.
+    """
     return {**entry, TRANSPOSED: True} if transposed else dict(entry)
 
 
@@ -53,7 +62,8 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     version, modules = described.get("version"), described.get("modules")
     if version != VERSION:
         raise CheckpointError(
-            f"the checkpoint has format version {version!r}, this package reads {VERSION}: update compress-llm"
+            f"the checkpoint has format version {version!r}, this package reads {VERSION}: update "
+            f"compress-llm"
         )
     if not isinstance(modules, Mapping) or not all(
         isinstance(entry, Mapping) and isinstance(entry.get("format"), str)

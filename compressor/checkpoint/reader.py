@@ -1,6 +1,8 @@
-"""A checkpoint folder on disk: headers and index, validated before anything is believed. No torch at import.
+"""A checkpoint folder on disk: headers and index, validated before anything is believed. No torch
+at import.
 
-Reading never unpickles and never leaves the folder. Tensors are read one at a time; nothing here holds a whole shard.
+Reading never unpickles and never leaves the folder. Tensors are read one at a time; nothing here
+holds a whole shard.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Entry:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError where it is missing, unreadable or no object."""
+    """A JSON object from a file. Raises CheckpointError where it is missing, unreadable or no
+    object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,7 +70,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Tensors and `__metadata__` of a safetensors file, checked against the file's size.
 
     Raises:
-        CheckpointError: truncated file, lying lengths, overlapping or missing bytes, unknown dtype, malformed header.
+        CheckpointError: truncated file, lying lengths, overlapping or missing bytes, unknown dtype,
+            malformed header.
     """
     try:
         size = path.stat().st_size
@@ -75,7 +80,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise CheckpointError(
-                    f"{path} is not a safetensors file: header length {length} in a file of {size} bytes"
+                    f"{path} is not a safetensors file: header length {length} in a file of {size} "
+                    f"bytes"
                 )
             header = json.loads(file.read(length))
     except OSError as error:
@@ -103,16 +109,20 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         position = entry.stop
     if position != size:
         raise CheckpointError(
-            f"{path} is {'truncated' if size < position else 'too long'}: {size} bytes, its header describes {position}"
+            f"{path} is {'truncated' if size < position else 'too long'}: {size} bytes, its header "
+            f"describes {position}"
         )
     return entries, metadata
 
 
 def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
-    """One header entry, checked: printable name, known dtype, whole shape, byte range as long as the shape says."""
+    """One header entry, checked: printable name, known dtype, whole shape, byte range as long as
+    the shape says.
+    """
     if not name.isprintable() or len(name) > _MAX_NAME:
         raise CheckpointError(
-            f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable characters"
+            f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable "
+            f"characters"
         )
     try:
         dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
@@ -121,18 +131,21 @@ def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
     whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop))
     if not isinstance(dtype, str) or dtype not in ITEM_BITS or not whole:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not understood"
+            f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not "
+            f"understood"
         )
     needed = math.prod(shape) * ITEM_BITS[dtype] // 8
     if stop - start != needed:
         raise CheckpointError(
-            f"{path}: tensor {name!r} ({dtype} {list(shape)}) needs {needed} bytes, its header gives {stop - start}"
+            f"{path}: tensor {name!r} ({dtype} {list(shape)}) needs {needed} bytes, its header "
+            f"gives {stop - start}"
         )
     return Entry(path.name, dtype, shape, base + start, base + stop)
 
 
 class Reader:
-    """A checkpoint folder: `config`, `shards` (file names, in order), `tensors` (name -> Entry) and `metadata` per shard.
+    """A checkpoint folder: `config`, `shards` (file names, in order), `tensors` (name -> Entry) and
+    `metadata` per shard.
 
     Raises:
         CheckpointError: at construction, for anything that does not hold together.
@@ -173,13 +186,15 @@ class Reader:
                 r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
             ):
                 raise CheckpointError(
-                    f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a plain *.safetensors file name"
+                    f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a "
+                    f"plain *.safetensors file name"
                 )
         names = list(dict.fromkeys(weight_map.values()))
         for shard in names:
             if not (self.folder / shard).is_file():
                 raise CheckpointError(
-                    f"{self.folder / INDEX} names {shard}, which is not there: the download is incomplete"
+                    f"{self.folder / INDEX} names {shard}, which is not there: the download is "
+                    f"incomplete"
                 )
         return sorted(names)
 
@@ -205,7 +220,8 @@ class Reader:
     def opened(self) -> Iterator[Any]:
         """A function `name -> lazy slice` (safetensors' own), valid inside the `with`.
 
-        The files are closed at its end: pages of a file that stays mapped count as memory of the process.
+        The files are closed at its end: pages of a file that stays mapped count as memory of the
+            process.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -234,19 +250,22 @@ class Reader:
 
 
 def check_sizes(reader: Reader, config: Any) -> None:
-    """Refuse a transformers config of a model that cannot be the checkpoint's, before it is built and takes the memory.
+    """Refuse a transformers config of a model that cannot be the checkpoint's, before it is built
+    and takes the memory.
 
     Args:
         reader: the checkpoint.
         config: made from its config.json, for the number of layers goes by many names there.
 
     Raises:
-        CheckpointError: more layers than tensors, or a size or count far beyond every dimension of every tensor.
+        CheckpointError: more layers than tensors, or a size or count far beyond every dimension of
+            every tensor.
     """
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if not isinstance(depth, int) or depth > len(reader.tensors):
         raise CheckpointError(
-            f"{reader.folder}: config.json has {depth} layers, the checkpoint {len(reader.tensors)} tensors"
+            f"{reader.folder}: config.json has {depth} layers, the checkpoint "
+            f"{len(reader.tensors)} tensors"
         )
     largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
     for key, value in _numbers(reader.config):
@@ -260,7 +279,8 @@ def check_sizes(reader: Reader, config: Any) -> None:
             )
         if value > most:
             raise CheckpointError(
-                f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above {largest}"
+                f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above "
+                f"{largest}"
             )
 
 
@@ -282,7 +302,8 @@ def _no_weights(folder: Path) -> str:
     )
     if pickles:
         return (
-            f"{folder} has no safetensors weights, only {pickles[0]}: pickle files can run code and are not read; convert it with "
+            f"{folder} has no safetensors weights, only {pickles[0]}: pickle files can run code "
+            f"and are not read; convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) where you trust it"
         )
     return f"{folder} has no {SINGLE} and no {INDEX}"
@@ -299,7 +320,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return folder
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model) or model.startswith("."):
         raise CheckpointError(
-            f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as org/name"
+            f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as "
+            f"org/name"
         )
     from huggingface_hub import snapshot_download
 

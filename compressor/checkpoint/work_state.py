@@ -1,4 +1,6 @@
-"""Where the work state of a run lies, and what of it others need to know; compressor/run/journal.py writes and reads it."""
+"""Where the work state of a run lies, and what of it others need to know; compressor/run/journal.py
+writes and reads it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def work_path(output: Path) -> Path:
 
 
 def report_path(output: Path) -> Path:
-    """Where the record of a run goes that differs from run to run: beside the folder, which does not."""
+    """Where the record of a run goes that differs from run to run: beside the folder, which does
+    not.
+    """
     return output.with_name(f"{output.name}.report.json")
 
 

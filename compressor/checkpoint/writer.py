@@ -1,9 +1,10 @@
-"""Writing a checkpoint folder: replaced tensors as they come, everything else copied byte for byte from the input.
+"""Writing a checkpoint folder: replaced tensors as they come, everything else copied byte for byte
+from the input.
 
-A shard is assembled once the last of its replaced tensors has come, so the disk holds the output plus the parts of the
-shards under way, and memory one tensor. The safetensors library writes a file only from tensors that are all in memory,
-hence the few lines of writer here; the file layout is the library's own. The folder gets its name at the very end: what
-has the name is complete.
+A shard is assembled once the last of its replaced tensors has come, so the disk holds the output
+plus the parts of the shards under way, and memory one tensor. The safetensors library writes a file
+only from tensors that are all in memory, hence the few lines of writer here; the file layout is the
+library's own. The folder gets its name at the very end: what has the name is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 def is_side_file(name: str, *, code: bool) -> bool:
-    """Whether a file that goes with the weights (tokenizer, configuration, licence) has this name; with `code` Python too."""
+    """Whether a file that goes with the weights (tokenizer, configuration, licence) has this name;
+    with `code` Python too.
+    """
     suffix = Path(name).suffix
     return (
         suffix in _SIDE_FILES or name.upper().startswith(_SIDE_NAMES) or (code and suffix == ".py")
@@ -57,7 +60,8 @@ def check_output(output: Path, reader: Reader) -> None:
     """Everything about the output that can be known before work starts.
 
     Raises:
-        OutputError: it exists, is the input, its parent cannot be written, or the disk has too little room.
+        OutputError: it exists, is the input, its parent cannot be written, or the disk has too
+            little room.
     """
     if not output.name:
         raise OutputError(f"output {str(output)!r} names no folder to make; choose another with -o")
@@ -73,7 +77,8 @@ def check_output(output: Path, reader: Reader) -> None:
         raise OutputError(f"output {path} exists already; choose another with -o or remove it")
     if len(os.fsencode(output.name)) > 200:
         raise OutputError(
-            f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a shorter one with -o"
+            f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a "
+            f"shorter one with -o"
         )
     parent = output.resolve().parent
     while not parent.exists():
@@ -94,8 +99,9 @@ def check_output(output: Path, reader: Reader) -> None:
 class Writer:
     """Writes `output` from `reader`'s checkpoint.
 
-    As a context manager it has a work folder of its own, and `finish` names the output. In the work state of a run that
-    may be cut off (`work`) it tells what it has written, can be told so again, and leaves the naming to the journal.
+    As a context manager it has a work folder of its own, and `finish` names the output. In the work
+    state of a run that may be cut off (`work`) it tells what it has written, can be told so again,
+    and leaves the naming to the journal.
 
     Args:
         reader: the input checkpoint.
@@ -107,7 +113,8 @@ class Writer:
         folder: what the output will be.
         spool: a file for each shard under way, the tensors of its replaced ones behind each other.
         pending: tensors that are still to be replaced.
-        parts: replaced tensor -> its stored tensors: name, dtype, shape, byte range in the spool file, sha256.
+        parts: replaced tensor -> its stored tensors: name, dtype, shape, byte range in the spool
+            file, sha256.
         shards: finished shard -> its sha256, bytes and tensors.
     """
 
@@ -176,7 +183,9 @@ class Writer:
             self._assemble_ready()
 
     def _count_waiting(self) -> Counter[str]:
-        """Tensors that are still to be replaced, per shard: counted, for a mixture has tens of thousands."""
+        """Tensors that are still to be replaced, per shard: counted, for a mixture has tens of
+        thousands.
+        """
         return Counter(self.reader.tensors[name].shard for name in self.pending)
 
     def news(self) -> dict[str, Any]:
@@ -196,7 +205,9 @@ class Writer:
             (self.spool / shard).unlink(missing_ok=True)
 
     def restore(self, news: Iterable[Mapping[str, Any]]) -> None:
-        """Go on from what earlier calls of `news` told. Raises OutputError where it is not there any more, or has changed."""
+        """Go on from what earlier calls of `news` told. Raises OutputError where it is not there
+        any more, or has changed.
+        """
         for one in news:
             self.parts.update(one["parts"])
             self.shards.update(one["shards"])
@@ -232,7 +243,9 @@ class Writer:
             self._assemble(shard)
 
     def _assemble(self, shard: str) -> None:
-        """Write one shard: the input's tensors in the input's order, the replaced ones by their parts."""
+        """Write one shard: the input's tensors in the input's order, the replaced ones by their
+        parts.
+        """
         pieces: list[tuple[str, str, list[int], Path, int, int]] = []
         own = [(name, entry) for name, entry in self.reader.tensors.items() if entry.shard == shard]
         for name, entry in sorted(own, key=lambda item: (item[1].start, item[1].stop)):
@@ -284,8 +297,8 @@ class Writer:
     def complete(
         self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False
     ) -> None:
-        """Write everything beside the shards: the index, `config`, the text `files`, the input's tokenizer and licence
-        files, and the manifest of it all.
+        """Write everything beside the shards: the index, `config`, the text `files`, the input's
+        tokenizer and licence files, and the manifest of it all.
 
         Args:
             config: contents of config.json.

@@ -1,6 +1,8 @@
-"""The `compress` command. One file per command: parse, call, print. torch is imported inside the commands only.
+"""The `compress` command. One file per command: parse, call, print. torch is imported inside the
+commands only.
 
-stdout carries the result, stderr progress and messages. Exit codes: 0, 1 (the input cannot be used), 2 (usage), 130 (Ctrl-C).
+stdout carries the result, stderr progress and messages. Exit codes: 0, 1 (the input cannot be
+used), 2 (usage), 130 (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def root(
 
 def main() -> None:
     """Entry point: one clear line for every expected error, and the exit code."""
-    # threads that spin while they wait for each other made a run ten times as long on two busy cores; read when torch is imported
+    # threads that spin while they wait for each other made a run ten times as long on two busy
+    # cores; read when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"

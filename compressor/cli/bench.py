@@ -48,7 +48,8 @@ def bench(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Measure the kernels on this GPU against dense cuBLAS, and decoding with a compressed checkpoint.
+    """Measure the kernels on this GPU against dense cuBLAS, and decoding with a compressed
+    checkpoint.
 
     [bold]Examples[/bold]
 

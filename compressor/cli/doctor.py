@@ -16,7 +16,8 @@ _COLOURS = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Look at this machine: versions, devices, whether the kernels work, room. Exit code 1 if something is broken.
+    """Look at this machine: versions, devices, whether the kernels work, room. Exit code 1 if
+    something is broken.
 
     [bold]Example[/bold]
 

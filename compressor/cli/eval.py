@@ -89,7 +89,8 @@ def evaluate(
 ) -> None:
     """Score models side by side: perplexity, KL divergence from the baseline, lm-eval tasks, bytes.
 
-    What is known is kept: an evaluation that was interrupted goes on, a further model costs that model only.
+    What is known is kept: an evaluation that was interrupted goes on, a further model costs that
+        model only.
     The scores of a folder DIR are stored beside it, in DIR.eval.json.
     """
     from compressor.errors import OutputError, UsageError

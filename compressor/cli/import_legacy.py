@@ -23,7 +23,8 @@ def import_legacy(
     output: options.NewFolder,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:
-    """Bring a compressed-tensors checkpoint in its retired `sparse-24-bitmask` format into the packed format, without loss.
+    """Bring a compressed-tensors checkpoint in its retired `sparse-24-bitmask` format into the
+    packed format, without loss.
 
     [bold]Example[/bold]
 

@@ -33,7 +33,9 @@ def inspect(
 
 
 def describe(reader: Any) -> dict[str, Any]:
-    """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a report is; factors have none."""
+    """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a
+    report is; factors have none.
+    """
     from compressor.checkpoint.packed_config import packed_modules
     from compressor.checkpoint.reader import ITEM_BITS, read_json
     from compressor.errors import CheckpointError
@@ -56,13 +58,15 @@ def describe(reader: Any) -> dict[str, Any]:
         needed = [f"{name}.weight_{part}" for part in (("u", "v") if low_rank else ("values",))]
         if not all(tensor in parts for tensor in needed):
             raise CheckpointError(
-                f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors are not there"
+                f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors "
+                f"are not there"
             )
         first, last = parts[needed[0]], parts[needed[-1]]
         for tensor in needed:
             if len(parts[tensor].shape) != 2:
                 raise CheckpointError(
-                    f"{reader.folder}: {tensor} has shape {list(parts[tensor].shape)}, a matrix is expected"
+                    f"{reader.folder}: {tensor} has shape {list(parts[tensor].shape)}, a matrix is "
+                    f"expected"
                 )
         shape = [first.shape[0], last.shape[1] * (1 if low_rank else 2)]
         form = f"lowrank {last.shape[0]}" if low_rank else entry["format"]
@@ -130,7 +134,8 @@ def _row(
 def _show(found: dict[str, Any]) -> None:
     count = len(found["shards"])
     out.print(
-        f"{found['architecture'] or 'no architecture named'}, {found['tensors']} tensors in {count} shard{'s' * (count > 1)}"
+        f"{found['architecture'] or 'no architecture named'}, {found['tensors']} tensors in "
+        f"{count} shard{'s' * (count > 1)}"
     )
     for shard in found["shards"]:
         out.print(f"  {shard['name']}  {size(shard['bytes'])}")
@@ -147,5 +152,6 @@ def _show(found: dict[str, Any]) -> None:
         )
     out.print(rows)
     out.print(
-        f"{size(found['bytes'])}, {found['ratio']:.4f} of its dense size {size(found['dense_bytes'])}"
+        f"{size(found['bytes'])}, {found['ratio']:.4f} of its dense size "
+        f"{size(found['dense_bytes'])}"
     )

@@ -98,7 +98,8 @@ def lowrank(
             else "compressed as planned"
         )
         out.print(
-            f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was written"
+            f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was "
+            f"written"
         )
         return
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)

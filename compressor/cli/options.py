@@ -1,4 +1,6 @@
-"""Options that several commands take: each means one thing, and says it in one way. And the check that prune and lowrank share."""
+"""Options that several commands take: each means one thing, and says it in one way. And the check
+that prune and lowrank share.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 MaxMemory = Annotated[
     str,
     typer.Option(
-        help="Of the host, such as 8GB: hidden states that do not fit rest on disk, Gram matrices are built in groups.",
+        help=(
+            "Of the host, such as 8GB: hidden states that do not fit rest on disk, Gram matrices "
+            "are built in groups."
+        ),
         show_default="half of what is free",
     ),
 ]
@@ -86,7 +91,10 @@ Dtype = Annotated[
 ExpertTokens = Annotated[
     str | None,
     typer.Option(
-        help="What calibrates the experts of a mixture: the tokens routed to each (all where those are few), or all.",
+        help=(
+            "What calibrates the experts of a mixture: the tokens routed to each (all where those "
+            "are few), or all."
+        ),
         show_default="routed",
     ),
 ]
@@ -100,7 +108,9 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let the librarie
 
 
 def check_method(method: str, own: str, recipe: str | None) -> None:
-    """Raise UsageError where the other one of prune and lowrank runs the method; `recipe` is what named it, if one did."""
+    """Raise UsageError where the other one of prune and lowrank runs the method; `recipe` is what
+    named it, if one did.
+    """
     from compressor.errors import UsageError
     from compressor.methods import FACTORIZATIONS, METHODS
 

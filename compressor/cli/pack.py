@@ -27,7 +27,8 @@ def pack(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages.")] = False,
 ) -> None:
-    """Pack a checkpoint that is 2:4 already, made by any tool that stores zeros in place. No calibration, no weight changes.
+    """Pack a checkpoint that is 2:4 already, made by any tool that stores zeros in place. No
+    calibration, no weight changes.
 
     [bold]Example[/bold]
 

@@ -81,7 +81,10 @@ def prune(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Option of the method, or of the refinement (lsq.damping=0.1) or the ratios; repeatable.",
+            help=(
+                "Option of the method, or of the refinement (lsq.damping=0.1) or the ratios; "
+                "repeatable."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -117,7 +120,8 @@ def prune(
     options.check_method(merged.method, "prune", None if method else recipe)
     if plan and pattern:
         raise UsageError(
-            f"--plan says what every linear becomes; --pattern {pattern} would not be used: give one of them"
+            f"--plan says what every linear becomes; --pattern {pattern} would not be used: give "
+            f"one of them"
         )
     if output is None and not dry_run:
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
@@ -190,12 +194,14 @@ def show_allocation(found: dict[str, Any]) -> None:
         kept = found["parameters"] / found["dense_parameters"]
         cut = f"ranks reduced by {found['rank_reduction']:.1%}"
         out.print(
-            f"{found['parameters']:,} of {found['dense_parameters']:,} parameters kept ({kept:.2%}), {cut}, by {found['by']}"
+            f"{found['parameters']:,} of {found['dense_parameters']:,} parameters kept "
+            f"({kept:.2%}), {cut}, by {found['by']}"
         )
     if "divergence" in found:
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
         out.print(
-            f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: {found['taken']}"
+            f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: "
+            f"{found['taken']}"
         )
 
 
@@ -206,7 +212,9 @@ def show_left(job: Job) -> None:
 
 
 def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the parameters is kept."""
+    """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the
+    parameters is kept.
+    """
     asked = (
         {"keep": recipe.keep}
         if job.keep
@@ -242,7 +250,8 @@ def _show_job(job: Job) -> None:
     packed = sum(map(job.packs, job.every))
     stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
     out.print(
-        f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing was written"
+        f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing "
+        f"was written"
     )
 
 
@@ -262,12 +271,14 @@ def _show_report(report: Report) -> None:
     totals = report.totals()
     inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
     out.print(
-        f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says which and why"
+        f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says "
+        f"which and why"
     )
     for note, count in Counter(row.note for row in report.linears if row.note).items():
         out.print(f"note: {count} linears: {note}")
     out.print(
-        f"compressed linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} ({totals['ratio']:.4f} of dense)"
+        f"compressed linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} "
+        f"({totals['ratio']:.4f} of dense)"
     )
     out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
     peak = " + ".join(

@@ -44,9 +44,11 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
-    """Publish a compressed folder on the Hub, with a model card made from its records and its stored scores.
+    """Publish a compressed folder on the Hub, with a model card made from its records and its
+    stored scores.
 
-    Log in once with `hf auth login`, or set HF_TOKEN. A push that was cut off is repeated: what has arrived is not sent twice.
+    Log in once with `hf auth login`, or set HF_TOKEN. A push that was cut off is repeated: what has
+    arrived is not sent twice.
 
     [bold]Examples[/bold]
 
@@ -76,7 +78,10 @@ def push(
         return
     if not quiet:
         sizes = {file.name: file.size for file in what.files}
-        sent = f"{len(pushed.sent)} files, {size(sum(sizes[name] for name in pushed.sent))}, are published"
+        sent = (
+            f"{len(pushed.sent)} files, {size(sum(sizes[name] for name in pushed.sent))}, are "
+            f"published"
+        )
         err.print(sent if pushed.sent else "nothing to do: everything is there already")
         for name in pushed.removed:
             err.print(f"removed from the Hub: {name}, weights of before", markup=False)
@@ -110,7 +115,9 @@ def _show_plan(what: Publication, repo: str, as_json: bool) -> None:
 
 
 def _progress(quiet: bool) -> Callable[[str, int, int], None]:
-    """Names each large file before it is sent; on a terminal huggingface_hub's own bars show its bytes."""
+    """Names each large file before it is sent; on a terminal huggingface_hub's own bars show its
+    bytes.
+    """
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()  # it tries again by itself; the last failure is told by us

@@ -58,7 +58,10 @@ def _shown(path: Path) -> str:
     name = f"{Path(plan)}:"
     if path in bundled().values():
         name = Path(plan).relative_to(path.parent).as_posix()
-        name += " comes with the package. A file of this name beside the recipe takes its place; this is what it says:"
+        name += (
+            " comes with the package. A file of this name beside the recipe takes its place; this "
+            "is what it says:"
+        )
     try:
         lines = Path(plan).read_text(encoding="utf-8").rstrip().splitlines()
     except (OSError, ValueError):

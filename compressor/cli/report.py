@@ -30,7 +30,8 @@ def report(
 ) -> None:
     """Show a run on one HTML page: sizes, errors, scores, time, and what was left dense.
 
-    The page is a single file without scripts. Scores are shown where `compress eval` has stored them.
+    The page is a single file without scripts. Scores are shown where `compress eval` has stored
+    them.
 
     [bold]Examples[/bold]
 

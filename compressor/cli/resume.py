@@ -23,7 +23,8 @@ def resume(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Go on with a run of prune or lowrank that was cut off, from the block it was in. The same as giving its command again.
+    """Go on with a run of prune or lowrank that was cut off, from the block it was in. The same as
+    giving its command again.
 
     [bold]Example[/bold]
 

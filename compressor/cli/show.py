@@ -165,7 +165,9 @@ def _short(linear: str) -> str:
 
 @contextmanager
 def scoring_progress(quiet: bool) -> Iterator[tuple[Any, Any]]:
-    """An evaluation's Progress and what takes its notes: a live bar on a terminal, a line for every number that is known."""
+    """An evaluation's Progress and what takes its notes: a live bar on a terminal, a line for every
+    number that is known.
+    """
     if quiet:
         yield (lambda step, done, total: None), (lambda text: None)
         return
@@ -200,7 +202,9 @@ def counting(what: str, quiet: bool) -> Iterator[Any]:
 
 
 def table(title: str, columns: str) -> Table:
-    """An empty table without borders; `columns` are headings, right-aligned where they begin with `>`."""
+    """An empty table without borders; `columns` are headings, right-aligned where they begin with
+    `>`.
+    """
     made = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )

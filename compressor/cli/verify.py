@@ -21,7 +21,8 @@ def verify(
         bool, typer.Option("--quiet", "-q", help="No progress; print problems only.")
     ] = False,
 ) -> None:
-    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers. Exit code 1 for any problem.
+    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers. Exit
+    code 1 for any problem.
 
     [bold]Example[/bold]
 
@@ -38,7 +39,8 @@ def verify(
             print(problem)
         if not found["problems"] and not quiet:
             out.print(
-                f"{folder} is sound: {found['files']} files, {found['tensors']} tensors, {found['linears']} compressed linears"
+                f"{folder} is sound: {found['files']} files, {found['tensors']} tensors, "
+                f"{found['linears']} compressed linears"
             )
     if found["problems"]:
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """The recipes that come with the package: `recipes/*.toml`, each for a result worth repeating.
 
-A bundled recipe names no model. Its first comment line says what it is for, the rest of the comment the command that was run
-and the numbers it reached.
+A bundled recipe names no model. Its first comment line says what it is for, the rest of the comment
+the command that was run and the numbers it reached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def bundled() -> dict[str, Path]:
 
 
 def find(recipe: str | Path) -> Path:
-    """The file of `recipe`: a path, or the name of a bundled one; the path wins where there is such a file.
+    """The file of `recipe`: a path, or the name of a bundled one; the path wins where there is such
+    a file.
 
     Raises:
         UsageError: neither.
@@ -40,7 +41,9 @@ def find(recipe: str | Path) -> Path:
 
 
 def find_plan(plan: str, recipe: Path) -> Path:
-    """The plan that the file `recipe` names: beside it, or else the bundled one of this name, so that a copied recipe works."""
+    """The plan that the file `recipe` names: beside it, or else the bundled one of this name, so
+    that a copied recipe works.
+    """
     own, shipped = recipe.parent / plan, _folder() / plan
     return shipped if _is_file(shipped) and not own.exists() else own
 

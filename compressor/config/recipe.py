@@ -1,7 +1,7 @@
 """What a run was asked to do: a TOML file, command-line values over it, defaults under it.
 
-Recipes are TOML because YAML 1.1 reads `2:4` as the number 124. The complete recipe is written into every output, so
-that any output can be made again from itself.
+Recipes are TOML because YAML 1.1 reads `2:4` as the number 124. The complete recipe is written into
+every output, so that any output can be made again from itself.
 """
 
 from __future__ import annotations
@@ -24,20 +24,27 @@ class Recipe:
     Attributes:
         model: folder or Hub id; `revision` of the latter.
         method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
-        refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its keyword-only parameters.
+        refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its
+            keyword-only parameters.
         refine_only: globs over linear names that it is for; all of them if there are none.
-        tune: epochs of training the kept weights of each block towards the dense model's outputs; 0 for none.
+        tune: epochs of training the kept weights of each block towards the dense model's outputs; 0
+            for none.
         pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
-        ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its keyword-only parameters.
-        dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in `ratio_options` too.
-        keep: such as `70%`: of the parameters of the linears, for a method that makes thin factors; `pattern` is not used then.
-        ranks: name of an allocator in `compressor/ranks`, nothing for the method's own; `rank_options` are its keyword-only
-            parameters.
-        plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file its path is relative to
-            that file, and inside its folder.
+        ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its
+            keyword-only parameters.
+        dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in
+            `ratio_options` too.
+        keep: such as `70%`: of the parameters of the linears, for a method that makes thin factors;
+            `pattern` is not used then.
+        ranks: name of an allocator in `compressor/ranks`, nothing for the method's own;
+            `rank_options` are its keyword-only parameters.
+        plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file
+            its path is relative to that file, and inside its folder.
         format: `packed`, or `dense` for a plain checkpoint with zeros.
-        dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the model's limit).
-        expert_tokens: what calibrates the experts of a mixture: the tokens `routed` to each, or `all` of them.
+        dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the
+            model's limit).
+        expert_tokens: what calibrates the experts of a mixture: the tokens `routed` to each, or
+            `all` of them.
         ignore: globs over linear names that stay dense.
         dtype: of the forward passes; `auto` is the checkpoint's. Stored dtypes never change.
     """
@@ -102,12 +109,14 @@ def load(path: Path) -> dict[str, Any]:
     for key in settings:
         if key not in known:
             raise UsageError(
-                f"recipe {path} has an unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}"
+                f"recipe {path} has an unknown key {key!r}; known: "
+                f"{', '.join(known)}{did_you_mean(key, known)}"
             )
     if isinstance(plan := settings.get("plan"), str) and plan:
         if Path(plan).is_absolute() or ".." in Path(plan).parts:
             raise UsageError(
-                f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use --plan for another"
+                f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use "
+                f"--plan for another"
             )
         settings["plan"] = str(find_plan(plan, path))
     return settings
@@ -116,7 +125,8 @@ def load(path: Path) -> dict[str, Any]:
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
     """A Recipe from file settings, command-line values that are not None, and `--set` assignments.
 
-    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`, `ratios.name=value` one of the ratios,
+    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`,
+    `ratios.name=value` one of the ratios,
     `ranks.name=value` one of the ranks.
     """
     asked = Recipe(
@@ -138,7 +148,8 @@ def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list
             raise UsageError(f"--set {assignment!r} is not of the form name=value")
         if owner not in owners or (dot and not owner):
             raise UsageError(
-                f"--set {assignment!r} is for {owner!r}, but --refine is {asked.refine or 'not given'}"
+                f"--set {assignment!r} is for {owner!r}, but --refine is "
+                f"{asked.refine or 'not given'}"
             )
         owners[owner][own_name] = text.strip()
     return replace(
@@ -153,7 +164,8 @@ def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list
 def check_options(
     owner: str, function: Callable[..., Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`options` checked against the keyword-only parameters of `function`, text turned into their types.
+    """`options` checked against the keyword-only parameters of `function`, text turned into their
+    types.
 
     Raises:
         UsageError: unknown name or wrong type.
@@ -168,7 +180,8 @@ def check_options(
         if name not in known:
             names = ", ".join(known) or "none"
             raise UsageError(
-                f"{owner} has no option {name!r}; its options: {names}{did_you_mean(name, list(known))}"
+                f"{owner} has no option {name!r}; its options: "
+                f"{names}{did_you_mean(name, list(known))}"
             )
         checked[name] = _typed(f"{owner} option {name}", value, known[name])
     return checked

@@ -1,14 +1,17 @@
-"""Block tuning: what is left of all linears of a block is trained together until its output is that of the dense model.
+"""Block tuning: what is left of all linears of a block is trained together until its output is that
+of the dense model.
 
-Guo et al., EBFT, https://arxiv.org/abs/2402.12419: with the masks fixed, minimise over the kept weights of one block f
+Guo et al., EBFT, https://arxiv.org/abs/2402.12419: with the masks fixed, minimise over the kept
+weights of one block f
 
     Σ over calibration tokens of ‖f(h) - t‖²
 
-by Adam on the block's own gradients, h the hidden states that enter it in the compressed model. The target t is the output
-of the dense block *on the hidden states of the dense model* (EBFT: of the dense block on h), so that a block also
-corrects what the blocks before it got wrong. It comes after the linears were compressed one by one, sees what
-these cannot (attention, the gate, the residual), costs backward passes through one block at a time, and adds no bytes.
-A weight that is stored as a product is trained in its factors.
+by Adam on the block's own gradients, h the hidden states that enter it in the compressed model. The
+target t is the output of the dense block *on the hidden states of the dense model* (EBFT: of the
+dense block on h), so that a block also corrects what the blocks before it got wrong. It comes after
+the linears were compressed one by one, sees what these cannot (attention, the gate, the residual),
+costs backward passes through one block at a time, and adds no bytes. A weight that is stored as a
+product is trained in its factors.
 """
 
 from __future__ import annotations
@@ -46,24 +49,28 @@ def tune(
     rate: float = 0.05,
     seed: int = 0,
 ) -> tuple[dict[str, Form], float, float]:
-    """Train the non-zeros of the factors of `forms`; zeros stay zero, everything else in the block stays as it is.
+    """Train the non-zeros of the factors of `forms`; zeros stay zero, everything else in the block
+    stays as it is.
 
     Args:
-        block: decoder block, called as `block(hidden, *positional, **keywords)`; returns a tensor, or a tuple that begins
-            with it. It is left as it was.
+        block: decoder block, called as `block(hidden, *positional, **keywords)`; returns a tensor,
+            or a tuple that begins with it. It is left as it was.
         forms: what to train, by a name of each.
         hidden: batches `[batch, seq, dim]` entering the block.
         targets: what should leave it, same shapes.
         arguments: positional and keyword arguments of every call.
-        place: turns weights `[out, in]`, by the names of their forms, into parameters of the block, by theirs, such as
+        place: turns weights `[out, in]`, by the names of their forms, into parameters of the block,
+            by theirs, such as
             `mlp.up_proj.weight`; differentiable. Without it the names are those of parameters.
         epochs: passes over the batches; 0 changes nothing.
-        rate: Adam's first step size in units of each factor's root mean square over its non-zeros; falls to 0 along a cosine.
+        rate: Adam's first step size in units of each factor's root mean square over its non-zeros;
+            falls to 0 along a cosine.
         seed: of the order of the batches.
 
     Returns:
-        The trained forms, and the relative squared error of the block's output before and after, both in the storage
-        dtype. Where the training did not lower it these are the forms that were given.
+        The trained forms, and the relative squared error of the block's output before and after,
+        both in the storage dtype. Where the training did not lower it these are the forms that were
+        given.
     """
     given = dict(forms)
     call = _caller(block, arguments, place)
@@ -188,7 +195,9 @@ def _error(
 
 
 def _in_float(value: Any) -> Any:
-    """Floating tensors inside tuples, lists and dictionaries, masks and position embeddings among them, in float32."""
+    """Floating tensors inside tuples, lists and dictionaries, masks and position embeddings among
+    them, in float32.
+    """
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):

@@ -1,9 +1,11 @@
-"""The loop over the blocks: statistics, compression, the inputs of the next block. Nothing is written here.
+"""The loop over the blocks: statistics, compression, the inputs of the next block. Nothing is
+written here.
 
-For each block: load it, run the calibration states through it and collect statistics, compress its linears, tune it if
-asked, run the states through the compressed block to get the inputs of the next, free it.
-Peak memory is one block, the calibration states and the statistics of one block; where its Gram matrices would not fit, the
-linears are taken group by group, with a pass through the block, still dense, for each.
+For each block: load it, run the calibration states through it and collect statistics, compress its
+linears, tune it if asked, run the states through the compressed block to get the inputs of the
+next, free it. Peak memory is one block, the calibration states and the statistics of one block;
+where its Gram matrices would not fit, the linears are taken group by group, with a pass through the
+block, still dense, for each.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ Made = tuple[Form, Seen | None]
 """What became of a linear; nothing was seen where there is no calibration."""
 
 Store = Callable[[Task, Form, Seen | None], None]
-"""Told of each finished linear: its task, the form it has now, what the calibration showed of it."""
+"""Told of each finished linear: its task, the form it has now, what the calibration showed of it.
+"""
 
 
 def compress_blocks(
@@ -73,7 +76,8 @@ def compress_blocks(
 
     Args:
         job: what to do.
-        states: calibration on entering block `first`, run through the compressed blocks in place; None where none is needed.
+        states: calibration on entering block `first`, run through the compressed blocks in place;
+            None where none is needed.
         device: where the blocks are computed.
         store: told of each finished linear.
         progress: told after each linear.
@@ -87,7 +91,8 @@ def compress_blocks(
 def dense_blocks(
     job: Job, states: States, device: torch.device, *, gram: bool = False
 ) -> Iterator[tuple[list[Task], dict[str, InputStats]]]:
-    """Each block of the dense model, loaded meanwhile: its tasks and, by linear, the statistics of their inputs.
+    """Each block of the dense model, loaded meanwhile: its tasks and, by linear, the statistics of
+    their inputs.
 
     Args:
         job: its tasks' linears are observed.
@@ -120,7 +125,9 @@ def _compress_block(
     progress: Progress,
     group: Group,
 ) -> float | None:
-    """Compress one block; returns the relative squared error of its output, None without calibration."""
+    """Compress one block; returns the relative squared error of its output, None without
+    calibration.
+    """
     block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
     arguments = states.arguments[index] if states else ((), {})
     if (
@@ -201,9 +208,11 @@ def _made(
     inputs: dict[str, InputStats],
     device: torch.device,
 ) -> Iterator[Made]:
-    """What becomes of each linear of this process, in `groups`; before the tuning, where there is one.
+    """What becomes of each linear of this process, in `groups`; before the tuning, where there is
+    one.
 
-    One by one, or all at the end where there are several groups: the block has to stay dense while they are observed.
+    One by one, or all at the end where there are several groups: the block has to stay dense while
+        they are observed.
     `inputs` gets the statistics that are still of use, without their Gram matrices.
     """
     waiting: list[Made] = []
@@ -242,7 +251,9 @@ def _observe(
     exact: list[Tensor],
     tasks: list[Task],
 ) -> dict[str, InputStats]:
-    """Statistics of the inputs of the tasks' linears, by name; the first call adds the outputs of the first batches to `exact`."""
+    """Statistics of the inputs of the tasks' linears, by name; the first call adds the outputs of
+    the first batches to `exact`.
+    """
     if states is None:
         return {}
     modules, parts = {task.linear.name: task.linear.module for task in tasks}, group.size > 1
@@ -331,7 +342,9 @@ def _tune(
 def _advance(
     block: nn.Module, states: States, arguments: Any, exact: list[Tensor], sharing: Group
 ) -> float:
-    """Run the states through the compressed block, in place; returns the error against the `exact` outputs."""
+    """Run the states through the compressed block, in place; returns the error against the `exact`
+    outputs.
+    """
     errors: list[tuple[float, float]] = []
 
     def step(number: int, hidden: Tensor) -> Tensor:

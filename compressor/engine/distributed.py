@@ -2,11 +2,12 @@
 
     torchrun --nproc-per-node 2 -m compressor prune org/model -o out
 
-For methods that use means and variances only (magnitude, Wanda, DSnoT) the batches of the calibration are split over the
-processes, in order: these are exchanged per batch and merged again in the order of the batches. Gram matrices are never
-exchanged: for methods that use them each process runs all batches and builds those of the linears that are its own. Both
-give the statistics the bits that one process gives them, so the output is the same.
-The linears of a block are spread over the processes by cost; each result is sent to all, and the first one writes.
+For methods that use means and variances only (magnitude, Wanda, DSnoT) the batches of the
+calibration are split over the processes, in order: these are exchanged per batch and merged again
+in the order of the batches. Gram matrices are never exchanged: for methods that use them each
+process runs all batches and builds those of the linears that are its own. Both give the statistics
+the bits that one process gives them, so the output is the same. The linears of a block are spread
+over the processes by cost; each result is sent to all, and the first one writes.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ class Group:
         """The batches of this process. Raises UsageError where there are fewer than processes."""
         if batches < self.size:
             raise UsageError(
-                f"{self.size} processes were started, but the calibration makes {batches} batches: start at most {batches}, "
+                f"{self.size} processes were started, but the calibration makes {batches} batches: "
+                f"start at most {batches}, "
                 "or give more samples with --num-samples"
             )
         return slice(batches * self.rank // self.size, batches * (self.rank + 1) // self.size)
 
     def agreed(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """What `make(*arguments)` gives in the first process; it is not called in the others. An error there is one in all."""
+        """What `make(*arguments)` gives in the first process; it is not called in the others. An
+        error there is one in all.
+        """
         if self.size == 1:
             return make(*arguments)
         made, error = None, None
@@ -76,7 +80,9 @@ class Group:
         return [item for part in self._gathered(list(items)) for item in part]
 
     def merged(self, stats: dict[str, InputStats], device: torch.device) -> dict[str, InputStats]:
-        """Moments over all batches, on `device`, from those of each process; the names are those of linears."""
+        """Moments over all batches, on `device`, from those of each process; the names are those of
+        linears.
+        """
         if self.size == 1:
             return stats
         distinct = list({id(own): own for own in stats.values()}.values())
@@ -108,7 +114,9 @@ class Group:
         return found
 
     def owners(self, costs: Sequence[int]) -> list[int]:
-        """Which process makes each of things that cost so much: the dearest first, each to the one that has least to do."""
+        """Which process makes each of things that cost so much: the dearest first, each to the one
+        that has least to do.
+        """
         owners, load = [0] * len(costs), [0] * self.size
         for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
             owners[number] = load.index(min(load))
@@ -118,7 +126,8 @@ class Group:
     def shared(
         self, owners: Sequence[int], made: Iterable[Made], device: torch.device
     ) -> Iterator[Made]:
-        """All things in turn, from those that each process makes itself; an error in one process is one in all.
+        """All things in turn, from those that each process makes itself; an error in one process is
+        one in all.
 
         Args:
             owners: which process makes each.
@@ -181,7 +190,8 @@ ALONE = Group()
 
 @contextmanager
 def processes() -> Iterator[Group]:
-    """The processes that torchrun started, joined for the time of the `with`; this one alone without torchrun.
+    """The processes that torchrun started, joined for the time of the `with`; this one alone
+    without torchrun.
 
     Raises:
         ProcessError: they cannot be joined.

@@ -1,4 +1,6 @@
-"""Where hidden states rest and how many Gram matrices are alive at once, so that a run stays within the memory it may use."""
+"""Where hidden states rest and how many Gram matrices are alive at once, so that a run stays within
+the memory it may use.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,16 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise UsageError(
-            f"max-memory is {text!r}; accepted: a number and MB, GB, TB, MiB, GiB or TiB, such as 8GB"
+            f"max-memory is {text!r}; accepted: a number and MB, GB, TB, MiB, GiB or TiB, such as "
+            f"8GB"
         )
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def hidden_bytes(job: Job, tokens: int) -> int:
-    """Bytes of the hidden states of so many tokens; those of the dense model too where blocks are tuned towards it."""
+    """Bytes of the hidden states of so many tokens; those of the dense model too where blocks are
+    tuned towards it.
+    """
     width = getattr(job.skeleton.config.get_text_config(decoder=True), "hidden_size", 0)
     return tokens * width * job.skeleton.dtype.itemsize * (2 if job.tune else 1)
 
@@ -42,8 +47,9 @@ def gram_bytes(task: Task) -> int:
 
 
 def block_bytes(job: Job) -> int:
-    """About what work on the largest block takes, Gram matrices aside: its weights, copies and temporaries of them, and what
-    a method makes of one Gram matrix."""
+    """About what work on the largest block takes, Gram matrices aside: its weights, copies and
+    temporaries of them, and what a method makes of one Gram matrix.
+    """
     size = (
         max(sum(p.numel() for p in block.parameters()) for block in job.skeleton.blocks)
         * job.skeleton.dtype.itemsize
@@ -54,13 +60,16 @@ def block_bytes(job: Job) -> int:
 def choose_home(
     job: Job, tokens: int, device: torch.device, limit: str, folder: Path
 ) -> torch.device | Path:
-    """The device, the host's memory, or `folder` on disk: the first that has room for the hidden states of `tokens` tokens.
+    """The device, the host's memory, or `folder` on disk: the first that has room for the hidden
+    states of `tokens` tokens.
 
     Args:
         job: what will be done.
         tokens: of the calibration, in this process.
-        device: where blocks are computed; a GPU keeps hidden states while they take less than half of its free memory.
-        limit: `--max-memory`, what this process may use of the host's memory; empty for half of what is free.
+        device: where blocks are computed; a GPU keeps hidden states while they take less than half
+            of its free memory.
+        limit: `--max-memory`, what this process may use of the host's memory; empty for half of
+            what is free.
         folder: on disk.
 
     Raises:
@@ -78,7 +87,8 @@ def choose_home(
     if room < 0:
         used = (parse_size(limit) - room) / 1e9
         raise UsageError(
-            f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} GB"
+            f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} "
+            f"GB"
         )
     grams = (
         max(sum(map(gram_bytes, tasks)) for tasks in job.tasks)
@@ -89,7 +99,9 @@ def choose_home(
 
 
 def gram_room(job: Job, device: torch.device, limit: str) -> int:
-    """Bytes that the Gram matrices of a block may take together: what `limit` leaves, or half of what is free on the device."""
+    """Bytes that the Gram matrices of a block may take together: what `limit` leaves, or half of
+    what is free on the device.
+    """
     import torch
 
     if device.type == "cuda":
@@ -98,12 +110,14 @@ def gram_room(job: Job, device: torch.device, limit: str) -> int:
 
 
 def in_groups(tasks: Sequence[Task], room: int, inputs: Mapping[str, int]) -> list[list[Task]]:
-    """The tasks in order, so many together that their statistics stay within `room` bytes; one at least.
+    """The tasks in order, so many together that their statistics stay within `room` bytes; one at
+    least.
 
     Args:
         tasks: of one block.
         room: for the statistics of a group.
-        inputs: by name, what a linear reads: those with the same number share their statistics; the others have their own.
+        inputs: by name, what a linear reads: those with the same number share their statistics; the
+            others have their own.
     """
     groups: list[list[Task]] = [[]]
     taken, seen = 0, set()

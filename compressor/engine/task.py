@@ -21,7 +21,8 @@ from compressor.records.report import LeftDense
 
 @dataclass(frozen=True)
 class Task:
-    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or not by the job's refinement.
+    """What one linear is to become: `method.compress(weight, stats, goal, **options)`, refined or
+    not by the job's refinement.
 
     The goal is a pattern, or the rank of factors.
     """
@@ -34,7 +35,9 @@ class Task:
 
     @property
     def removed(self) -> float:
-        """Fraction of the weight's numbers that go: zeros of a pattern, or what factors of a rank do without."""
+        """Fraction of the weight's numbers that go: zeros of a pattern, or what factors of a rank
+        do without.
+        """
         if isinstance(self.goal, Pattern):
             return float(self.goal.sparsity)
         return 1 - self.goal * sum(self.linear.shape) / self.linear.size
@@ -54,7 +57,8 @@ class Job:
         refine, refine_options: what improves each pruned weight; refine may be None.
         tune: epochs of block tuning, 0 for none.
         packed: store in a packed form what has one.
-        all_tokens: experts are calibrated on all tokens, not only on those the router sends to them.
+        all_tokens: experts are calibrated on all tokens, not only on those the router sends to
+            them.
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
         left_dense: every other weight with two dimensions or more, and why.
@@ -63,10 +67,12 @@ class Job:
         ratio_options: of either.
         allocation: what that measured; empty before it ran.
         spectra: what ranks were chosen from, as the report keeps it.
-        keep: of the parameters of the linears; None where goals are patterns or of a plan. Until ranks are chosen, goals are 1.
+        keep: of the parameters of the linears; None where goals are patterns or of a plan. Until
+            ranks are chosen, goals are 1.
         ranks, rank_options: what gives every linear a rank; None without `keep`.
         factored: what methods that need gradients made of their linears, once that is done.
-        gram_room: bytes that the Gram matrices of a block may take together; None for as many as there are.
+        gram_room: bytes that the Gram matrices of a block may take together; None for as many as
+            there are.
     """
 
     reader: Reader
@@ -137,9 +143,11 @@ class Job:
 
     @property
     def splits_batches(self) -> bool:
-        """Whether processes that share the run each take a part of the calibration; else each takes all of it.
+        """Whether processes that share the run each take a part of the calibration; else each takes
+        all of it.
 
-        Gram matrices are built by one process each, in the order of the batches: sums of sums have other bits.
+        Gram matrices are built by one process each, in the order of the batches: sums of sums have
+            other bits.
         """
         return not (self.needs_gram or self.measures)
 
@@ -165,7 +173,9 @@ class Job:
 
     @cached_property
     def _unpackable(self) -> set[str]:
-        """Names of the modules whose experts are stored as plain weights: a loader needs all their matrices packed, or none."""
+        """Names of the modules whose experts are stored as plain weights: a loader needs all their
+        matrices packed, or none.
+        """
 
         def plain(task: Task) -> bool:
             form = self.fits_2_4(task) or not task.method.REFINABLE
@@ -184,7 +194,9 @@ class Job:
         ]
 
     def check_experts(self) -> Job:
-        """The job itself. Raises UsageError where experts would have to be stored in a way that they cannot be."""
+        """The job itself. Raises UsageError where experts would have to be stored in a way that
+        they cannot be.
+        """
         for task in self.every:
             name = task.linear.experts
             if not task.method.REFINABLE and name in self._unpackable:
@@ -202,7 +214,9 @@ class Job:
         return self
 
     def assign(self, goals: Mapping[str, Pattern | int | None], reason: str) -> Job:
-        """The job with these goals, by linear name; a linear whose goal is None stays dense, for `reason`."""
+        """The job with these goals, by linear name; a linear whose goal is None stays dense, for
+        `reason`.
+        """
         left = [
             LeftDense(task.linear.name, list(task.linear.shape), reason)
             for task in self.every

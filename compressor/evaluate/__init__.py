@@ -1,9 +1,11 @@
-"""Scores of models: perplexity as in the papers, divergence from the original, lm-eval's tasks, bytes and speed.
+"""Scores of models: perplexity as in the papers, divergence from the original, lm-eval's tasks,
+bytes and speed.
 
 windows.py    perplexity and KL divergence over token windows, in one pass that can be interrupted
 lmeval.py     tasks of the lm-evaluation-harness
 speed.py      tokens a second on a GPU
-candidate.py  one model to be scored: what it is by content, loaded only if something about it is not known yet
+candidate.py  one model to be scored: what it is by content, loaded only if something about it is
+              not known yet
 run.py        all of it for many models, from the cache where it is known, in lm-eval's schema
 markdown.py   the table; plot.py the picture
 """

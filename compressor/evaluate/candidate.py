@@ -1,4 +1,6 @@
-"""One model to be scored: what it is by content, and the model itself, loaded only when something about it is not known yet."""
+"""One model to be scored: what it is by content, and the model itself, loaded only when something
+about it is not known yet.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def load_model(
 
     folder = resolve(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    # loaded where it runs: what is loaded on the CPU is unpacked there, and stays dense when it is moved
+    # loaded where it runs: what is loaded on the CPU is unpacked there, and stays dense when it is
+    # moved
     place: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     return compressor.runtime.load(
         folder, dtype=kind, trust_remote_code=trust_remote_code, **place
@@ -39,7 +42,9 @@ def load_model(
 
 @dataclass(frozen=True)
 class Text:
-    """Token rows to score; `key` says what they are by content, `total` how many there would be without a limit."""
+    """Token rows to score; `key` says what they are by content, `total` how many there would be
+    without a limit.
+    """
 
     rows: list[Tensor]
     key: str
@@ -115,7 +120,9 @@ class Candidate:
         return tokens.context_length(self.config)
 
     def window(self, seq_len: int) -> int:
-        """The length of a perplexity window where `seq_len` is asked for, 0 for the default. Raises UsageError."""
+        """The length of a perplexity window where `seq_len` is asked for, 0 for the default. Raises
+        UsageError.
+        """
         if seq_len and self.limit and seq_len > self.limit:
             raise UsageError(
                 f"seq-len {seq_len} is longer than the {self.limit} tokens this model was made for"
@@ -131,7 +138,8 @@ class Candidate:
         total, rows = len(rows), rows[:limit]
         if self.limit and max(map(len, rows)) > self.limit:
             raise DataError(
-                f"{dataset} has rows of {max(map(len, rows))} tokens, this model was made for {self.limit}"
+                f"{dataset} has rows of {max(map(len, rows))} tokens, this model was made for "
+                f"{self.limit}"
             )
         found = hashlib.sha256()
         for row in rows:

@@ -1,4 +1,6 @@
-"""Tasks of the lm-evaluation-harness, one at a time, so that what is done is done when a long run is cut off."""
+"""Tasks of the lm-evaluation-harness, one at a time, so that what is done is done when a long run
+is cut off.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from compressor.errors import DataError, UsageError
 
 @lru_cache(maxsize=1)
 def task_manager(include_path: Path | None) -> Any:
-    """lm-eval's index of tasks; `include_path` holds further task files and then no others are scanned for.
+    """lm-eval's index of tasks; `include_path` holds further task files and then no others are
+    scanned for.
 
     Raises:
         UsageError: lm-eval is not installed, or the path is no folder.
@@ -39,7 +42,8 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
         unknown := [task for task in tasks if task not in task_manager(include_path).all_tasks]
     ):
         raise UsageError(
-            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, --include-path adds a folder of task files"
+            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, --include-path "
+            f"adds a folder of task files"
         )
 
 
@@ -86,7 +90,8 @@ def run_task(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """lm-eval's results for one task or group, in its own schema. Raises DataError where its data cannot be had.
+    """lm-eval's results for one task or group, in its own schema. Raises DataError where its data
+    cannot be had.
 
     Args:
         progress: told how many of how many requests are done.

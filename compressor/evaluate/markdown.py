@@ -1,4 +1,6 @@
-"""Scores of several models as a markdown table: one column per model, one row per number, sizes first."""
+"""Scores of several models as a markdown table: one column per model, one row per number, sizes
+first.
+"""
 
 from __future__ import annotations
 

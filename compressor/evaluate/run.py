@@ -1,7 +1,8 @@
 """All scores of one model or of many, in lm-eval's schema.
 
-Every number is kept by what it was made from: the model's bytes, the tokens or the task's documents, the settings, the versions.
-So an evaluation that was interrupted goes on where it was, and one with a further model or task computes that one only.
+Every number is kept by what it was made from: the model's bytes, the tokens or the task's
+documents, the settings, the versions. So an evaluation that was interrupted goes on where it was,
+and one with a further model or task computes that one only.
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ class Settings:
     """What is measured and how, the same for all models.
 
     Attributes:
-        datasets: see `compressor.calibration.tokens`; `self` is text that the baseline (or the model) writes with `seed`.
-        tasks: names of lm-eval tasks; `include_path` holds further task files and then no others are scanned for.
+        datasets: see `compressor.calibration.tokens`; `self` is text that the baseline (or the
+            model) writes with `seed`.
+        tasks: names of lm-eval tasks; `include_path` holds further task files and then no others
+            are scanned for.
         divergence: whether the KL divergence from the baseline is taken where there is one.
         seq_len: window of the perplexity; 0 stands for min(2048, the model's limit).
         num_samples: sequences of `self`.
         limit: at most so many rows, and examples per task.
-        batch_size: of the tasks. It is no part of what a result is known by: a run that ran out of memory goes on with less.
+        batch_size: of the tasks. It is no part of what a result is known by: a run that ran out of
+            memory goes on with less.
         cached: whether numbers that are known are taken from the cache.
     """
 
@@ -84,7 +88,9 @@ class Settings:
             tokens.check_dataset(dataset)
 
     def name_of(self, dataset: str) -> str:
-        """What a data set is called in the results: its file's name, or all of it where two have the same."""
+        """What a data set is called in the results: its file's name, or all of it where two have
+        the same.
+        """
         stem = "self" if dataset == "self" else Path(dataset).stem
         alone = sum(Path(other).stem == stem for other in dict.fromkeys(self.datasets)) == 1
         return stem if alone else dataset
@@ -95,10 +101,12 @@ class Settings:
 
 
 def evaluate(model: str, *, baseline: str | None = None, **settings: Any) -> dict[str, Any]:
-    """Score one model, a folder or Hub id, plain or compressed; `settings` are the fields of `Settings`.
+    """Score one model, a folder or Hub id, plain or compressed; `settings` are the fields of
+    `Settings`.
 
     Args:
-        baseline: the model it is compared with: it writes the text of `self`, and the KL divergence is taken from it.
+        baseline: the model it is compared with: it writes the text of `self`, and the KL divergence
+            is taken from it.
 
     Returns:
         A dictionary in lm-eval's schema: `results`, `configs`, `versions`, `n-samples`, `config`, …
@@ -114,9 +122,11 @@ def evaluate(model: str, *, baseline: str | None = None, **settings: Any) -> dic
 def evaluate_all(
     models: Sequence[str], *, baseline: str | None = None, **settings: Any
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Score the baseline and then `models`, each yielded with its name as soon as it is done, as `evaluate` returns it.
+    """Score the baseline and then `models`, each yielded with its name as soon as it is done, as
+    `evaluate` returns it.
 
-    The scores of a model that is a local folder are stored beside it (`compressor.records.scores`), the baseline's among them.
+    The scores of a model that is a local folder are stored beside it (`compressor.records.scores`),
+    the baseline's among them.
     """
     asked = Settings(**settings)
     lmeval.check_tasks(asked.tasks, asked.include_path)
@@ -126,7 +136,8 @@ def evaluate_all(
     original = asked.candidate(baseline) if baseline else None
     before = _evaluate(original, None, asked) if original else None
     if original and before:
-        original.free()  # for the divergence it is loaded once more, if both models fit; tasks need one model only
+        # for the divergence it is loaded once more, if both models fit; tasks need one model only
+        original.free()
         yield original.name, before
     for candidate in candidates:
         if before is not None and candidate.name == baseline:
@@ -286,7 +297,9 @@ def _score_dataset(
 
 
 def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings) -> Text:
-    """The rows to score. Those of `self` are named by who writes them: they are written only if they have to be scored."""
+    """The rows to score. Those of `self` are named by who writes them: they are written only if
+    they have to be scored.
+    """
     if dataset != "self":
         return candidate.text(dataset, asked.seq_len, asked.limit)
     writer, window = original or candidate, candidate.window(asked.seq_len)
@@ -305,7 +318,9 @@ def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked:
 def _comparable(
     candidate: Candidate, original: Candidate, dataset: str, text: Text, asked: Settings
 ) -> bool:
-    """Whether the divergence from `original` on this text is asked for and can be had; a note says why not."""
+    """Whether the divergence from `original` on this text is asked for and can be had; a note says
+    why not.
+    """
     if not asked.divergence:
         return False
     reason = ""
@@ -325,7 +340,10 @@ def _comparable(
         )
         if needed * 1.1 > free:
             original.free()
-            reason = f"both models in memory take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+            reason = (
+                f"both models in memory take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
+                f"free"
+            )
     if reason:
         asked.note(f"no KL divergence of {candidate.name} on {asked.name_of(dataset)}: {reason}")
     return not reason

@@ -1,4 +1,6 @@
-"""How fast a model reads and writes: tokens a second of the prompt, and of what is generated after it, one sequence at a time."""
+"""How fast a model reads and writes: tokens a second of the prompt, and of what is generated after
+it, one sequence at a time.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ _REPEATS = 5
 def measure_speed(
     model: Any, *, limit: int | None = None, prompt: int = PROMPT, written: int = WRITTEN
 ) -> dict[str, Any]:
-    """Medians over a few repeats after one that warms up. `limit` is the model's context, which bounds the prompt.
+    """Medians over a few repeats after one that warms up. `limit` is the model's context, which
+    bounds the prompt.
 
     Returns:
-        `prefill_tokens_per_second`, `decode_tokens_per_second`, the two lengths, and the device's name.
+        `prefill_tokens_per_second`, `decode_tokens_per_second`, the two lengths, and the device's
+        name.
     """
     prompt = min(prompt, max(1, (limit or prompt + written) - written))
     vocabulary = model.config.get_text_config().vocab_size

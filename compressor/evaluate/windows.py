@@ -1,11 +1,13 @@
 """Perplexity of a model, and its divergence from a baseline, over token windows in one pass.
 
     perplexity = exp( mean over tokens of -log q(x_t | x_<t) )
-    divergence = mean over the same tokens of KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v)),    q the model, p the baseline
+    divergence = mean over the same tokens of KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v)),    q the
+    model, p the baseline
 
-Windows do not overlap; each is scored on its own, its first token is context only. It is not lm-eval's word perplexity, which
-normalises by words and carries context over. The divergence needs no reference text: it says how far the model's next-token
-distribution has moved, in nats, and sees changes that leave the perplexity as it was.
+Windows do not overlap; each is scored on its own, its first token is context only. It is not
+lm-eval's word perplexity, which normalises by words and carries context over. The divergence needs
+no reference text: it says how far the model's next-token distribution has moved, in nats, and sees
+changes that leave the perplexity as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _SAVE_SECONDS = 20.0  # between two notes of how far the pass has come
 
 @dataclass
 class Sums:
-    """How far a pass over the windows has come: rows done, tokens predicted, sums of their losses and divergences."""
+    """How far a pass over the windows has come: rows done, tokens predicted, sums of their losses
+    and divergences.
+    """
 
     done: int = 0
     tokens: int = 0
@@ -67,7 +71,8 @@ def score_windows(
 
     Args:
         baseline: model of the same vocabulary that the divergence is taken from; None leaves it 0.
-        start: where an interrupted pass over the same rows had come; going on gives the same numbers to the last bit.
+        start: where an interrupted pass over the same rows had come; going on gives the same
+            numbers to the last bit.
         save: told the sums every few seconds, and when the pass is interrupted.
     """
     sums, saved = start or Sums(), time.monotonic()
@@ -90,7 +95,9 @@ def perplexity(
     rows: Sequence[Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """exp of the mean token cross-entropy over `rows`, int64 `[seq]` each; logits are taken in float32."""
+    """exp of the mean token cross-entropy over `rows`, int64 `[seq]` each; logits are taken in
+    float32.
+    """
     return score_windows(model, rows, progress=progress).perplexity
 
 

@@ -1,9 +1,11 @@
 """Stored forms of a weight, one file each; the file name is the format's name in config.json.
 
-A form has three verbs: `dense()` gives the weight `[out, in]`, `pack()` the tensors that are stored, by the suffix that
-replaces `weight` in the tensor's name, and the class method `unpack(tensors)` the form again. For training it comes apart:
-`factors()` are plain matrices, `product` multiplies them, differentiably, and `from_factors` makes a form of them again.
-A form may carry what its method wants said of it in the report: `note`, and `losses`, the relative loss at start and end.
+A form has three verbs: `dense()` gives the weight `[out, in]`, `pack()` the tensors that are
+stored, by the suffix that replaces `weight` in the tensor's name, and the class method
+`unpack(tensors)` the form again. For training it comes apart:
+`factors()` are plain matrices, `product` multiplies them, differentiably, and `from_factors` makes
+a form of them again. A form may carry what its method wants said of it in the report: `note`, and
+`losses`, the relative loss at start and end.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class Form(Protocol):
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What config.json says of it: its format, and what a loader must know before it reads a tensor."""
+        """What config.json says of it: its format, and what a loader must know before it reads a
+        tensor.
+        """
         ...
 
     @property
@@ -40,7 +44,9 @@ class Form(Protocol):
         ...
 
     def factors(self) -> dict[str, Tensor]:
-        """What the weight is a product of, by the argument names of `product`; zeros of the pattern are zeros in it."""
+        """What the weight is a product of, by the argument names of `product`; zeros of the pattern
+        are zeros in it.
+        """
         ...
 
     @staticmethod

@@ -1,4 +1,6 @@
-"""A 2:4 core between two block-diagonal wrappers: W = A S B, stored as packed core and two stacks of square blocks."""
+"""A 2:4 core between two block-diagonal wrappers: W = A S B, stored as packed core and two stacks
+of square blocks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from compressor_kernels.packing import check24, pack24, unpack24
 
 @dataclass(frozen=True)
 class Armor:
-    """`values` `[out, in / 2]` and int16 `metadata` `[out, ceil(in / 16)]` of S, `a` `[out / bA, bA, bA]`, `b` `[in / bB, bB, bB]`.
+    """`values` `[out, in / 2]` and int16 `metadata` `[out, ceil(in / 16)]` of S, `a` `[out / bA,
+    bA, bA]`, `b` `[in / bB, bB, bB]`.
 
     All floating tensors share one dtype. A layer computes y = A (S (B x)).
     """
@@ -69,7 +72,9 @@ class Armor:
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor]) -> Self:
-        """The form stored as `tensors`. Raises ValueError where shapes, dtypes or metadata do not belong together."""
+        """The form stored as `tensors`. Raises ValueError where shapes, dtypes or metadata do not
+        belong together.
+        """
         values, metadata, a, b = (
             tensors[f"weight_{part}"] for part in ("values", "metadata", "a", "b")
         )
@@ -84,7 +89,8 @@ class Armor:
                 or blocks.shape[0] * blocks.shape[1] != size
             ):
                 raise ValueError(
-                    f"{name} {tuple(blocks.shape)} is not a stack of square blocks along {size} features"
+                    f"{name} {tuple(blocks.shape)} is not a stack of square blocks along {size} "
+                    f"features"
                 )
             if blocks.dtype != values.dtype:
                 raise ValueError(f"{name} is {blocks.dtype}, weight_values are {values.dtype}")

@@ -1,4 +1,6 @@
-"""A weight as the product of two thin factors: W = U V, `rank · (out + in)` numbers in place of `out · in`."""
+"""A weight as the product of two thin factors: W = U V, `rank · (out + in)` numbers in place of
+`out · in`.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class LowRank:
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor]) -> Self:
-        """The form stored as `tensors`. Raises ValueError where shapes or dtypes do not belong together."""
+        """The form stored as `tensors`. Raises ValueError where shapes or dtypes do not belong
+        together.
+        """
         u, v = tensors["weight_u"], tensors["weight_v"]
         if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or not len(v):
             raise ValueError(

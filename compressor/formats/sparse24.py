@@ -1,4 +1,6 @@
-"""A 2:4 weight as values and 2-bit metadata: 0.5625 of the bytes of dense bf16. Layout: compressor_kernels.packing."""
+"""A 2:4 weight as values and 2-bit metadata: 0.5625 of the bytes of dense bf16. Layout:
+compressor_kernels.packing.
+"""
 
 from __future__ import annotations
 

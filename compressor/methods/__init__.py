@@ -1,4 +1,5 @@
-"""Methods: each a module with `compress(weight, stats, pattern, *, option=default, …) -> Form` and three constants.
+"""Methods: each a module with `compress(weight, stats, pattern, *, option=default, …) -> Form` and
+three constants.
 
     NEEDS_INPUTS   it wants statistics of the inputs
     NEEDS_GRAM     with the Gram matrix
@@ -12,10 +13,12 @@ A method that makes thin factors takes a rank in place of the pattern and has, b
 
 or, where it sees gradients, NEEDS_GRADIENTS = True and, in place of `compress` and `spectrum`,
 
-    decompose(weight, rank, inputs, outputs, *, option=default, …) -> factors and singular values, of the two marginals of
+    decompose(weight, rank, inputs, outputs, *, option=default, …) -> factors and singular values,
+    of the two marginals of
                      compressor/allocation/rank/fisher_factors.py
 
-The keyword-only parameters with defaults are the method's options. Adding a method: one file here, one name below.
+The keyword-only parameters with defaults are the method's options. Adding a method: one file here,
+one name below.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def command(method: str) -> str:
 
 
 def counterpart(method: str) -> str:
-    """What does the other half of a plan that mixes forms: factors beside a method that prunes, zeros beside one that factors."""
+    """What does the other half of a plan that mixes forms: factors beside a method that prunes,
+    zeros beside one that factors.
+    """
     return "sparsegpt" if method in FACTORIZATIONS else "svd_llm"
 
 

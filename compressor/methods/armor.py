@@ -1,10 +1,13 @@
-"""ARMOR: a 2:4 core between block-diagonal wrappers, W ≈ A S B (Liu et al. 2025, https://arxiv.org/abs/2510.05528).
+"""ARMOR: a 2:4 core between block-diagonal wrappers, W ≈ A S B (Liu et al. 2025,
+https://arxiv.org/abs/2510.05528).
 
-The wrappers cost bA / in + bB / out of the dense weights and let every group of four choose in a rotated basis. The paper
-minimises Σ (W̄ - Ŵ̄)²_ij h_j on the normalised weight with 20,000 steps of Adam, re-solving one group per block a step.
-Here each factor is solved exactly in turn and every group is re-solved in every sweep, with noise that cools to nothing;
-where the Gram matrix is at hand the output error tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ) itself is minimised instead.
-The optimisers are in armor_separable.py and armor_full.py, their common algebra in armor_algebra.py; docs/armor.md has the numbers.
+The wrappers cost bA / in + bB / out of the dense weights and let every group of four choose in a
+rotated basis. The paper minimises Σ (W̄ - Ŵ̄)²_ij h_j on the normalised weight with 20,000 steps of
+Adam, re-solving one group per block a step. Here each factor is solved exactly in turn and every
+group is re-solved in every sweep, with noise that cools to nothing; where the Gram matrix is at
+hand the output error tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ) itself is minimised instead. The optimisers are in
+armor_separable.py and armor_full.py, their common algebra in armor_algebra.py; docs/armor.md has
+the numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ _ROUNDED_STEPS = 8  # conjugate-gradient steps for the core once the wrappers ar
 
 
 class _Objective(NamedTuple):
-    """tr(D H Dᵀ) with D = (W - Ŵ) / rows / columns; `gram` is H `[in, in]`, or its diagonal `[in]`, divided by the tokens."""
+    """tr(D H Dᵀ) with D = (W - Ŵ) / rows / columns; `gram` is H `[in, in]`, or its diagonal `[in]`,
+    divided by the tokens.
+    """
 
     target: Tensor
     gram: Tensor
@@ -65,29 +70,35 @@ def compress(
     damp: float = 1e-3,
     seed: int = 0,
 ) -> Armor | Sparse24:
-    """Factorise `weight` `[out, in]`; the result, in the weight's dtype, is never worse than NoWag-P in the objective.
+    """Factorise `weight` `[out, in]`; the result, in the weight's dtype, is never worse than
+    NoWag-P in the objective.
 
     Args:
         weight: `[out, in]`.
         stats: statistics of its inputs, with the Gram matrix unless proxy="diagonal" and finish=0.
         pattern: 2:4.
         iterations: sweeps over all groups under the proxy.
-        block_size: largest block of A and B; the largest that divides the dimension and fits `overhead` is taken.
-        overhead: bound on the size of A and B together, as a fraction of the dense weights. A linear for which not even
-            blocks of four fit is stored as plain 2:4.
-        proxy: what the sweeps see of the output error: the "diagonal" of the Gram matrix, its "block"s, or the "full" matrix.
-            "diagonal" with finish=0 is the paper's loss, on the normalised weight.
-        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 is greedy and monotone.
+        block_size: largest block of A and B; the largest that divides the dimension and fits
+            `overhead` is taken.
+        overhead: bound on the size of A and B together, as a fraction of the dense weights. A
+            linear for which not even blocks of four fit is stored as plain 2:4.
+        proxy: what the sweeps see of the output error: the "diagonal" of the Gram matrix, its
+            "block"s, or the "full" matrix. "diagonal" with finish=0 is the paper's loss, on the
+            normalised weight.
+        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 is greedy
+            and monotone.
         finish: greedy rounds under the full Gram matrix afterwards.
         damp: added to the diagonal of the Gram matrix, as a fraction of itself.
         seed: of the noise and of the order of the sweeps.
 
     Returns:
-        Armor; Sparse24 where wrappers do not pay or nothing better than NoWag-P was found. It carries the relative losses
-        of NoWag-P and its own, and a note why it is plain 2:4 where it is.
+        Armor; Sparse24 where wrappers do not pay or nothing better than NoWag-P was found. It
+        carries the relative losses of NoWag-P and its own, and a note why it is plain 2:4 where it
+        is.
 
     Raises:
-        UsageError: an option out of range, a pattern that is not 2:4, or statistics without the Gram matrix.
+        UsageError: an option out of range, a pattern that is not 2:4, or statistics without the
+            Gram matrix.
         NumericalError: weights or statistics that are not finite.
     """
     _check(weight, stats, pattern, iterations, block_size, overhead, proxy, anneal, finish, damp)
@@ -107,7 +118,9 @@ def compress(
     before, after = objective.relative_loss(baseline.dense()), objective.relative_loss(form.dense())
     if (
         not after <= before
-    ):  # and not `after > before`: a loss that is not a number, from an overflow in float16, must lose too
+        # and not `after > before`: a loss that is not a number, from an overflow in float16, must
+        # lose too
+    ):
         return replace(
             baseline,
             losses=(before, before),
@@ -124,11 +137,12 @@ def compress(
 def block_sizes(
     rows: int, columns: int, block_size: int, overhead: float
 ) -> tuple[int, int] | None:
-    """Blocks of A and B for a linear `[rows, columns]`, or None where not even blocks of four fit `overhead`.
+    """Blocks of A and B for a linear `[rows, columns]`, or None where not even blocks of four fit
+    `overhead`.
 
-    Blocks are multiples of four, of 16 from 16 on (what tensor cores multiply). Of all pairs that fit, the one with the
-    largest product is taken, and of equal ones the larger sum: a 128 -> 352 linear keeps an error of 0.0085 with (4, 32),
-    0.0109 with (8, 16).
+    Blocks are multiples of four, of 16 from 16 on (what tensor cores multiply). Of all pairs that
+    fit, the one with the largest product is taken, and of equal ones the larger sum: a 128 -> 352
+    linear keeps an error of 0.0085 with (4, 32), 0.0109 with (8, 16).
     """
     fits = [
         (a, b)
@@ -165,18 +179,22 @@ def _check(
         raise UsageError(f"proxy {proxy!r} is not known; accepted: {', '.join(PROXIES)}")
     if iterations < 0 or finish < 0 or block_size < 4 or overhead < 0 or anneal < 0 or damp < 0:
         raise UsageError(
-            f"armor needs iterations, finish, anneal, damp, overhead >= 0 and block_size >= 4: iterations={iterations}, "
-            f"finish={finish}, anneal={anneal:g}, damp={damp:g}, overhead={overhead:g}, block_size={block_size}"
+            f"armor needs iterations, finish, anneal, damp, overhead >= 0 and block_size >= 4: "
+            f"iterations={iterations}, "
+            f"finish={finish}, anneal={anneal:g}, damp={damp:g}, overhead={overhead:g}, "
+            f"block_size={block_size}"
         )
     if stats.gram is None and (proxy != "diagonal" or finish):
         raise UsageError(
-            f"proxy={proxy} with finish={finish} needs the Gram matrix of the inputs; proxy=diagonal with finish=0 does not"
+            f"proxy={proxy} with finish={finish} needs the Gram matrix of the inputs; "
+            f"proxy=diagonal with finish=0 does not"
         )
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError("the weight has NaN or Inf entries")
     if not bool(torch.isfinite(stats.norm).all()) or not stats.tokens:
         raise NumericalError(
-            "the statistics of the inputs are not finite (NaN or Inf activations), or no token was seen"
+            "the statistics of the inputs are not finite (NaN or Inf activations), or no token was "
+            "seen"
         )
     if stats.gram is not None and not bool(torch.isfinite(stats.gram).all()):
         raise NumericalError(
@@ -190,7 +208,8 @@ def _objective(weight: Tensor, stats: InputStats, h: Tensor, proxy: str, finish:
     target = weight.to(torch.float64 if wide else torch.float32)
     if proxy == "diagonal" and not finish:
         rows, columns = nowag.norms(target)
-        # a dead channel counts as the quietest live one: its weights are free, but B has to be finite there
+        # a dead channel counts as the quietest live one: its weights are free, but B has to be
+        # finite there
         return _Objective(
             target / rows / columns,
             torch.where(h > 0, h, h[h > 0].min()).to(target.dtype),
@@ -217,7 +236,9 @@ def _start(objective: _Objective, mask: Tensor, blocks: tuple[int, int]) -> Fact
 
 
 def _damped(gram: Tensor, damp: float) -> Tensor:
-    """The Gram matrix with its own diagonal raised: relative to the mean, one loud channel would drown all others."""
+    """The Gram matrix with its own diagonal raised: relative to the mean, one loud channel would
+    drown all others.
+    """
     h = gram.diagonal()
     quietest = torch.where(h > 0, h, torch.inf).min()
     return gram + torch.diag(damp * torch.maximum(h, quietest))
@@ -261,13 +282,16 @@ def _factorise(
 
 
 def _root(gram: Tensor, size: int, damp: float, *, diagonal: bool) -> Tensor:
-    """Lower L_j with L_j L_jᵀ = H_j, `[in / size, size, size]`; H is only its diagonal where that is asked for or all there is."""
+    """Lower L_j with L_j L_jᵀ = H_j, `[in / size, size, size]`; H is only its diagonal where that
+    is asked for or all there is.
+    """
     if diagonal:
         h = gram if gram.dim() == 1 else gram.diagonal() + damp * gram.diagonal().mean()
         return torch.diag_embed(h.sqrt().view(-1, size))
     blocks = diagonal_blocks(_damped(gram, damp), size)
     factor, failed = torch.linalg.cholesky_ex(blocks)
-    # a block that is indefinite by rounding: its diagonal alone is still a proxy, and the finish sees the whole matrix
+    # a block that is indefinite by rounding: its diagonal alone is still a proxy, and the finish
+    # sees the whole matrix
     fallback = torch.diag_embed(
         blocks.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     )
@@ -283,7 +307,9 @@ def _plain(
     damp: float,
     generator: torch.Generator,
 ) -> Sparse24:
-    """The best 2:4 weight without wrappers, or NoWag-P's where there is no Gram matrix to improve it with."""
+    """The best 2:4 weight without wrappers, or NoWag-P's where there is no Gram matrix to improve
+    it with.
+    """
     factors = start
     if objective.gram.dim() == 2:
         gram = _damped(objective.gram, damp)
@@ -300,7 +326,9 @@ def _plain(
 
 
 def _store(objective: _Objective, factors: Factors, dtype: torch.dtype, damp: float) -> Armor:
-    """Fold the normaliser into the wrappers, round them, and solve S once more for the rounded ones."""
+    """Fold the normaliser into the wrappers, round them, and solve S once more for the rounded
+    ones.
+    """
     a = factors.a * objective.rows.expand(len(objective.target), 1).reshape(len(factors.a), -1, 1)
     b = factors.b * objective.columns.expand(objective.target.shape[1]).reshape(
         len(factors.b), 1, -1

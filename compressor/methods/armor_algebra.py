@@ -1,7 +1,9 @@
-"""Block-diagonal algebra and the exact solution of one group of four: what both optimisers of ARMOR share.
+"""Block-diagonal algebra and the exact solution of one group of four: what both optimisers of ARMOR
+share.
 
-Ŵ = A S B with A = blockdiag(a), B = blockdiag(b), S 2:4. In every objective used here the loss is a quadratic form whose
-Hessian with respect to S is (AᵀA) ⊗ G, G = B H Bᵀ, and whose half-gradient is E = AᵀA S G - C, C = Aᵀ W H Bᵀ.
+Ŵ = A S B with A = blockdiag(a), B = blockdiag(b), S 2:4. In every objective used here the loss is a
+quadratic form whose Hessian with respect to S is (AᵀA) ⊗ G, G = B H Bᵀ, and whose half-gradient is
+E = AᵀA S G - C, C = Aᵀ W H Bᵀ.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-_SINGULAR = 1e-6  # a 2x2 determinant below this share of the product of its diagonal is lost in float32: it is held there
+# a 2x2 determinant below this share of the product of its diagonal is lost in float32: it is held
+# there
+_SINGULAR = 1e-6
 
 
 class Factors(NamedTuple):
@@ -37,7 +41,9 @@ class Factors(NamedTuple):
 
 
 def eye_blocks(size: int, block: int, like: Tensor) -> Tensor:
-    """The identity of `size` as `[size / block, block, block]`, with the dtype and device of `like`."""
+    """The identity of `size` as `[size / block, block, block]`, with the dtype and device of
+    `like`.
+    """
     return torch.eye(block, dtype=like.dtype, device=like.device).repeat(size // block, 1, 1)
 
 
@@ -65,7 +71,9 @@ def select(keep: Tensor, new: Factors, old: Factors) -> Factors:
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is not positive: conjugate gradients that have arrived stay there."""
+    """numerator / denominator, and 0 where the denominator is not positive: conjugate gradients
+    that have arrived stay there.
+    """
     tiny = torch.finfo(denominator.dtype).tiny
     return torch.where(denominator > tiny, numerator / denominator.clamp_min(tiny), 0)
 
@@ -85,9 +93,10 @@ def balance(factors: Factors) -> Factors:
 def proximal_solve(gram: Tensor, rhs: Tensor, current: Tensor) -> Tensor:
     """X of (gram + λ) X = rhs + λ current, for a batch.
 
-    λ is 1e-6 of the mean diagonal; staying near `current` keeps the step monotone where the matrix is singular. A system
-    whose factorisation fails is damped by 1e-3 instead, and one that fails again keeps `current`. Two factorisations
-    cost less than asking the device whether the first one failed.
+    λ is 1e-6 of the mean diagonal; staying near `current` keeps the step monotone where the matrix
+    is singular. A system whose factorisation fails is damped by 1e-3 instead, and one that fails
+    again keeps `current`. Two factorisations cost less than asking the device whether the first one
+    failed.
 
     Args:
         gram: `[batch, n, n]`, symmetric and positive semi-definite up to rounding.
@@ -107,18 +116,22 @@ def proximal_solve(gram: Tensor, rhs: Tensor, current: Tensor) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """PAIRS, `[6, 2]`; kept, because copying a list to a GPU makes the host wait for everything before it."""
+    """PAIRS, `[6, 2]`; kept, because copying a list to a GPU makes the host wait for everything
+    before it.
+    """
     return torch.tensor(PAIRS, device=device)
 
 
 def pair_inverses(gram: Tensor) -> Tensor:
-    """Inverses of the six 2x2 principal minors of each 4x4 matrix, as their entries 00, 01 = 10, 11.
+    """Inverses of the six 2x2 principal minors of each 4x4 matrix, as their entries 00, 01 = 10,
+    11.
 
     Args:
         gram: `[..., 4, 4]`.
 
     Returns:
-        `[3, 6, ...]`: the groups come last, so that what is done to all pairs at once runs over long rows.
+        `[3, 6, ...]`: the groups come last, so that what is done to all pairs at once runs over
+        long rows.
     """
     first, second = _pairs(gram.device).T
     g00, g11, g01 = (
@@ -137,8 +150,8 @@ def best_pair(
 ) -> tuple[Tensor, Tensor]:
     """The best of the six pairs of each group, given all other groups.
 
-    A group contributes scale · s G sᵀ - 2 t sᵀ to the loss; over the values of one pair the minimum is
-    -t_p G_pp⁻¹ t_pᵀ / scale, reached at t_p G_pp⁻¹ / scale.
+    A group contributes scale · s G sᵀ - 2 t sᵀ to the loss; over the values of one pair the minimum
+    is -t_p G_pp⁻¹ t_pᵀ / scale, reached at t_p G_pp⁻¹ / scale.
 
     Args:
         target: t, `[4, ...]`.
@@ -164,7 +177,9 @@ def best_pair(
 
 
 def _argmax(gain: Tensor) -> Tensor:
-    """`gain.argmax(0)` for a few long rows: on a CPU torch takes 150 ns for each column, the comparisons 5 ns."""
+    """`gain.argmax(0)` for a few long rows: on a CPU torch takes 150 ns for each column, the
+    comparisons 5 ns.
+    """
     if gain.is_cuda:
         return gain.argmax(0)
     best, highest = torch.zeros_like(gain[0], dtype=torch.long), gain[0]
@@ -182,7 +197,8 @@ def pair_mask(index: Tensor) -> Tensor:
 
 
 def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: added to gains it turns argmax into a draw from their Boltzmann distribution.
+    """Standard Gumbel noise: added to gains it turns argmax into a draw from their Boltzmann
+    distribution.
 
     The log of a log costs a quarter of Tensor.exponential_ on a CPU.
     """

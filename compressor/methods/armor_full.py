@@ -1,13 +1,17 @@
-"""ARMOR under the full Hessian: min tr((W - A S B) H (W - A S B)ᵀ) by exact block coordinate descent.
+"""ARMOR under the full Hessian: min tr((W - A S B) H (W - A S B)ᵀ) by exact block coordinate
+descent.
 
 One round, every step of which lowers the loss when the temperature is zero:
 
     sweep   each group of four of S takes its best pair and values given all others (Gauss-Seidel)
-    values  S on its mask by conjugate gradients; the Hessian is (A_iᵀA_i) ⊗ (B H Bᵀ), one system per block row i
+    values  S on its mask by conjugate gradients; the Hessian is (A_iᵀA_i) ⊗ (B H Bᵀ), one system
+            per block row i
     A       A_i = W_i H P_iᵀ (P_i H P_iᵀ)⁻¹ with P = S B, in closed form
-    B       Σ_k Q_jᵀQ_k B_k H_kj = Q_jᵀ W H_:j with Q = A S, by conjugate gradients preconditioned by Q_jᵀQ_j and H_jj
+    B       Σ_k Q_jᵀQ_k B_k H_kj = Q_jᵀ W H_:j with Q = A S, by conjugate gradients preconditioned
+            by Q_jᵀQ_j and H_jj
 
-The loss separates over the block rows of A, never over columns. A round costs about 12 products of `[out, in] x [in, in]`.
+The loss separates over the block rows of A, never over columns. A round costs about 12 products of
+`[out, in] x [in, in]`.
 """
 
 from __future__ import annotations
@@ -55,7 +59,8 @@ def fit(
         gram: H, `[in, in]`, symmetric positive definite.
         factors: where to start.
         rounds: rounds of sweep, values, A, B.
-        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every step monotone.
+        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every
+            step monotone.
         generator: source of the noise and of the visiting order, on the device of `weight`.
         wrappers: False leaves A and B as they are.
         cg_steps: conjugate-gradient steps for the values of S in a round.
@@ -94,7 +99,9 @@ def rotated_gram(gram: Tensor, b: Tensor) -> Tensor:
 def _quadratic(
     weight_gram: Tensor, gram: Tensor, factors: Factors
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """AᵀA `[out / bA, bA, bA]`, G = B H Bᵀ and the half-gradient E = AᵀA S G - Aᵀ W H Bᵀ `[out, in]`."""
+    """AᵀA `[out / bA, bA, bA]`, G = B H Bᵀ and the half-gradient E = AᵀA S G - Aᵀ W H Bᵀ `[out,
+    in]`.
+    """
     a_gram = factors.a.transpose(1, 2) @ factors.a
     b_gram = rotated_gram(gram, factors.b)
     target = left(factors.a.transpose(1, 2), right(weight_gram, factors.b.transpose(1, 2)))
@@ -110,7 +117,8 @@ def sweep(
 ) -> Factors:
     """Re-solve every group of S once, in random order of columns.
 
-    Without noise a block row of A that got worse (possible only where rows share a turn) keeps its old state.
+    Without noise a block row of A that got worse (possible only where rows share a turn) keeps its
+    old state.
 
     Args:
         weight_gram: W H, `[out, in]`.
@@ -159,7 +167,8 @@ def _sweep_panel(
     noise: Tensor | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """New values `[blocks, bA, columns]` and pair indices `[blocks, bA, groups]` of the columns of one panel.
+    """New values `[blocks, bA, columns]` and pair indices `[blocks, bA, groups]` of the columns of
+    one panel.
 
     Args:
         a_gram: AᵀA, `[blocks, bA, bA]`.
@@ -196,7 +205,9 @@ def _sweep_panel(
 
 
 def solve_values(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> Factors:
-    """S on its mask by Jacobi-preconditioned conjugate gradients, one independent system per block row of A."""
+    """S on its mask by Jacobi-preconditioned conjugate gradients, one independent system per block
+    row of A.
+    """
     a_gram, b_gram, error = _quadratic(weight_gram, gram, factors)
     tiny = torch.finfo(error.dtype).tiny
     inverse = 1 / (a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal()).clamp_min(
@@ -235,7 +246,9 @@ def solve_a(weight_gram: Tensor, gram: Tensor, factors: Factors) -> Factors:
 
 
 def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> Factors:
-    """B by conjugate gradients, preconditioned by the exact solution for one block given all others."""
+    """B by conjugate gradients, preconditioned by the exact solution for one block given all
+    others.
+    """
     product = left(factors.a, factors.s)
     normal = product.T @ product
     blocks, size, _ = factors.b.shape
@@ -272,7 +285,9 @@ def solve_b(weight_gram: Tensor, gram: Tensor, factors: Factors, steps: int) -> 
 
 
 def _damped_cholesky(matrices: Tensor) -> Tensor:
-    """Cholesky factors of a batch, damped by 1e-5 of the mean diagonal: it preconditions, so it need not be exact."""
+    """Cholesky factors of a batch, damped by 1e-5 of the mean diagonal: it preconditions, so it
+    need not be exact.
+    """
     mean = (
         matrices.diagonal(dim1=1, dim2=2)
         .mean(-1)

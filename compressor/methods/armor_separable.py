@@ -1,8 +1,10 @@
-"""ARMOR under a block-diagonal Hessian: min ‖W̃ - A S B̃‖², where W̃_j = W_j L_j and B̃_j = B_j L_j, H_j = L_j L_jᵀ.
+"""ARMOR under a block-diagonal Hessian: min ‖W̃ - A S B̃‖², where W̃_j = W_j L_j and B̃_j = B_j
+L_j, H_j = L_j L_jᵀ.
 
-Absorbing the Hessian in B leaves a plain Frobenius fit that separates over the blocks (i, j) given A and B̃, so every step
-is a batch of small problems: A and B̃ in closed form, S on its mask by conjugate gradients with a step length per block,
-and a sweep over all groups of four in b / 4 steps. The Hessian diagonal of the paper is the case H_j = diag(h_j).
+Absorbing the Hessian in B leaves a plain Frobenius fit that separates over the blocks (i, j) given
+A and B̃, so every step is a batch of small problems: A and B̃ in closed form, S on its mask by
+conjugate gradients with a step length per block, and a sweep over all groups of four in b / 4
+steps. The Hessian diagonal of the paper is the case H_j = diag(h_j).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def fit(
         target: W̃, `[out, in]`, float32 or float64.
         factors: where to start, b being B̃.
         iterations: sweeps, each followed by two solves of S, A and B̃.
-        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every step monotone.
+        anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every
+            step monotone.
         generator: source of the noise and of the visiting order, on the device of `target`.
     """
     best, best_loss = factors, loss(target, factors)
@@ -82,10 +85,12 @@ def _from_rows(x: Tensor) -> Tensor:
 def sweep(
     target: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator
 ) -> Factors:
-    """Re-solve every group of S once: all rows at a time, each row at another column group, b / 4 steps in all.
+    """Re-solve every group of S once: all rows at a time, each row at another column group, b / 4
+    steps in all.
 
-    The coupling of rows through AᵀA waits until the end of the sweep. Without noise a block that got worse for that
-    keeps its old state (0-13 % of the blocks), so the sweep never raises the loss.
+    The coupling of rows through AᵀA waits until the end of the sweep. Without noise a block that
+    got worse for that keeps its old state (0-13 % of the blocks), so the sweep never raises the
+    loss.
 
     Args:
         target: W̃, `[out, in]`.
@@ -140,7 +145,9 @@ def sweep(
 def _keep_better(
     a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The new state in blocks whose exact change of loss, <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS>, is not positive; the old elsewhere."""
+    """The new state in blocks whose exact change of loss, <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS>, is not
+    positive; the old elsewhere.
+    """
     change = s - factors.s
     rise = ((2 * start + left(a_gram, right(change, b_gram))) * change).view(
         len(a_gram), a_gram.shape[1], len(b_gram), -1
@@ -154,7 +161,9 @@ def _keep_better(
 
 
 def solve_values(target: Tensor, factors: Factors) -> Factors:
-    """S on its mask: Jacobi-preconditioned conjugate gradients, one independent system per block (i, j)."""
+    """S on its mask: Jacobi-preconditioned conjugate gradients, one independent system per block
+    (i, j).
+    """
     a_gram, b_gram, error = _quadratic(target, factors)
     shape = (
         len(a_gram),

@@ -1,7 +1,9 @@
-"""SVD of the weight with its columns scaled by the size of their inputs (after ASVD, https://arxiv.org/abs/2312.05821).
+"""SVD of the weight with its columns scaled by the size of their inputs (after ASVD,
+https://arxiv.org/abs/2312.05821).
 
-W S with S_jj = (rms of x_j)^alpha is truncated, and S taken out of V again. The paper takes the mean of |x_j|, and chooses ranks by
-the perplexity of every linear at every rank; here they are uniform unless `--ranks` says otherwise.
+W S with S_jj = (rms of x_j)^alpha is truncated, and S taken out of V again. The paper takes the
+mean of |x_j|, and chooses ranks by the perplexity of every linear at every rank; here they are
+uniform unless `--ranks` says otherwise.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def compress(weight: Tensor, stats: InputStats, rank: int, *, alpha: float = 0.5
 
 
 def _scale(stats: InputStats, alpha: float) -> Tensor:
-    """Diagonal float64 `[in, in]`; an input that is always zero counts as a millionth of the largest."""
+    """Diagonal float64 `[in, in]`; an input that is always zero counts as a millionth of the
+    largest.
+    """
     rms = (stats.norm.double() / max(stats.tokens, 1) ** 0.5).clamp_min(1e-300)
     return torch.diag(torch.maximum(rms, rms.max() * 1e-6) ** alpha)

@@ -1,10 +1,12 @@
 """The best product of two thin factors, in the norm that a method measures errors with.
 
-With ‖E‖² = ‖Lᵀ E R‖²_F for triangular L and R, the nearest weight of rank k to W is Lᵀ⁻¹ (M)_k R⁻¹, (M)_k the truncated SVD of
-M = Lᵀ W R (Eckart and Young), and its error is the dropped tail Σ_{i>k} σ_i(M)². Only the shorter side of M is decomposed, by
-the eigenvectors of its Gram matrix in float64: M Mᵀ = P S² Pᵀ gives U = Lᵀ⁻¹ P_k, V = P_kᵀ Lᵀ W, and Mᵀ M = Q S² Qᵀ gives
-U = W R Q_k, V = Q_kᵀ R⁻¹. In float64 that loses nothing at the precision weights are stored in, and costs a fraction of an
-SVD (docs/lowrank.md); in float32 all singular values below a thousandth of the largest would be noise.
+With ‖E‖² = ‖Lᵀ E R‖²_F for triangular L and R, the nearest weight of rank k to W is Lᵀ⁻¹ (M)_k R⁻¹,
+(M)_k the truncated SVD of M = Lᵀ W R (Eckart and Young), and its error is the dropped tail Σ_{i>k}
+σ_i(M)². Only the shorter side of M is decomposed, by the eigenvectors of its Gram matrix in
+float64: M Mᵀ = P S² Pᵀ gives U = Lᵀ⁻¹ P_k, V = P_kᵀ Lᵀ W, and Mᵀ M = Q S² Qᵀ gives U = W R Q_k, V =
+Q_kᵀ R⁻¹. In float64 that loses nothing at the precision weights are stored in, and costs a fraction
+of an SVD (docs/lowrank.md); in float32 all singular values below a thousandth of the largest would
+be noise.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def root(gram: Tensor, damp: float) -> Tensor:
             if not failed:
                 return lower
     raise NumericalError(
-        "a Gram matrix is zero, not finite or cannot be factored: give more calibration samples or raise damp"
+        "a Gram matrix is zero, not finite or cannot be factored: give more calibration samples or "
+        "raise damp"
     )
 
 
@@ -74,9 +77,11 @@ def truncate(
 def decompose(
     weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None
 ) -> tuple[LowRank, Tensor]:
-    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, and all singular values of M, float64, descending.
+    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, and all singular
+    values of M, float64, descending.
 
-    The factors are of like size and in the weight's dtype. Their first columns are those of the nearest weight of a lower rank.
+    The factors are of like size and in the weight's dtype. Their first columns are those of the
+    nearest weight of a lower rank.
 
     Args:
         weight: `[out, in]`.
@@ -115,7 +120,9 @@ def _values(squares: Tensor) -> Tensor:
 
 
 def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The last `rank` eigenvectors, largest first, and the square roots of their singular values (1 for those that are zero)."""
+    """The last `rank` eigenvectors, largest first, and the square roots of their singular values (1
+    for those that are zero).
+    """
     kept = squares[-rank:].flip(0)
     scale = kept.clamp_min(0).pow(0.25)
     return vectors[:, -rank:].flip(1), torch.where(
@@ -124,5 +131,7 @@ def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def _balanced(u: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> LowRank:
-    """U · scale and V / scale, rounded once: factors of like size, so that neither overflows and both can be trained."""
+    """U · scale and V / scale, rounded once: factors of like size, so that neither overflows and
+    both can be trained.
+    """
     return LowRank((u * scale).to(dtype).contiguous(), (v / scale[:, None]).to(dtype).contiguous())

@@ -1,8 +1,11 @@
-"""Two-sided whitening: truncation in the metric of the loss (K-FAC, Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
+"""Two-sided whitening: truncation in the metric of the loss (K-FAC, Martens and Grosse 2015,
+https://arxiv.org/abs/1503.05671).
 
-A and B are the marginals of the Fisher information (compressor/allocation/rank/fisher_factors.py). With A / tr A = R Rᵀ and B = L Lᵀ the rise of the
-loss is ½ ‖Lᵀ ΔW R‖²: truncating M = Lᵀ W R is optimal, and the squares of its dropped singular values are rises of the loss in
-one unit for all linears. So one threshold on S² / (out + in) decides all ranks (compressor/allocation/rank/threshold.py).
+A and B are the marginals of the Fisher information (compressor/allocation/rank/fisher_factors.py).
+With A / tr A = R Rᵀ and B = L Lᵀ the rise of the loss is ½ ‖Lᵀ ΔW R‖²: truncating M = Lᵀ W R is
+optimal, and the squares of its dropped singular values are rises of the loss in one unit for all
+linears. So one threshold on S² / (out + in) decides all ranks
+(compressor/allocation/rank/threshold.py).
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ def decompose(
     damp: float = 1e-6,
     gradient_damp: float = 1e-3,
 ) -> tuple[LowRank, Tensor]:
-    """Factor `weight` `[out, in]`; gives the factors and all singular values of M, float64 `[min(out, in)]`.
+    """Factor `weight` `[out, in]`; gives the factors and all singular values of M, float64
+    `[min(out, in)]`.
 
     Args:
         weight: `[out, in]`.

@@ -1,6 +1,7 @@
 """Magnitude pruning: keep the weights of largest |W|. The baseline every other method must beat.
 
-n:m compares within each group; a sparsity compares over the whole matrix (Han et al. 2015, https://arxiv.org/abs/1506.02626).
+n:m compares within each group; a sparsity compares over the whole matrix (Han et al. 2015,
+https://arxiv.org/abs/1506.02626).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """NoWag-P: Wanda on the normalised weight (Liu et al. 2025, https://arxiv.org/abs/2504.14569).
 
-With column norms c_j = ‖W_:j‖ + ε taken first and row norms r_i of W / c second, W̄_ij = W_ij / (r_i c_j) is scored by
-W̄_ij² h_j, h_j = ‖X_j‖². Weights compete within a row or a group of a row, where r_i is common to all: what is computed is
+With column norms c_j = ‖W_:j‖ + ε taken first and row norms r_i of W / c second, W̄_ij = W_ij /
+(r_i c_j) is scored by W̄_ij² h_j, h_j = ‖X_j‖². Weights compete within a row or a group of a row,
+where r_i is common to all: what is computed is
 |W_ij| ‖X_j‖ / c_j, Wanda's score over the norm of the weight's column. There is no weight update.
 """
 

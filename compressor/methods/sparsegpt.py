@@ -1,8 +1,9 @@
 """SparseGPT: prune column by column, and let the columns still to come make up for each error.
 
-Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1. With H = 2/N XᵀX + damping and the upper Cholesky
-factor U of its inverse (UᵀU = H⁻¹), U_jj² is the j-th diagonal of the inverse of H restricted to columns j and after, so
-the loss of pruning w_j is w_j² / U_jj², and the best update of the columns after it is -(w_j / U_jj) · U_j,after.
+Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1. With H = 2/N XᵀX + damping
+and the upper Cholesky factor U of its inverse (UᵀU = H⁻¹), U_jj² is the j-th diagonal of the
+inverse of H restricted to columns j and after, so the loss of pruning w_j is w_j² / U_jj², and the
+best update of the columns after it is -(w_j / U_jj) · U_j,after.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def compress(
     damp: float = 0.01,
     block_size: int = 128,
 ) -> Dense:
-    """Prune `weight` `[out, in]` and update what is kept; arithmetic in float32, result in the weight's dtype.
+    """Prune `weight` `[out, in]` and update what is kept; arithmetic in float32, result in the
+    weight's dtype.
 
     Args:
         weight: `[out, in]`.
@@ -81,7 +83,9 @@ def _inverse_factor(W: Tensor, stats: InputStats, damp: float) -> Tensor:
 
 
 def _prune_columns(W: Tensor, U: Tensor, pattern: Pattern) -> Tensor:
-    """Prune the columns of one block in place, `W` `[out, b]`, `U` `[b, b]`; returns their scaled errors `[out, b]`."""
+    """Prune the columns of one block in place, `W` `[out, b]`, `U` `[b, b]`; returns their scaled
+    errors `[out, b]`.
+    """
     errors = torch.zeros_like(W)
     scale = U.diagonal()
     mask = torch.ones_like(W, dtype=torch.bool)

@@ -21,5 +21,7 @@ def spectrum(weight: Tensor, stats: InputStats | None) -> Tensor:
 
 
 def compress(weight: Tensor, stats: InputStats | None, rank: int) -> LowRank:
-    """The factors of the `rank` largest singular values of `weight` `[out, in]`; `stats` is not looked at."""
+    """The factors of the `rank` largest singular values of `weight` `[out, in]`; `stats` is not
+    looked at.
+    """
     return truncate(weight, rank)

@@ -1,7 +1,9 @@
-"""SVD-LLM: truncation of the weight whitened by its inputs (Wang et al. 2024, https://arxiv.org/abs/2403.07378).
+"""SVD-LLM: truncation of the weight whitened by its inputs (Wang et al. 2024,
+https://arxiv.org/abs/2403.07378).
 
-With XᵀX = R Rᵀ the error of the outputs is ‖X (W - U V)ᵀ‖ = ‖(W - U V) R‖_F, so truncating W R is optimal and its dropped
-singular values are the error. Ranks are uniform in the paper: k = keep · out · in / (out + in).
+With XᵀX = R Rᵀ the error of the outputs is ‖X (W - U V)ᵀ‖ = ‖(W - U V) R‖_F, so truncating W R is
+optimal and its dropped singular values are the error. Ranks are uniform in the paper: k = keep ·
+out · in / (out + in).
 """
 
 from __future__ import annotations

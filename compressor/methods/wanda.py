@@ -1,4 +1,5 @@
-"""Wanda: keep the weights of largest |W_ij| · ‖X_j‖₂ (Sun et al. 2023, https://arxiv.org/abs/2306.11695, eq. 1).
+"""Wanda: keep the weights of largest |W_ij| · ‖X_j‖₂ (Sun et al. 2023,
+https://arxiv.org/abs/2306.11695, eq. 1).
 
 Weights are compared within a row, or within each group of m for n:m; there is no weight update.
 """

@@ -1,11 +1,13 @@
-"""Experts of a mixture (MoE): transformers keeps them as stacked parameters; here each matrix is a linear of its own.
+"""Experts of a mixture (MoE): transformers keeps them as stacked parameters; here each matrix is a
+linear of its own.
 
-A block's experts are one module with `gate_up_proj` `[experts, 2 * width, dim]` (or `up_proj`) and `down_proj`. Its forward
-is looked up in `ALL_EXPERTS_FUNCTIONS`; ours, below, calls one small module for each matrix, so that whatever hooks a
-linear's module (statistics, gradients) sees an expert's matrix like any other.
+A block's experts are one module with `gate_up_proj` `[experts, 2 * width, dim]` (or `up_proj`) and
+`down_proj`. Its forward is looked up in `ALL_EXPERTS_FUNCTIONS`; ours, below, calls one small
+module for each matrix, so that whatever hooks a linear's module (statistics, gradients) sees an
+expert's matrix like any other.
 
-On disk most families have one tensor for each expert's gate, up and down; a few stack all experts in one (gpt_oss, which also
-transposes it and interleaves gate and up, and granitemoe).
+On disk most families have one tensor for each expert's gate, up and down; a few stack all experts
+in one (gpt_oss, which also transposes it and interleaves gate and up, and granitemoe).
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ IMPLEMENTATION = "compress-llm"  # the name of our forward among transformers' i
 
 
 class ExpertLinear(nn.Module):
-    """One matrix of a stacked parameter of `owner`, as a linear: rows `start:stop` of `parameter[expert]`.
+    """One matrix of a stacked parameter of `owner`, as a linear: rows `start:stop` of
+    `parameter[expert]`.
 
-    It has no parameters of its own: the stacked ones are looked up when it is called, for they come and go with the block.
+    It has no parameters of its own: the stacked ones are looked up when it is called, for they come
+        and go with the block.
     """
 
     owner: Any
@@ -38,12 +42,16 @@ class ExpertLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A view of the matrix as it is stored: `[out, in]`, or `[in, out]` where the family transposes it."""
+        """A view of the matrix as it is stored: `[out, in]`, or `[in, out]` where the family
+        transposes it.
+        """
         matrix = getattr(self.owner, self.parameter)[self.expert]
         return matrix if self.owner.is_transposed else matrix[self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[tokens, in]` -> `[tokens, out]`. The bias is added to the rounded product, as transformers does for experts."""
+        """`[tokens, in]` -> `[tokens, out]`. The bias is added to the rounded product, as
+        transformers does for experts.
+        """
         y = linear(x, self.weight.T if self.owner.is_transposed else self.weight)
         return (
             y + getattr(self.owner, f"{self.parameter}_bias")[self.expert][self.rows]
@@ -54,7 +62,9 @@ class ExpertLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Expert:
-    """The matrices of one expert: gate and up, or either, or both in one; and down. Each is called on `[tokens, in]`."""
+    """The matrices of one expert: gate and up, or either, or both in one; and down. Each is called
+    on `[tokens, in]`.
+    """
 
     enter: Sequence[Callable[[Tensor], Tensor]]
     leave: Callable[[Tensor], Tensor]
@@ -65,7 +75,8 @@ class Matrix:
     """One expert's matrix on disk.
 
     Attributes:
-        name: its tensor's, without `.weight`; with the expert's number behind it where all experts share the tensor.
+        name: its tensor's, without `.weight`; with the expert's number behind it where all experts
+            share the tensor.
         tensor: the tensor on disk.
         at: its place along the first dimension of that tensor, None where it is the tensor.
         expert: the number of the expert.
@@ -184,10 +195,12 @@ def run_experts(
         experts: its matrices.
         hidden: `[tokens, dim]`.
         index, weights: `[tokens, k]`, the experts each token is sent to and their weights.
-        everything: call each expert on all tokens; what the router did not send there is dropped from the result.
+        everything: call each expert on all tokens; what the router did not send there is dropped
+            from the result.
 
     Returns:
-        `[tokens, dim]` in the dtype of `hidden`. The weighted parts are summed over k, not added up expert by expert.
+        `[tokens, dim]` in the dtype of `hidden`. The weighted parts are summed over k, not added up
+        expert by expert.
     """
     parts: Tensor | None = None
     for number, expert in enumerate(experts):
@@ -250,7 +263,9 @@ def attach(module: Any, found: Mapping[str, Sequence[Matrix]]) -> dict[str, Expe
 
 
 def stacked(parts: Sequence[tuple[ExpertLinear, Tensor]]) -> Tensor:
-    """A stacked parameter with these matrices, as they are stored, in place of its own; differentiable in them."""
+    """A stacked parameter with these matrices, as they are stored, in place of its own;
+    differentiable in them.
+    """
     module, weight = parts[0]
     base = getattr(module.owner, module.parameter).detach().to(weight.dtype)
     experts = []
@@ -267,7 +282,9 @@ def stacked(parts: Sequence[tuple[ExpertLinear, Tensor]]) -> Tensor:
 
 @contextmanager
 def seeing_all_tokens(block: nn.Module) -> Iterator[None]:
-    """Inside the `with`, every expert of `block` is called on all tokens; what the block returns stays the same."""
+    """Inside the `with`, every expert of `block` is called on all tokens; what the block returns
+    stays the same.
+    """
     modules = [module for _, module in expert_modules(block)]
     for module in modules:
         module.__dict__["everything"] = True

@@ -1,6 +1,8 @@
-"""Names and layouts on disk against those of transformers' modules: its own conversion machinery, applied to some of the tensors.
+"""Names and layouts on disk against those of transformers' modules: its own conversion machinery,
+applied to some of the tensors.
 
-That machinery is not a documented interface: pyproject.toml declares the range of versions it was tested with.
+That machinery is not a documented interface: pyproject.toml declares the range of versions it was
+tested with.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ import torch
 from compressor.errors import CheckpointError
 
 Sources = dict[str, list[tuple[str, str | None]]]
-"""Parameter -> the tensors on disk it is made from, each with the pattern of the conversion that it matched, or None."""
+"""Parameter -> the tensors on disk it is made from, each with the pattern of the conversion that it
+matched, or None.
+"""
 
 
 def sources(model: Any, names: Iterable[str]) -> Sources:
-    """Where the tensors `names` on disk go; one that no parameter of `model` takes is listed under the name it would have."""
+    """Where the tensors `names` on disk go; one that no parameter of `model` takes is listed under
+    the name it would have.
+    """
     from transformers.core_model_loading import rename_source_key
 
     renamings, converters = _steps(model)
@@ -36,7 +42,9 @@ def sources(model: Any, names: Iterable[str]) -> Sources:
 
 
 def order(model: Any) -> list[str]:
-    """The patterns of all conversions; those of one conversion in the order in which it puts their tensors together."""
+    """The patterns of all conversions; those of one conversion in the order in which it puts their
+    tensors together.
+    """
     return [pattern for converter in _steps(model)[1] for pattern in converter.source_patterns]
 
 
@@ -51,7 +59,8 @@ def _steps(model: Any) -> tuple[list[Any], list[Any]]:
 
 
 def whole_names(patterns: re.Pattern[str]) -> re.Pattern[str]:
-    """The compiled patterns of a conversion, each made to end where a name does, as transformers has them from 5.21 on.
+    """The compiled patterns of a conversion, each made to end where a name does, as transformers
+    has them from 5.21 on.
 
     Before, a pattern for `w1.weight` takes `w1.weight_values` too.
     """
@@ -59,7 +68,9 @@ def whole_names(patterns: re.Pattern[str]) -> re.Pattern[str]:
 
 
 def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Load `tensors` (name on disk -> lazy slice) into the parameters they belong to. Raises CheckpointError."""
+    """Load `tensors` (name on disk -> lazy slice) into the parameters they belong to. Raises
+    CheckpointError.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -78,7 +89,8 @@ def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
     ):
         if found:
             raise CheckpointError(
-                f"{str(next(iter(found)))[:200]} {what} the {model.config.model_type} model of config.json"
+                f"{str(next(iter(found)))[:200]} {what} the {model.config.model_type} model of "
+                f"config.json"
             )
     model.tie_weights()  # parameters were replaced, so ties made earlier are gone
 

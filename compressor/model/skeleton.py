@@ -1,6 +1,8 @@
-"""A model that is never in memory whole: a skeleton on the meta device, loaded and freed one decoder block at a time.
+"""A model that is never in memory whole: a skeleton on the meta device, loaded and freed one
+decoder block at a time.
 
-Names and layouts on disk are turned into the modules' by `conversion`; the matrices of stacked experts are linears by `experts`.
+Names and layouts on disk are turned into the modules' by `conversion`; the matrices of stacked
+experts are linears by `experts`.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ class Linear:
     """One weight matrix of a block.
 
     Attributes:
-        name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that of its tensor on disk.
+        name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that
+            of its tensor on disk.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
         transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
-        at: its place along the first dimension of a tensor that holds the matrices of all experts; None otherwise.
+        at: its place along the first dimension of a tensor that holds the matrices of all experts;
+            None otherwise.
         experts: name of the module whose expert it belongs to; empty for a linear of its own.
     """
 
@@ -84,7 +88,8 @@ def require_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         kind = "NaN" if bool(torch.isnan(low)) else "Inf"
         raise NumericalError(
-            f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was written"
+            f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was "
+            f"written"
         )
 
 
@@ -98,7 +103,8 @@ class Skeleton:
         trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
-        CheckpointError: an architecture transformers does not know, no decoder stack, or tensors that do not fit it.
+        CheckpointError: an architecture transformers does not know, no decoder stack, or tensors
+            that do not fit it.
     """
 
     def __init__(
@@ -156,11 +162,14 @@ class Skeleton:
         )
         if missing:
             raise CheckpointError(
-                f"{self.reader.folder} lacks {len(missing)} tensors of a {kind} model, {missing[0]} among them"
+                f"{self.reader.folder} lacks {len(missing)} tensors of a {kind} model, "
+                f"{missing[0]} among them"
             )
 
     def _find_experts(self, index: int) -> list[Linear]:
-        """The experts' matrices of block `index`; none where their layout on disk is not understood."""
+        """The experts' matrices of block `index`; none where their layout on disk is not
+        understood.
+        """
         linears = []
         shapes = {name: entry.shape for name, entry in self.reader.tensors.items()}
         for local, module in expert_modules(self.blocks[index]):
@@ -190,7 +199,9 @@ class Skeleton:
                 raise CheckpointError(f"{self.reader.folder}: {error}") from None
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
-        """Block `index` with its weights, on `device`. Raises NumericalError for a weight that is not finite."""
+        """Block `index` with its weights, on `device`. Raises NumericalError for a weight that is
+        not finite.
+        """
         prefix = f"{self.path}.{index}."
         self._load(name for name in self.on_disk if name.startswith(prefix))
         for name, tensor in self.blocks[index].named_parameters():
@@ -200,7 +211,8 @@ class Skeleton:
         ]:  # that the layout was understood shows on one matrix as well as on all
             if not torch.equal(linear.get(), linear.read(self.reader).to(self.dtype)):
                 raise CheckpointError(
-                    f"{linear.name} is not where it was expected in {linear.experts}; leave its experts dense"
+                    f"{linear.name} is not where it was expected in {linear.experts}; leave its "
+                    f"experts dense"
                 )
         return self.blocks[index].to(device)
 
@@ -236,11 +248,15 @@ class Skeleton:
         return inner
 
     def free_embeddings(self) -> None:
-        """Return the memory of everything outside the blocks; rotary tables and other small buffers stay."""
+        """Return the memory of everything outside the blocks; rotary tables and other small buffers
+        stay.
+        """
         _parameters_to_meta(self.model, lambda name: not name.startswith(f"{self.path}."))
 
     def linears(self, index: int) -> list[Linear]:
-        """The weight matrices of block `index`: nn.Linear (and its subclasses), Conv1D, and the matrices of experts. No routers."""
+        """The weight matrices of block `index`: nn.Linear (and its subclasses), Conv1D, and the
+        matrices of experts. No routers.
+        """
         from transformers.pytorch_utils import Conv1D
 
         found, routers = [], self._routers(index)
@@ -253,7 +269,9 @@ class Skeleton:
         return found + self._experts[index]
 
     def _routers(self, index: int) -> set[str]:
-        """Names within the block of the matrices beside experts that choose or weigh them: a row for each expert, or one row."""
+        """Names within the block of the matrices beside experts that choose or weigh them: a row
+        for each expert, or one row.
+        """
         block, found = self.blocks[index], set()
         for inside, experts in expert_modules(block):
             beside = inside.rpartition(".")[0]
@@ -267,7 +285,9 @@ class Skeleton:
         return found
 
     def others(self, index: int) -> list[tuple[str, tuple[int, ...], str]]:
-        """Parameters of block `index` with two dimensions or more that are no weight of `linears(index)`, and what they are."""
+        """Parameters of block `index` with two dimensions or more that are no weight of
+        `linears(index)`, and what they are.
+        """
         routers, inside = (
             self._routers(index),
             [f"{name}." for name, _ in expert_modules(self.blocks[index])],
@@ -305,8 +325,10 @@ def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> Non
 def _return_large_allocations() -> None:
     """Have glibc give every freed tensor back to the system at once.
 
-    By default its threshold for that grows to 32 MB, and tensors below it leave a fragmented heap: a 1.1B model then takes
-    55 MB more with each block. With a threshold of 1 MB it is 2 MB still, with a quarter of that 0.2 MB.
+    By default its threshold for that grows to 32 MB, and tensors below it leave a fragmented heap:
+        a 1.1B model then takes
+    55 MB more with each block. With a threshold of 1 MB it is 2 MB still, with a quarter of that
+    0.2 MB.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -322,7 +344,8 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
         described = reader.config["quantization_config"]
         method = described.get("quant_method") if isinstance(described, dict) else described
         raise CheckpointError(
-            f"{reader.folder} is quantised or compressed already ({method}); give the original checkpoint"
+            f"{reader.folder} is quantised or compressed already ({method}); give the original "
+            f"checkpoint"
         )
     try:
         return AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
@@ -331,11 +354,13 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
 
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"{reader.folder} needs Python code that it brings along; add --trust-remote-code if you trust it"
+                f"{reader.folder} needs Python code that it brings along; add --trust-remote-code "
+                f"if you trust it"
             ) from None
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{reader.folder}: architecture {kind!r} cannot be used with transformers {transformers.__version__}: {reason}"
+            f"{reader.folder}: architecture {kind!r} cannot be used with transformers "
+            f"{transformers.__version__}: {reason}"
         ) from None
 
 
@@ -351,14 +376,17 @@ def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"architecture {config.model_type!r} is no causal language model that can be built: {reason}"
+            f"architecture {config.model_type!r} is no causal language model that can be built: "
+            f"{reason}"
         ) from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
 def _decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList as long as the config has layers; true of every decoder family tried."""
+    """The outermost ModuleList as long as the config has layers; true of every decoder family
+    tried.
+    """
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
         (name, module)
@@ -367,7 +395,8 @@ def _decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     ]
     if not lists:
         raise CheckpointError(
-            f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could be found"
+            f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could "
+            f"be found"
         )
     return min(lists, key=lambda item: item[0].count("."))
 
@@ -380,6 +409,7 @@ def _stored_dtype(reader: Reader) -> torch.dtype:
     most = max(volume, key=lambda dtype: volume[dtype], default="")
     if most not in WEIGHT_DTYPES:
         raise CheckpointError(
-            f"{reader.folder} stores its weights as {most or 'nothing'}; float32, float16 and bfloat16 are supported"
+            f"{reader.folder} stores its weights as {most or 'nothing'}; float32, float16 and "
+            f"bfloat16 are supported"
         )
     return WEIGHT_DTYPES[most]

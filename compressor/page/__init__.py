@@ -1,8 +1,10 @@
-"""One self-contained HTML page about a run: no scripts, nothing fetched, light and dark, narrow and wide.
+"""One self-contained HTML page about a run: no scripts, nothing fetched, light and dark, narrow and
+wide.
 
 record    what the page says, checked
 charts    SVG trees, spectra those of low rank; picture writes them as PNG files
-page.html the template; every string passes through jinja2's escaping or the XML writer's, none is put in by hand
+page.html the template; every string passes through jinja2's escaping or the XML writer's, none is
+put in by hand
 """
 
 from __future__ import annotations
@@ -127,7 +129,9 @@ def _maps(record: Record) -> dict[str, tuple[str, Mapping[tuple[int, str], float
 
 
 def _cells(rows: list[Row], value: Any) -> dict[tuple[int, str], float]:
-    """Block and part -> value, the mean over experts; without linears outside the blocks and those that have no value."""
+    """Block and part -> value, the mean over experts; without linears outside the blocks and those
+    that have no value.
+    """
     found: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         if row.block is not None and (own := value(row)) is not None:

@@ -1,8 +1,8 @@
 """Charts as SVG trees: columns over the blocks, a map of blocks x linears, stacked bars of bytes.
 
-Every chart is 340 pixels wide, so that it fits a telephone and three fit side by side. Colours are names of classes; the
-page gives them a value for light and for dark, `picture` for PNG files. Text goes into the tree as text and is escaped by
-whoever writes the tree.
+Every chart is 340 pixels wide, so that it fits a telephone and three fit side by side. Colours are
+names of classes; the page gives them a value for light and for dark, `picture` for PNG files. Text
+goes into the tree as text and is escaped by whoever writes the tree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def columns(
 ) -> Chart:
     """One column for each block, `values` by its index, zero at the foot."""
     low, high = min(values, key=lambda key: values[key]), max(values, key=lambda key: values[key])
-    text = f"{title}, {unit}: from {show(values[low])} in block {low} to {show(values[high])} in block {high}."
+    text = (
+        f"{title}, {unit}: from {show(values[low])} in block {low} to {show(values[high])} in "
+        f"block {high}."
+    )
     height, top, foot = 220, 26, 186
     svg = canvas(height, text)
     write(svg, 0, 12, unit, "label")
@@ -69,12 +72,17 @@ def heat_map(
     show: Callable[[float], str],
     missing: str,
 ) -> Chart:
-    """Rows are `blocks`, columns linears, `cells` by both; `missing` says what a cell without a value is."""
+    """Rows are `blocks`, columns linears, `cells` by both; `missing` says what a cell without a
+    value is.
+    """
     parts = _in_order(cells)
     low, high = min(cells.values()), max(cells.values())
     logarithmic = low > 0 and high / low > 20
     (worst, where), (best, there) = (pick(cells, key=lambda key: cells[key]) for pick in (max, min))
-    text = f"{title}: from {show(low)} ({there} of block {best}) to {show(high)} ({where} of block {worst})."
+    text = (
+        f"{title}: from {show(low)} ({there} of block {best}) to {show(high)} ({where} of block "
+        f"{worst})."
+    )
     row, head = max(8.0, min(28.0, 560 / len(blocks))), 76
     foot = head + row * len(blocks)
     gaps = len(cells) < len(blocks) * len(parts)
@@ -118,7 +126,8 @@ def stacked(
 ) -> Chart:
     """One horizontal bar for each entry of `bars`, made of as many pieces as `parts` has names."""
     text = f"{title}: " + "; ".join(
-        f"{label} {show(sum(pieces))} ({', '.join(f'{part} {show(piece)}' for part, piece in zip(parts, pieces, strict=True))})"
+        f"{label} {show(sum(pieces))} "
+        f"({', '.join(f'{part} {show(piece)}' for part, piece in zip(parts, pieces, strict=True))})"
         for label, pieces in bars.items()
     )
     svg = canvas(52 * len(bars) + 24 * len(parts) + 4, f"{text}.")
@@ -218,14 +227,18 @@ def _ticks(most: float) -> list[float]:
 
 
 def _every(count: int, step: float, room: float) -> int:
-    """Label every so many of `count` marks that are `step` apart, each label taking `room`; a round number."""
+    """Label every so many of `count` marks that are `step` apart, each label taking `room`; a round
+    number.
+    """
     return next(
         (thin for thin in (1, 2, 5, 10, 20, 50, 100, 200, 500) if thin * step >= room), count
     )
 
 
 def _in_order(cells: Iterable[tuple[int, str]]) -> list[str]:
-    """The linears of all blocks, each behind the one it follows in its own block: the first block need not have them all."""
+    """The linears of all blocks, each behind the one it follows in its own block: the first block
+    need not have them all.
+    """
     found: list[str] = []
     last: tuple[int, str] | None = None
     for block, part in cells:

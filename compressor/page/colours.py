@@ -1,7 +1,8 @@
 """The colours of the page and its charts, by name, once for light and once for dark.
 
 `d0` … `d5` are lines by depth, first blocks to last, `halo` what sets a mark upon them off.
-`r0` … `r8` is the scale of the heat maps, a single hue that goes away from the page, `t0` … `t8` the text upon it; `s0`, `s1`,
+`r0` … `r8` is the scale of the heat maps, a single hue that goes away from the page, `t0` … `t8`
+the text upon it; `s0`, `s1`,
 `s2` are the pieces of a stacked bar.
 """
 

@@ -13,7 +13,8 @@ from compressor.plots.need_matplotlib import require_matplotlib
 
 
 def write_pictures(charts: list[Chart], folder: Path) -> None:
-    """One file for each chart in `folder`, which is made if need be. Light colours; the title is drawn on top.
+    """One file for each chart in `folder`, which is made if need be. Light colours; the title is
+    drawn on top.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -25,7 +26,8 @@ def write_pictures(charts: list[Chart], folder: Path) -> None:
     for chart in charts:
         if (folder / f"{chart.name}.png").exists():
             raise OutputError(
-                f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png or remove it"
+                f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png "
+                f"or remove it"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

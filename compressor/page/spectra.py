@@ -1,8 +1,9 @@
-"""The spectra that ranks were chosen from, as small panels: one for each kind of linear, a line for each block, coloured by depth.
+"""The spectra that ranks were chosen from, as small panels: one for each kind of linear, a line for
+each block, coloured by depth.
 
-All panels have the same two axes, so that they can be compared: the place in the spectrum as a part of the full rank, and the
-singular value, logarithmic. A square marks the rank that was kept, a vertical line the rank from which on factors are no smaller
-than the weight.
+All panels have the same two axes, so that they can be compared: the place in the spectrum as a part
+of the full rank, and the singular value, logarithmic. A square marks the rank that was kept, a
+vertical line the rank from which on factors are no smaller than the weight.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def spectra(name: str, title: str, found: Sequence[Spectrum]) -> Chart | None:
 
 
 def _range(found: Sequence[Spectrum], values: Sequence[float]) -> tuple[float, float]:
-    """Logarithms of the least and the largest value that are shown: a few decades, and more where kept ranks lie deeper."""
+    """Logarithms of the least and the largest value that are shown: a few decades, and more where
+    kept ranks lie deeper.
+    """
     high = math.log10(max(values)) + 0.1
     kept = [
         value for one in found if one.rank is not None and (value := _value(one, one.rank - 1)) > 0
@@ -127,7 +130,10 @@ def _panel(
 
 
 def _mark(svg: Element, x: float, y: float, side: float, one: Spectrum) -> None:
-    said = f"{one.part} of block {one.block}: rank {one.rank:g} of {one.full}, factors are smaller up to {one.largest_rank}"
+    said = (
+        f"{one.part} of block {one.block}: rank {one.rank:g} of {one.full}, factors are smaller up "
+        f"to {one.largest_rank}"
+    )
     rim = side / 4
     rect(svg, x - side / 2 - rim, y - side / 2 - rim, side + 2 * rim, side + 2 * rim, "halo")
     rect(svg, x - side / 2, y - side / 2, side, side, "ink", said)

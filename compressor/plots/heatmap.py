@@ -19,9 +19,11 @@ T = TypeVar("T")
 
 
 def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], list[list[list[T]]]]:
-    """Names of the linears inside a block, those of its experts as one, and per block the values of each.
+    """Names of the linears inside a block, those of its experts as one, and per block the values of
+    each.
 
-    `dense` is the value of one left dense; there is no value of a linear that a block has not, and one of every expert.
+    `dense` is the value of one left dense; there is no value of a linear that a block has not, and
+    one of every expert.
     """
     known = {task.linear.name: value(task) for task in job.every}
     blocks: list[dict[str, list[T]]] = []
@@ -37,7 +39,9 @@ def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], li
 
 
 def headings(columns: Sequence[str]) -> list[str]:
-    """The last word of each name; where that says too little the module it is in, a line above: `experts`, `up_proj`."""
+    """The last word of each name; where that says too little the module it is in, a line above:
+    `experts`, `up_proj`.
+    """
     words = [[word for word in name.split(".") if word != "*"] for name in columns]
     last = Counter(each[-1] for each in words)
     return [
@@ -47,19 +51,25 @@ def headings(columns: Sequence[str]) -> list[str]:
 
 
 def sparsities(job: Job) -> tuple[list[str], list[list[list[float]]]]:
-    """As `cells`: the fractions of the numbers that go, zeros of a pattern or what factors do without."""
+    """As `cells`: the fractions of the numbers that go, zeros of a pattern or what factors do
+    without.
+    """
     return cells(job, lambda task: task.removed, 0.0)
 
 
 def check_drawing(path: Path) -> None:
-    """Raise UsageError where a picture cannot be made: the library is not there, or the name is not one of a picture."""
+    """Raise UsageError where a picture cannot be made: the library is not there, or the name is not
+    one of a picture.
+    """
     require_matplotlib("--plot")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path} ends in {path.suffix!r}; accepted: .png, .svg, .pdf")
 
 
 def draw(job: Job, path: Path, title: str, what: str) -> None:
-    """Draw the plan of `job`, `what` goes of each linear (of experts the mean), into the file `path`. Raises OutputError."""
+    """Draw the plan of `job`, `what` goes of each linear (of experts the mean), into the file
+    `path`. Raises OutputError.
+    """
     from matplotlib.figure import Figure
 
     columns, rows = sparsities(job)

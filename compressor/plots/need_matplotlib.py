@@ -8,6 +8,8 @@ from compressor.errors import UsageError
 
 
 def require_matplotlib(option: str) -> None:
-    """Raise UsageError, in the name of the command line's `option`, where matplotlib is not installed."""
+    """Raise UsageError, in the name of the command line's `option`, where matplotlib is not
+    installed.
+    """
     if find_spec("matplotlib") is None:
         raise UsageError(f"{option} needs matplotlib: pip install 'compress-llm[plot]'")

@@ -1,4 +1,6 @@
-"""Quality over size: one panel per number, one point per model, as PNG or SVG. Needs matplotlib, which is imported here only."""
+"""Quality over size: one panel per number, one point per model, as PNG or SVG. Needs matplotlib,
+which is imported here only.
+"""
 
 from __future__ import annotations
 

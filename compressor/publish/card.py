@@ -1,7 +1,9 @@
-"""The model card of a compressed checkpoint: what was done, how to load it, what it scores, where its limits are.
+"""The model card of a compressed checkpoint: what was done, how to load it, what it scores, where
+its limits are.
 
-Everything in it is read from recipe.toml, report.json and the stored scores; a number that is in none of them is not in the card.
-Scores go into the card's `model-index` and into `.eval_results/`, its newer form, for data sets that the Hub knows by their id.
+Everything in it is read from recipe.toml, report.json and the stored scores; a number that is in
+none of them is not in the card. Scores go into the card's `model-index` and into `.eval_results/`,
+its newer form, for data sets that the Hub knows by their id.
 """
 
 from __future__ import annotations
@@ -81,7 +83,10 @@ def eval_results_file(scores: Mapping[str, Any]) -> str | None:
             (dataset, subset)
         )  # one value for each: the first metric of a task is its main one
         shots = f"{scores['n-shot'].get(task, 0)}-shot"
-        notes = f"{metric.split(',')[0]}, {shots}, {_how_many(scores, task)}, task {task} of compress eval"
+        notes = (
+            f"{metric.split(',')[0]}, {shots}, {_how_many(scores, task)}, task {task} of compress "
+            f"eval"
+        )
         entries.append(
             EvalResultEntry(
                 dataset.partition(":")[0], subset, value, date=scores.get("date"), notes=notes
@@ -173,7 +178,9 @@ def _introduction(facts: Facts) -> str:
 
 
 def _methods(facts: Facts) -> list[str]:
-    """What made the linears: the recipe's method, its counterpart where a plan asks for the other form, or both."""
+    """What made the linears: the recipe's method, its counterpart where a plan asks for the other
+    form, or both.
+    """
     method, forms = str(facts.recipe["method"]), {row["format"] for row in facts.report["linears"]}
     factored, pruned = "lowrank" in forms, bool(forms - {"lowrank"})
     own, other = (factored, pruned) if command(method) == "lowrank" else (pruned, factored)
@@ -208,14 +215,19 @@ def _what_was_done(facts: Facts) -> str:
 
 
 def _forms(linears: list[Mapping[str, Any]]) -> str:
-    """How many linears are of each form, and what it leaves of a weight: ranks of factors, zeros of the others."""
+    """How many linears are of each form, and what it leaves of a weight: ranks of factors, zeros of
+    the others.
+    """
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in linears:
         found.setdefault(row["format"], []).append(row)
     count = _counted(len(linears), "linear")
     if len(found) == 1:
         return f"{count}, {_form(*found.popitem())}"
-    return f"{count}: {'; '.join(f'{len(rows)} {_form(form, rows)}' for form, rows in sorted(found.items()))}"
+    return (
+        f"{count}: "
+        f"{'; '.join(f'{len(rows)} {_form(form, rows)}' for form, rows in sorted(found.items()))}"
+    )
 
 
 def _form(form: str, rows: list[Mapping[str, Any]]) -> str:
@@ -238,7 +250,9 @@ def _counted(count: int, what: str) -> str:
 
 
 def _summary(room: str, name: str) -> str:
-    """The first line of a method's docstring, which names the paper; read without importing it, for that takes torch."""
+    """The first line of a method's docstring, which names the paper; read without importing it, for
+    that takes torch.
+    """
     path = Path(__file__).with_name(room) / f"{name}.py"
     doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
     return (
@@ -249,7 +263,10 @@ def _summary(room: str, name: str) -> str:
 def _scores(facts: Facts) -> str:
     scores = facts.scores
     if not scores or not scores["results"]:
-        return "## Scores\n\nNone were measured. Score the model on the text you care about before you use it."
+        return (
+            "## Scores\n\nNone were measured. Score the model on the text you care about before "
+            "you use it."
+        )
     baseline = scores.get("baseline")
     head, rule = ["", "this model"], ["---", "---:"]
     if baseline:
@@ -271,7 +288,8 @@ def _scores(facts: Facts) -> str:
     note = f"Measured by `compress eval` on {where['device']} in {where['dtype']} ({versions})."
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     explained = (
-        "Token perplexity is exp of the mean cross-entropy over non-overlapping windows, as in the papers on pruning; it is not "
+        "Token perplexity is exp of the mean cross-entropy over non-overlapping windows, as in the "
+        "papers on pruning; it is not "
         "the word perplexity of lm-eval."
         if any("token_perplexity" in metric for _, metric, _ in metrics(scores))
         else ""
@@ -287,7 +305,8 @@ def _how_to_load(facts: Facts) -> str:
     )
     install = "```\npip install compress-llm\n```\n\n" if facts.packed else ""
     code = (
-        f'```python\n{plug_in}from transformers import AutoModelForCausalLM, AutoTokenizer\n\nname = "{facts.repo}"\n'
+        f"```python\n{plug_in}from transformers import AutoModelForCausalLM, AutoTokenizer\n\nname "
+        f'= "{facts.repo}"\n'
         "tokenizer = AutoTokenizer.from_pretrained(name)\n"
         'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")\n```'
     )
@@ -299,26 +318,34 @@ def _limits(facts: Facts) -> str:
     limits = []
     if facts.packed:
         limits.append(
-            "The weights are stored in a packed form. Without `import compressor.runtime` transformers refuses the checkpoint; "
+            "The weights are stored in a packed form. Without `import compressor.runtime` "
+            "transformers refuses the checkpoint; "
             "other tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
         )
         limits.append(
-            "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: `compress bench` measures it."
+            "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: "
+            "`compress bench` measures it."
         )
     if totals["bytes"] >= totals["dense_bytes"]:
         limits.append(
-            "The zeros are stored in place: this checkpoint is not smaller than the original, and no faster by itself."
+            "The zeros are stored in place: this checkpoint is not smaller than the original, and "
+            "no faster by itself."
         )
     limits += [
-        "Compression costs quality, more on text unlike that of the calibration. The scores above are all that was measured.",
-        "Nobody has checked how it changed the model's safety, bias or languages. All limits of the base model remain.",
+        "Compression costs quality, more on text unlike that of the calibration. The scores above "
+        "are all that was measured.",
+        "Nobody has checked how it changed the model's safety, bias or languages. All limits of "
+        "the base model remain.",
     ]
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
 def _licence(facts: Facts) -> str:
     if facts.licence is None:
-        return "## Licence\n\nThat of the base model. It was not known when this card was made: read the base model's own card first."
+        return (
+            "## Licence\n\nThat of the base model. It was not known when this card was made: read "
+            "the base model's own card first."
+        )
     named = facts.licence.name or facts.licence.id
     linked = f"[{named}]({facts.licence.link})" if facts.licence.link else named
     return f"## Licence\n\n{linked}, taken over from the base model ({facts.licence.source})."
@@ -327,7 +354,10 @@ def _licence(facts: Facts) -> str:
 def _how_to_repeat(facts: Facts, recipe_text: str) -> str:
     line = f"`compress {command(str(facts.recipe['method']))} MODEL -o OUT --recipe recipe.toml`"
     plan = ", `plan.toml` beside it" if facts.recipe.get("plan") else ""
-    return f"## How to make it again\n\n{line}{plan}, with this recipe's model and text:\n\n```toml\n{recipe_text.strip()}\n```"
+    return (
+        f"## How to make it again\n\n{line}{plan}, with this recipe's model and "
+        f"text:\n\n```toml\n{recipe_text.strip()}\n```"
+    )
 
 
 def _megabytes(count: float) -> str:

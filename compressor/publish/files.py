@@ -1,7 +1,9 @@
-"""What of a compressed folder is published: its checkpoint, records and card, by a list of what may go, never of what may not.
+"""What of a compressed folder is published: its checkpoint, records and card, by a list of what may
+go, never of what may not.
 
-Whatever else lies in the folder stays at home: hidden files, states of work under way, subfolders. The copies of recipe.toml and
-report.json that go up do not tell where on this machine the model and the text lay.
+Whatever else lies in the folder stays at home: hidden files, states of work under way, subfolders.
+The copies of recipe.toml and report.json that go up do not tell where on this machine the model and
+the text lay.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _PICTURES = (".png", ".svg", ".html")
 
 @dataclass(frozen=True)
 class File:
-    """One file to publish: its name in the repository, and a path or, where it was made for the purpose, its bytes."""
+    """One file to publish: its name in the repository, and a path or, where it was made for the
+    purpose, its bytes.
+    """
 
     name: str
     source: Path | bytes
@@ -79,7 +83,8 @@ def prepare(
     base, licence = _base(recipe, base, published_licence)
     if not base:
         notes.append(
-            f"the base model {recipe['model']!r} is not on the Hub; --base-model ORG/NAME lets the card name it"
+            f"the base model {recipe['model']!r} is not on the Hub; --base-model ORG/NAME lets the "
+            f"card name it"
         )
     licence = licence or from_file(folder)
     if licence is None:
@@ -89,7 +94,8 @@ def prepare(
     if scores is None:
         stale = scores_path(folder).is_file()
         notes.append(
-            f"{scores_path(folder).name} is about other bytes than these: its scores are left out; run compress eval again"
+            f"{scores_path(folder).name} is about other bytes than these: its scores are left out; "
+            f"run compress eval again"
             if stale
             else "no scores are stored: run compress eval first, and the card will have them"
         )
@@ -131,13 +137,16 @@ def _own_card(path: Path) -> Any:
 
 
 def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None]:
-    """The recipe, the report, and the part of the parameters that was kept, where ranks were shared out."""
+    """The recipe, the report, and the part of the parameters that was kept, where ranks were shared
+    out.
+    """
     try:
         recipe = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
         report = read_json(folder / REPORT)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` and `compress lowrank` make"
+            f"{folder} has no {RECIPE}: push publishes the folders that `compress prune` and "
+            f"`compress lowrank` make"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -159,13 +168,15 @@ def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None
     record = read_record(folder)  # checks every value
     if not known or any(row.format == "lowrank" and row.rank is None for row in record.rows):
         raise CheckpointError(
-            f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is missing"
+            f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is "
+            f"missing"
         )
     if not all(
         isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")
     ):
         raise CheckpointError(
-            f"{folder / RECIPE} is no complete recipe: model, method, pattern and dataset are expected in it"
+            f"{folder / RECIPE} is no complete recipe: model, method, pattern and dataset are "
+            f"expected in it"
         )
     return recipe, report, record.kept
 
@@ -208,7 +219,8 @@ def _choose(reader: Reader, made: Mapping[str, str], *, code: bool) -> tuple[lis
     for name in chosen:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(
-                f"{folder / name} is a link that leads out of the folder; put a copy of the file in its place"
+                f"{folder / name} is a link that leads out of the folder; put a copy of the file "
+                f"in its place"
             )
     stays = sorted(path.name for path in folder.iterdir() if path.name not in (*chosen, *made))
     files = [File(name, folder / name) for name in chosen]

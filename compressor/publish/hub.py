@@ -1,8 +1,8 @@
 """Publishing on the Hub: one commit that has everything or does not happen.
 
-Large files go up first, one after the other; they belong to nothing until the commit names them. A push that was cut off is
-simply repeated: the Hub keeps what has arrived, files that are there already are compared by hash and not sent again.
-Tokens are huggingface_hub's business alone.
+Large files go up first, one after the other; they belong to nothing until the commit names them. A
+push that was cut off is simply repeated: the Hub keeps what has arrived, files that are there
+already are compared by hash and not sent again. Tokens are huggingface_hub's business alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _AGAIN = "nothing was published; run the same command again, what has arrived is
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did: the commit's URL (and the pull request's), files sent and left, weights of before that were removed."""
+    """What a push did: the commit's URL (and the pull request's), files sent and left, weights of
+    before that were removed.
+    """
 
     url: str
     pull_request: str | None
@@ -48,7 +50,9 @@ def check_repo(name: str) -> None:
 
 
 def published_licence(name: str) -> tuple[bool, Licence | None]:
-    """Whether the Hub has the model `name`, and the licence its card names; (False, None) where it cannot be asked."""
+    """Whether the Hub has the model `name`, and the licence its card names; (False, None) where it
+    cannot be asked.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -67,10 +71,12 @@ def push(
     message: str,
     progress: Callable[[str, int, int], None] = lambda name, number, total: None,
 ) -> Pushed:
-    """Publish `what` as the model `repo`, made if it is not there; with `create_pr` as a pull request to one that is.
+    """Publish `what` as the model `repo`, made if it is not there; with `create_pr` as a pull
+    request to one that is.
 
     Args:
-        progress: told the name of each large file before it is sent, its number and how many there are.
+        progress: told the name of each large file before it is sent, its number and how many there
+            are.
 
     Raises:
         HubError: the Hub refused something or the connection broke; nothing is published then.
@@ -86,7 +92,8 @@ def push(
         before = api.model_info(repo, files_metadata=True)
     if private and not before.private:
         raise HubError(
-            f"{repo} exists already and is public; make it private in its settings on the Hub, or choose another name"
+            f"{repo} exists already and is public; make it private in its settings on the Hub, or "
+            f"choose another name"
         )
     there = {sibling.rfilename: sibling for sibling in before.siblings or []}
     changed = [file for file in what.files if not _same(file, there.get(file.name))]
@@ -121,12 +128,15 @@ def _check_arrival(api: Any, repo: str, revision: str, what: Publication) -> Non
     there = {sibling.rfilename: sibling for sibling in after.siblings or []}
     if wrong := [file.name for file in what.files if not _same(file, there.get(file.name))]:
         raise HubError(
-            f"{repo} does not hold {wrong[0]} as it is here, though the Hub took it: run the same command again"
+            f"{repo} does not hold {wrong[0]} as it is here, though the Hub took it: run the same "
+            f"command again"
         )
 
 
 def _same(file: File, remote: Any) -> bool:
-    """Whether the Hub's file has the same content: by SHA-256 for large files, by git's blob hash for the others."""
+    """Whether the Hub's file has the same content: by SHA-256 for large files, by git's blob hash
+    for the others.
+    """
     if remote is None or remote.size != file.size:
         return False
     if remote.lfs:
@@ -172,9 +182,15 @@ def _reason(repo: str, error: BaseException) -> str:
         said = " ".join((cause.server_message or "").split())[:200]
         owner = repo.partition("/")[0]
         advice = {
-            401: "the Hub does not accept your token; log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+            401: (
+                "the Hub does not accept your token; log in with `hf auth login`, or set HF_TOKEN "
+                "to a token that may write"
+            ),
             403: f"your token may not write there; use one with write access to {owner}",
-            404: f"there is no {repo} on the Hub that your token may see; without --create-pr it is made",
+            404: (
+                f"there is no {repo} on the Hub that your token may see; without --create-pr it is "
+                f"made"
+            ),
             409: f"{repo} is being changed by somebody else; {_AGAIN}",
             412: f"somebody has changed {repo} meanwhile; {_AGAIN}",
             429: f"the Hub asks you to slow down; wait a few minutes; {_AGAIN}",
@@ -182,7 +198,10 @@ def _reason(repo: str, error: BaseException) -> str:
         text = advice.get(status, _AGAIN if status >= 500 else "")
         return ": ".join(part for part in (f"HTTP {status}", said, text) if part)
     if isinstance(error, LocalTokenNotFoundError):
-        return "no token was found; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+        return (
+            "no token was found; log in with `hf auth login`, or set HF_TOKEN to a token that may "
+            "write"
+        )
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if cause is not None:

@@ -1,4 +1,6 @@
-"""The licence of a base model, taken over for what is made of it: from its card, or from a LICENSE file that is recognised."""
+"""The licence of a base model, taken over for what is made of it: from its card, or from a LICENSE
+file that is recognised.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# what the beginning of a licence file says, in lower case -> the Hub's identifier; the first that is found counts
+# what the beginning of a licence file says, in lower case -> the Hub's identifier; the first that
+# is found counts
 _TEXTS = {
     "llama 3.3 community license": "llama3.3",
     "llama 3.2 community license": "llama3.2",
@@ -26,7 +29,9 @@ _BEGINNING = 2000  # characters in which a licence names itself
 
 @dataclass(frozen=True)
 class Licence:
-    """`id` is the Hub's identifier, empty where nothing is known; `name` and `link` go with the identifier `other`."""
+    """`id` is the Hub's identifier, empty where nothing is known; `name` and `link` go with the
+    identifier `other`.
+    """
 
     id: str = ""
     name: str = ""
@@ -62,7 +67,9 @@ def from_folder(folder: Path) -> Licence | None:
 
 
 def from_file(folder: Path) -> Licence | None:
-    """The licence that a LICENSE file in `folder` names; `other`, with a link to it, where it is not recognised."""
+    """The licence that a LICENSE file in `folder` names; `other`, with a link to it, where it is
+    not recognised.
+    """
     paths = sorted(
         path
         for path in folder.iterdir()

@@ -1,4 +1,6 @@
-"""What a page is made from: report.json and the files beside the folder, every value checked, for files are not to be trusted."""
+"""What a page is made from: report.json and the files beside the folder, every value checked, for
+files are not to be trusted.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ _LONGEST_RECIPE = 1 << 16
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed linear. `block` is None outside the blocks; `part` is its name inside, numbers of experts as `*`.
+    """One compressed linear. `block` is None outside the blocks; `part` is its name inside, numbers
+    of experts as `*`.
 
-    `loss` is the relative loss its method arrived at as a fraction of that it started from, where it says so.
+    `loss` is the relative loss its method arrived at as a fraction of that it started from, where
+    it says so.
     """
 
     name: str
@@ -39,9 +43,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of one linear, or the mean of the experts of a block, at some places from 0 to `full` - 1.
+    """Singular values of one linear, or the mean of the experts of a block, at some places from 0
+    to `full` - 1.
 
-    `rank` is the mean of those factored, None where there is none; factors pay up to `largest_rank`.
+    `rank` is the mean of those factored, None where there is none; factors pay up to
+    `largest_rank`.
     """
 
     block: int
@@ -100,7 +106,8 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a folder that `compress prune` or `compress lowrank` made. Weights are not read.
+    """The record of a folder that `compress prune` or `compress lowrank` made. Weights are not
+    read.
 
     Raises:
         CheckpointError: there is no report, or it is no report of this package.
@@ -110,7 +117,8 @@ def read_record(folder: Path) -> Record:
         raise CheckpointError(f"{folder} is not a folder")
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no report.json: `compress prune` and `compress lowrank` write one into the folders they make"
+            f"{folder} has no report.json: `compress prune` and `compress lowrank` write one into "
+            f"the folders they make"
         )
     found = _Checked(path, read_json(path))
     totals = found.inside("totals")
@@ -161,7 +169,8 @@ class _Checked:
 
     def refuse(self, key: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} is no report of this package: {key!r} is missing or of another kind than expected"
+            f"{self.path} is no report of this package: {key!r} is missing or of another kind than "
+            f"expected"
         )
 
     def get(self, key: str, kind: type) -> Any:
@@ -276,7 +285,9 @@ def _recipe_text(path: Path) -> str:
 
 
 def _run(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run cost; nothing where the file beside the folder is missing or is about another one."""
+    """What the run cost; nothing where the file beside the folder is missing or is about another
+    one.
+    """
     try:
         found = read_json(path)
     except CheckpointError:

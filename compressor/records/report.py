@@ -1,6 +1,8 @@
-"""The record of a run: what was done to every linear, what was left alone and why, and what it cost.
+"""The record of a run: what was done to every linear, what was left alone and why, and what it
+cost.
 
-`facts()` is the same for the same input, seed and versions; `everything()` adds what differs from run to run.
+`facts()` is the same for the same input, seed and versions; `everything()` adds what differs from
+run to run.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class LinearRow:
 
 @dataclass
 class BlockRow:
-    """One block. `error` is the relative squared error of its output against the dense block on the same inputs."""
+    """One block. `error` is the relative squared error of its output against the dense block on the
+    same inputs.
+    """
 
     index: int
     error: float | None
@@ -57,7 +61,8 @@ class LeftDense:
 
 @dataclass
 class Report:
-    """Everything about one run of `prune`. `allocation` is what chose the goals of the linears measured, if anything did,
+    """Everything about one run of `prune`. `allocation` is what chose the goals of the linears
+    measured, if anything did,
     `spectra` what ranks were chosen from (compressor/allocation/rank/measured.py)."""
 
     recipe: dict[str, Any]
@@ -121,7 +126,9 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process so far: resident host memory, and CUDA memory where a device was used."""
+    """Peak bytes of this process so far: resident host memory, and CUDA memory where a device was
+    used.
+    """
     import resource
     import sys
 

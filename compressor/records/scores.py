@@ -1,8 +1,11 @@
-"""Scores of a model where they are found again: `out.eval.json` beside the folder `out`, in lm-eval's schema. No torch at import.
+"""Scores of a model where they are found again: `out.eval.json` beside the folder `out`, in
+lm-eval's schema. No torch at import.
 
-Beside and not inside, for the folder is the same for the same recipe and the scores are not part of it. To lm-eval's `results`,
-`configs`, `versions`, `n-shot`, `higher_is_better` and `n-samples`, each by task, the file adds `digest`, the content of the
-checkpoint that was scored, and `baseline`, the results of the model it was compared with.
+Beside and not inside, for the folder is the same for the same recipe and the scores are not part of
+it. To lm-eval's `results`,
+`configs`, `versions`, `n-shot`, `higher_is_better` and `n-samples`, each by task, the file adds
+`digest`, the content of the checkpoint that was scored, and `baseline`, the results of the model it
+was compared with.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ def scores_path(folder: Path) -> Path:
 
 
 def read_scores(folder: Path, digest: str) -> dict[str, Any] | None:
-    """The stored scores of `folder`; None where there are none or they belong to other bytes than those of `digest`.
+    """The stored scores of `folder`; None where there are none or they belong to other bytes than
+    those of `digest`.
 
     Raises:
         CheckpointError: the file is no such record.
@@ -73,7 +77,8 @@ def _is_record(found: Mapping[str, Any]) -> bool:
 
 
 def store_scores(folder: Path, scores: Mapping[str, Any]) -> Path:
-    """Write `scores` beside `folder`. What is there of other tasks stays if it is of the same bytes, computed the same way.
+    """Write `scores` beside `folder`. What is there of other tasks stays if it is of the same
+    bytes, computed the same way.
 
     Raises:
         OSError: the file cannot be written.
@@ -110,7 +115,9 @@ def merge(before: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any
 
 
 def metrics(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """(task, metric such as `acc,none`, value) for every number of `scores` that is no standard error."""
+    """(task, metric such as `acc,none`, value) for every number of `scores` that is no standard
+    error.
+    """
     for task, values in scores["results"].items():
         for metric, value in values.items():
             if isinstance(value, float) and "stderr" not in metric:

@@ -1,7 +1,10 @@
-"""Refinements: what improves a pruned weight afterwards, at no extra bytes; one file each, the file name is the option's value.
+"""Refinements: what improves a pruned weight afterwards, at no extra bytes; one file each, the file
+name is the option's value.
 
-A refinement is a module: docstring with the paper, its URL and formula; `NEEDS_GRAM`; and a pure function
-`refine(weight, pruned, stats, pattern, *, option=default, …) -> Tensor`. Its keyword-only parameters are its options.
+A refinement is a module: docstring with the paper, its URL and formula; `NEEDS_GRAM`; and a pure
+function
+`refine(weight, pruned, stats, pattern, *, option=default, …) -> Tensor`. Its keyword-only
+parameters are its options.
 
     weight   [out, in], the weight before pruning, storage dtype
     pruned   [out, in], same dtype: what a method made of it, zeros in place

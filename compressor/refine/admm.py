@@ -1,17 +1,21 @@
-"""ADMM with the mask free: weights and mask found together, from the whole Gram matrix, instead of one after the other.
+"""ADMM with the mask free: weights and mask found together, from the whole Gram matrix, instead of
+one after the other.
 
-Meng, Behdin, Wang & Mazumder, ALPS, https://arxiv.org/abs/2406.07831, section 3. With H = D(G + λI)D scaled to a unit diagonal
-(D = diag(G + λI)^-1/2, so that every column counts the same when weights are compared) and W = weight · D⁻¹, the split
+Meng, Behdin, Wang & Mazumder, ALPS, https://arxiv.org/abs/2406.07831, section 3. With H = D(G +
+λI)D scaled to a unit diagonal (D = diag(G + λI)^-1/2, so that every column counts the same when
+weights are compared) and W = weight · D⁻¹, the split
 
     min ½‖(W - X)H½‖²  subject to  X = Z, Z legal
 
 is solved by alternating, with a penalty ρ that grows from stage to stage
 
-    X = (WH - V + ρZ)(H + ρI)⁻¹         Z = the legal matrix nearest to X + V/ρ         V = V + ρ(X - Z)
+    X = (WH - V + ρZ)(H + ρI)⁻¹         Z = the legal matrix nearest to X + V/ρ         V = V + ρ(X
+                                        - Z)
 
-With a small ρ the masks still move, with a large one X and Z agree; then the mask of Z is kept and its values are solved
-for as in `lsq`. Differences to the paper: the stages are fixed (no look at the device in between, one inverse a stage
-and one product an iteration), and a row that did not gain on its start keeps it.
+With a small ρ the masks still move, with a large one X and Z agree; then the mask of Z is kept and
+its values are solved for as in `lsq`. Differences to the paper: the stages are fixed (no look at
+the device in between, one inverse a stage and one product an iteration), and a row that did not
+gain on its start keeps it.
 """
 
 from __future__ import annotations
@@ -48,14 +52,16 @@ def refine(
         weight: `[out, in]`, before pruning.
         pruned: `[out, in]`, same dtype, legal: the start.
         stats: with `gram`.
-        pattern: n:m or unstructured; of every row, unstructured, the share it says is pruned; as many as in `pruned` if exact.
+        pattern: n:m or unstructured; of every row, unstructured, the share it says is pruned; as
+            many as in `pruned` if exact.
         stages: values of ρ.
         steps: ADMM iterations a stage.
         iterations: conjugate-gradient steps at the end.
         damping: λ in units of the mean of the diagonal of G.
 
     Returns:
-        `[out, in]` in the dtype of `pruned`, legal under `pattern`: no row has a larger output error than in `pruned`.
+        `[out, in]` in the dtype of `pruned`, legal under `pattern`: no row has a larger output
+        error than in `pruned`.
 
     Raises:
         NumericalError: the damped Gram matrix is not positive definite in float32.
@@ -130,6 +136,7 @@ def _inverse(scaled: Tensor, penalty: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(shifted)
     if int(info) or not bool(torch.isfinite(factor[-1, -1])):
         raise NumericalError(
-            "the Gram matrix is not positive definite even with the penalty of ADMM: are the inputs finite?"
+            "the Gram matrix is not positive definite even with the penalty of ADMM: are the "
+            "inputs finite?"
         )
     return torch.cholesky_inverse(factor)

@@ -1,23 +1,29 @@
-"""DSnoT: kept and pruned weights change places until the expected output of every row is that of the dense row.
+"""DSnoT: kept and pruned weights change places until the expected output of every row is that of
+the dense row.
 
-Zhang, Zhao et al., Dynamic Sparse No Training, https://arxiv.org/abs/2310.08915. No weight gets a new value, and only
-the mean of the input matters. With μ_j the mean and v_j the variance of input j over tokens, row r misses
+Zhang, Zhao et al., Dynamic Sparse No Training, https://arxiv.org/abs/2310.08915. No weight gets a
+new value, and only the mean of the input matters. With μ_j the mean and v_j the variance of input j
+over tokens, row r misses
 
     err_r = Σ_j (W_rj - Ŵ_rj) μ_j
 
 of its expected output. Up to `cycles` times per row:
 
-    grow    if err > 0 the pruned weight with the largest  W_rj μ_j / v_j^p > 0  that is left, else the most negative one
-    prune   unstructured: the kept weight with the smallest Wanda score |Ŵ_rj| ‖X_j‖ that is left, among those with
-            Ŵ_rj μ_j < 0 if err >= 0, else among those > 0;  n:m: that with the smallest score in the group that grows
-    stop    when |err| <= threshold, or (same_sign; always for n:m) when the exchange would turn the sign of err
+    grow    if err > 0 the pruned weight with the largest  W_rj μ_j / v_j^p > 0  that is left, else
+            the most negative one
+    prune   unstructured: the kept weight with the smallest Wanda score |Ŵ_rj| ‖X_j‖ that is left,
+            among those with Ŵ_rj μ_j < 0 if err >= 0, else among those > 0;  n:m: that with the
+            smallest score in the group that grows
+    stop    when |err| <= threshold, or (same_sign; always for n:m) when the exchange would turn the
+            sign of err
     swap    err += Ŵ_r,prune μ_prune - W_r,grow μ_grow
 
-A weight changes place once at most. The rule is guarded: a row stops when a list it needs is exhausted, an input that
-never varies (v = 0: a dead channel, or a single token) is never regrown, a group without an original weight left to
-prune is passed over, and a row that ends with |err| larger than both its start and the threshold is put back. So the
-quota of every row and group is kept, at any width. Where the pruned weight carries updated values (SparseGPT), these are
-the Ŵ above, and a weight that grows comes back with its dense value.
+A weight changes place once at most. The rule is guarded: a row stops when a list it needs is
+exhausted, an input that never varies (v = 0: a dead channel, or a single token) is never regrown, a
+group without an original weight left to prune is passed over, and a row that ends with |err| larger
+than both its start and the threshold is put back. So the quota of every row and group is kept, at
+any width. Where the pruned weight carries updated values (SparseGPT), these are the Ŵ above, and a
+weight that grows comes back with its dense value.
 """
 
 from __future__ import annotations
@@ -52,8 +58,8 @@ def refine(
         stats: mean and variance; no `gram` needed.
         pattern: for n:m a weight changes place with one of its own group.
         cycles: most exchanges of a row.
-        threshold: |err| at which a row is done, for the mean over tokens (the reference's 0.1 is a sum over the
-            2048 tokens of a sequence: 5e-5).
+        threshold: |err| at which a row is done, for the mean over tokens (the reference's 0.1 is a
+            sum over the 2048 tokens of a sequence: 5e-5).
         variance_power: p; 0 leaves the variance out.
         same_sign: stop a row before err changes its sign; n:m always does.
 
@@ -99,7 +105,8 @@ class _Lists:
 
     Attributes:
         mask: bool `[rows, in]`, kept at the start.
-        missing: float64 `[rows, in]`, W_rj μ_j where pruned and able to grow, else 0: what growing j would give back.
+        missing: float64 `[rows, in]`, W_rj μ_j where pruned and able to grow, else 0: what growing
+            j would give back.
         present: float64 `[rows, in]`, Ŵ_rj μ_j: what pruning j would take away.
         error: float64 `[rows, 1]`, err at the start.
     """

@@ -1,14 +1,17 @@
 """Exact reconstruction: the best values for the weights that are kept, the mask fixed.
 
-Every output row w with kept set K is its own least-squares problem (the layer-wise objective of Frantar & Alistarh,
-SparseGPT, https://arxiv.org/abs/2301.00774, eq. 1-2, which SparseGPT itself solves greedily, one column after another):
+Every output row w with kept set K is its own least-squares problem (the layer-wise objective of
+Frantar & Alistarh, SparseGPT, https://arxiv.org/abs/2301.00774, eq. 1-2, which SparseGPT itself
+solves greedily, one column after another):
 
-    min over x, x_j = 0 outside K, of  (w - x)(G + λI)(w - x)ᵀ          G = XᵀX,  λ = damping · mean(diag G)
+    min over x, x_j = 0 outside K, of  (w - x)(G + λI)(w - x)ᵀ          G = XᵀX,  λ = damping ·
+                                       mean(diag G)
 
-whose solution x_K = [(w(G + λI))_K] [(G + λI)_KK]⁻¹ would take one factorisation a row. Conjugate gradients on the masked
-system need products with G only, and those are one matrix product for all rows; preconditioned with the diagonal
-(Meng et al., ALPS, https://arxiv.org/abs/2406.07831, section 3.3, solve the same problem the same way). Each step
-lowers the damped error of every row; a row whose true error did not fall is left as it was.
+whose solution x_K = [(w(G + λI))_K] [(G + λI)_KK]⁻¹ would take one factorisation a row. Conjugate
+gradients on the masked system need products with G only, and those are one matrix product for all
+rows; preconditioned with the diagonal (Meng et al., ALPS, https://arxiv.org/abs/2406.07831, section
+3.3, solve the same problem the same way). Each step lowers the damped error of every row; a row
+whose true error did not fall is left as it was.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ def refine(
         damping: λ in units of the mean of the diagonal of G.
 
     Returns:
-        `[out, in]` in the dtype of `pruned`: no row has a larger output error ‖X(w - ŵ)ᵀ‖² than in `pruned`.
+        `[out, in]` in the dtype of `pruned`: no row has a larger output error ‖X(w - ŵ)ᵀ‖² than in
+        `pruned`.
     """
     quadratic = Quadratic(stats, damping)
     refined = torch.empty_like(pruned)
@@ -90,7 +94,9 @@ def solve(
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, moving: Tensor) -> Tensor:
-    """`numerator / denominator` where a row is moving, else 0: below the floor it would be a ratio of rounding errors."""
+    """`numerator / denominator` where a row is moving, else 0: below the floor it would be a ratio
+    of rounding errors.
+    """
     return torch.where(
         moving & (denominator > 0), numerator / denominator, torch.zeros_like(numerator)
     )

@@ -1,8 +1,10 @@
 """The output error of a pruned weight as a quadratic form, shared by the refinements that lower it.
 
-With E = W - Ŵ and G = XᵀX the error of output row r is  e_r G e_rᵀ = ‖X e_rᵀ‖²,  and the rows are independent. What is
-minimised is its damped twin, G + λI with λ = damping · mean(diag G): it has one minimum even where fewer tokens than
-columns were seen, and stays closer to W in directions that calibration says nothing about.
+With E = W - Ŵ and G = XᵀX the error of output row r is  e_r G e_rᵀ = ‖X e_rᵀ‖²,  and the rows are
+                                                         independent. What is
+minimised is its damped twin, G + λI with λ = damping · mean(diag G): it has one minimum even where
+fewer tokens than columns were seen, and stays closer to W in directions that calibration says
+nothing about.
 """
 
 from __future__ import annotations
@@ -61,12 +63,14 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
 
 
 def better_rows(quadratic: Quadratic, weight: Tensor, start: Tensor, refined: Tensor) -> Tensor:
-    """`refined` in the dtype of `start`, but the rows of `start` where that did not lower the output error.
+    """`refined` in the dtype of `start`, but the rows of `start` where that did not lower the
+    output error.
 
-    This is where "never worse than its start" is made true: after the cast to the storage dtype, and of the error that
-    is not damped. What rounding may have hidden counts against the refined row: the float32 error of e G eᵀ is at most
-    about ε (Σ_j |e_j| √G_jj)², which only matters where huge weights cancel, as without damping on too few tokens. A row
-    that became NaN or Inf is not better either.
+    This is where "never worse than its start" is made true: after the cast to the storage dtype,
+    and of the error that is not damped. What rounding may have hidden counts against the refined
+    row: the float32 error of e G eᵀ is at most about ε (Σ_j |e_j| √G_jj)², which only matters where
+    huge weights cancel, as without damping on too few tokens. A row that became NaN or Inf is not
+    better either.
     """
     refined = refined.to(start.dtype)
     doubt = (

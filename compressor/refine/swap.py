@@ -1,13 +1,15 @@
-"""Re-selection: the exactly best n of every group of m given all other groups, alternated with exact reconstruction.
+"""Re-selection: the exactly best n of every group of m given all other groups, alternated with
+exact reconstruction.
 
-The damped error of a row x is quadratic. With the other groups fixed, and t = ((w - x)(G + λI))_g + x_g H_g the pull on
-group g with its own part taken out (H_g the m x m diagonal block of G + λI), keeping the set p of n weights is best done
-with x_p = H_pp⁻¹ t_p and lowers the error by t_p H_pp⁻¹ t_pᵀ. All m-choose-n sets are tried: coordinate descent
-whose coordinate is a whole group, mask included. The groups are visited in order, the residual is kept up to date, and
-each sweep ends with the conjugate gradients of `lsq`. Every step lowers the damped error or leaves it.
+The damped error of a row x is quadratic. With the other groups fixed, and t = ((w - x)(G + λI))_g +
+x_g H_g the pull on group g with its own part taken out (H_g the m x m diagonal block of G + λI),
+keeping the set p of n weights is best done with x_p = H_pp⁻¹ t_p and lowers the error by t_p H_pp⁻¹
+t_pᵀ. All m-choose-n sets are tried: coordinate descent whose coordinate is a whole group, mask
+included. The groups are visited in order, the residual is kept up to date, and each sweep ends with
+the conjugate gradients of `lsq`. Every step lowers the damped error or leaves it.
 
-The layer-wise objective is that of SparseGPT (https://arxiv.org/abs/2301.00774, eq. 1), which chooses the same
-masks greedily, once, and only looking ahead.
+The layer-wise objective is that of SparseGPT (https://arxiv.org/abs/2301.00774, eq. 1), which
+chooses the same masks greedily, once, and only looking ahead.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from compressor.stats import InputStats
 
 NEEDS_GRAM = True
 
-_BLOCK = 128  # columns whose residual is updated at once by small products; the rest follows in one large one
+# columns whose residual is updated at once by small products; the rest follows in one large one
+_BLOCK = 128
 _MOST_MASKS = 256  # of one group: 4:8 has 70, 8:16 has 12870
 
 
@@ -53,7 +56,8 @@ def refine(
         damping: λ in units of the mean of the diagonal of G.
 
     Returns:
-        `[out, in]` in the dtype of `pruned`, legal under `pattern`: no row has a larger output error than in `pruned`.
+        `[out, in]` in the dtype of `pruned`, legal under `pattern`: no row has a larger output
+        error than in `pruned`.
 
     Raises:
         UsageError: the pattern is unstructured or has too many masks.
@@ -78,7 +82,8 @@ def check_pattern(pattern: Pattern) -> None:
     if not 0 < masks <= _MOST_MASKS:
         found = f"{pattern} has {masks} masks a group" if masks else f"{pattern} has no groups"
         raise UsageError(
-            f"--refine swap tries every mask of a group, at most {_MOST_MASKS}; {found}; use --refine admm or --refine lsq"
+            f"--refine swap tries every mask of a group, at most {_MOST_MASKS}; {found}; use "
+            f"--refine admm or --refine lsq"
         )
 
 
@@ -117,7 +122,8 @@ def sweep(quadratic: Quadratic, selectors: Selectors, weight: Tensor, current: T
 
 
 class Selectors:
-    """H_pp⁻¹ for every group and every set p of n of its m columns; they depend on the input alone, so all rows share them.
+    """H_pp⁻¹ for every group and every set p of n of its m columns; they depend on the input alone,
+    so all rows share them.
 
     Attributes:
         m: columns of a group.
@@ -131,7 +137,8 @@ class Selectors:
         starts = torch.arange(0, len(quadratic.gram), pattern.m, device=device)
         members = starts[:, None, None] + self.sets
         within = quadratic.gram[members[..., :, None], members[..., None, :]]
-        # n zero rows (dead columns, no damping) have no inverse: a diagonal of 1 gives them the weight 0
+        # n zero rows (dead columns, no damping) have no inverse: a diagonal of 1 gives them the
+        # weight 0
         diagonal = quadratic.diagonal[members]
         within.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
         self.inverses = torch.linalg.inv_ex(within)[0]

@@ -1,4 +1,6 @@
-"""What a run will do, checked before any work: names, options, output, pattern against every linear, dataset, lengths."""
+"""What a run will do, checked before any work: names, options, output, pattern against every
+linear, dataset, lengths.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 
 def make_job(recipe: Recipe, output: Path | None) -> Job:
-    """Check everything cheap: names, options, output, checkpoint, pattern against every linear, dataset, lengths."""
+    """Check everything cheap: names, options, output, checkpoint, pattern against every linear,
+    dataset, lengths.
+    """
     pattern = Pattern.parse(recipe.pattern)
     method = method_module(recipe.method)
     options = check_options(f"method {recipe.method}", options_of(method), recipe.options)
@@ -66,7 +70,8 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be compressed"
+                f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be "
+                f"compressed"
             )
     refined = _refined(recipe, [linear.name for block in blocks for linear in block])
     tasks = [
@@ -120,7 +125,8 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
     """The fields keep, ranks and rank_options of a job that makes factors."""
     if recipe.ratios or recipe.dense_fraction or recipe.ratio_options:
         raise UsageError(
-            f"method {recipe.method} makes factors: --ratios and --dense-fraction are for patterns; give --ranks"
+            f"method {recipe.method} makes factors: --ratios and --dense-fraction are for "
+            f"patterns; give --ranks"
         )
     if bool(recipe.keep) == bool(recipe.plan):
         raise UsageError(
@@ -140,19 +146,24 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
 
 
 def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
-    """What was asked for beyond one goal for all: the fields ratios, dense_fraction and ratio_options of the job."""
+    """What was asked for beyond one goal for all: the fields ratios, dense_fraction and
+    ratio_options of the job.
+    """
     if recipe.keep or recipe.ranks or recipe.rank_options:
         raise UsageError(
-            f"--keep and --ranks are for methods that make factors, such as kfac; {recipe.method} prunes"
+            f"--keep and --ranks are for methods that make factors, such as kfac; {recipe.method} "
+            f"prunes"
         )
     if recipe.plan and (recipe.ratios or recipe.dense_fraction):
         raise UsageError(
-            "--plan says what every linear becomes; --ratios and --dense-fraction would choose it again: give one of them"
+            "--plan says what every linear becomes; --ratios and --dense-fraction would choose it "
+            "again: give one of them"
         )
     if recipe.ratios and pattern.m:
         raise UsageError(
             f"--ratios shares out zeros, and {pattern} leaves none to share: "
-            "give a sparsity such as --pattern 50%, or let linears stay dense with --dense-fraction 10%"
+            "give a sparsity such as --pattern 50%, or let linears stay dense with "
+            "--dense-fraction 10%"
         )
     if recipe.ratios:
         if recipe.dense_fraction:
@@ -178,7 +189,8 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
         }
     if recipe.ratio_options:
         raise UsageError(
-            f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; neither is given"
+            f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; "
+            f"neither is given"
         )
     return {}
 
@@ -192,7 +204,9 @@ def _sequence_length(asked: int, limit: int | None) -> int:
 
 
 def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], list[LeftDense]]:
-    """Split the weights into those to compress and those left dense, with reasons. Nothing is skipped in silence."""
+    """Split the weights into those to compress and those left dense, with reasons. Nothing is
+    skipped in silence.
+    """
     blocks: list[list[Linear]] = []
     left: list[LeftDense] = []
     unused = set(ignore)
@@ -215,7 +229,8 @@ def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], 
                 len(shape) > 2 and min(shape) > 1 and not glob
             ):  # a convolution over time is [channels, 1, width]
                 raise CheckpointError(
-                    f"{name} has shape {list(shape)}: weights stacked in this way are not supported; "
+                    f"{name} has shape {list(shape)}: weights stacked in this way are not "
+                    f"supported; "
                     f"leave them dense with --ignore '*{name.split('.')[-1]}'"
                 )
             left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else reason))

@@ -1,8 +1,10 @@
-"""What must be the same for an unfinished run to go on: then what it goes on to is what one run would have made.
+"""What must be the same for an unfinished run to go on: then what it goes on to is what one run
+would have made.
 
-Files are known by size, modification time and content. Of a shard the content is its header: reading a large checkpoint
-whole takes minutes at every start, and a shard that was edited or fetched again has another time. Of the small files
-beside them (configuration, tokenizer), which are copied into the output, it is all of it.
+Files are known by size, modification time and content. Of a shard the content is its header:
+reading a large checkpoint whole takes minutes at every start, and a shard that was edited or
+fetched again has another time. Of the small files beside them (configuration, tokenizer), which are
+copied into the output, it is all of it.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def fingerprint(
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first thing that is not the same in two fingerprints, in words; None where they are equal."""
+    """The first thing that is not the same in two fingerprints, in words; None where they are
+    equal.
+    """
     for section, values in new.items():
         before = old.get(section, {})
         for key in {**before, **values}:

@@ -1,16 +1,20 @@
-"""The work state of a run: `.NAME.partial` beside the output NAME, from which a run that was cut off goes on.
+"""The work state of a run: `.NAME.partial` beside the output NAME, from which a run that was cut
+off goes on.
 
-    lock              held by the run that is under way; the system lets go of it when the process ends, however it ends
-    begin.json        what was asked for, and the fingerprint; without it the rest counts for nothing
+    lock              held by the run that is under way; the system lets go of it when the process
+                      ends, however it ends
+    begin.json        what was asked for, and the fingerprint; without it the rest counts for
+                      nothing
     ids.json, …       results of steps that are done once
     block-00000.json  one record for each finished block, in order
     hidden.0-00001    hidden states entering the next block, of process 0
     spool/, folder/   the writer's: tensors of shards under way, and the folder to be
     complete.json     everything is in `folder`; it remains to give it its name
 
-Every record is written new, forced to disk and renamed, after the files it speaks of were forced to disk; files that are
-no longer needed are removed after it. Whatever lies there beyond the records is left over from the block that was cut off.
-A sum of the record is in it, and sums of the files it speaks of: what was damaged meanwhile is refused, never used.
+Every record is written new, forced to disk and renamed, after the files it speaks of were forced to
+disk; files that are no longer needed are removed after it. Whatever lies there beyond the records
+is left over from the block that was cut off. A sum of the record is in it, and sums of the files it
+speaks of: what was damaged meanwhile is refused, never used.
 """
 
 from __future__ import annotations
@@ -54,13 +58,16 @@ def read_settings(output: Path) -> dict[str, Any]:
 
 
 def describe(output: Path) -> str | None:
-    """How far the unfinished run of `output` came and how to go on with it; None where nothing is left of one."""
+    """How far the unfinished run of `output` came and how to go on with it; None where nothing is
+    left of one.
+    """
     work = work_path(output)
     if not state_file(work, BEGIN).is_file():
         return None
     done = len(list(work.glob("block-*.json")))
     return (
-        f"{done} blocks of {output} are done: the same command, or `compress resume {output}`, goes on with the next; "
+        f"{done} blocks of {output} are done: the same command, or `compress resume {output}`, "
+        f"goes on with the next; "
         f"to give it up remove {work}"
     )
 
@@ -68,8 +75,9 @@ def describe(output: Path) -> str | None:
 class Journal:
     """The work state of one run; a context manager.
 
-    It is kept where the run was cut off (a kill, an interruption, a full disk, an error of ours) and has something to
-    go on with; an error in what the user gave would come again and leaves nothing behind.
+    It is kept where the run was cut off (a kill, an interruption, a full disk, an error of ours)
+    and has something to go on with; an error in what the user gave would come again and leaves
+    nothing behind.
 
     Args:
         output: the folder to be made.
@@ -82,7 +90,8 @@ class Journal:
         complete: everything is done but the naming, which `publish` does.
 
     Raises:
-        OutputError: another run is at it, the unfinished run is not this one, or its state is damaged; all is left as it was.
+        OutputError: another run is at it, the unfinished run is not this one, or its state is
+            damaged; all is left as it was.
     """
 
     def __init__(
@@ -134,7 +143,8 @@ class Journal:
         found = _read(self.folder, BEGIN)
         if different := difference(found["fingerprint"], self._begin["fingerprint"]):
             raise OutputError(
-                f"{self.folder} holds an unfinished run of {self.output} that is not this one: {different}; "
+                f"{self.folder} holds an unfinished run of {self.output} that is not this one: "
+                f"{different}; "
                 f"give the same to go on with it, or remove {self.folder} to start anew"
             )
         self._begin = found
@@ -180,7 +190,9 @@ class Journal:
                     os.rmdir(parent)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """`make()`, a JSON value; where this run got as far before it was cut off, what it gave then."""
+        """`make()`, a JSON value; where this run got as far before it was cut off, what it gave
+        then.
+        """
         if state_file(self.folder, name).is_file():
             return _read(self.folder, name)
         value = make()
@@ -193,7 +205,9 @@ class Journal:
         self.blocks.append(block)
 
     def publish(self, report: str = "") -> dict[str, Any]:
-        """Give the finished `folder` its name, and put the report of this run beside it. Returns the report."""
+        """Give the finished `folder` its name, and put the report of this run beside it. Returns
+        the report.
+        """
         folder, output = self.folder / "folder", self.output
         if not self.complete:
             write_file(self.folder / REPORT, report.encode())
@@ -203,7 +217,8 @@ class Journal:
         if folder.exists():
             if output.exists():
                 raise OutputError(
-                    f"output {output} has come into being meanwhile; move it away, then: {describe(output)}"
+                    f"output {output} has come into being meanwhile; move it away, then: "
+                    f"{describe(output)}"
                 )
             os.replace(folder, output)
             sync(output.parent)
@@ -214,7 +229,9 @@ class Journal:
 
 
 def _lock(folder: Path) -> int:
-    """Take the lock of a work state; the run before may remove the folder while this one waits for it."""
+    """Take the lock of a work state; the run before may remove the folder while this one waits for
+    it.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -231,7 +248,8 @@ def _lock(folder: Path) -> int:
             owner = os.read(handle, 20).decode(errors="replace")
             os.close(handle)
             raise OutputError(
-                f"another run (process {owner}) is making the same output, in {folder}; wait for it or choose another with -o"
+                f"another run (process {owner}) is making the same output, in {folder}; wait for "
+                f"it or choose another with -o"
             ) from None
 
 

@@ -1,6 +1,7 @@
 """Checkpoint in, compressed checkpoint out. The only file that knows the order of things.
 
-Check everything cheap, calibrate, go through the blocks and write each linear as it is finished, write the rest, report.
+Check everything cheap, calibrate, go through the blocks and write each linear as it is finished,
+write the rest, report.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ def prune(
     max_memory: str = "",
     progress: Progress = silent,
 ) -> Report:
-    """Compress `recipe.model` into the new folder `output`; beside it, `<output>.report.json` gets the cost of this run.
+    """Compress `recipe.model` into the new folder `output`; beside it, `<output>.report.json` gets
+    the cost of this run.
 
-    A run that was cut off (a kill, an interruption, a full disk) goes on where it was when the same is asked for again.
-    Processes that torchrun started share the work; each of them calls this.
+    A run that was cut off (a kill, an interruption, a full disk) goes on where it was when the same
+    is asked for again. Processes that torchrun started share the work; each of them calls this.
 
     Raises:
-        CompressError: for everything a user can cause; nothing is left behind but what a run can go on from.
+        CompressError: for everything a user can cause; nothing is left behind but what a run can go
+            on from.
     """
     if max_memory:
         parse_size(max_memory)
@@ -154,7 +157,9 @@ def _prune(
 def _restore(
     journal: Journal | None, writer: Writer | None, report: Report
 ) -> tuple[int, list[Any] | None]:
-    """Take up what the journal has; gives how many blocks are done, and what each process saved of the hidden states."""
+    """Take up what the journal has; gives how many blocks are done, and what each process saved of
+    the hidden states.
+    """
     assert journal
     assert writer
     for record in journal.blocks:
@@ -212,7 +217,9 @@ def _allocate(
     group: Group,
     progress: Progress,
 ) -> Job:
-    """The job with goals of their own for its linears, where that was asked for; chosen once, a run that goes on keeps them."""
+    """The job with goals of their own for its linears, where that was asked for; chosen once, a run
+    that goes on keeps them.
+    """
     if not (job.ratios or job.dense_fraction or job.keep):
         return job
 
@@ -253,7 +260,9 @@ def _chosen(
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = silent) -> Job:
-    """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is written."""
+    """What `prune` would do with `recipe`: the job with the goal of every linear. Nothing is
+    written.
+    """
     where = choose_device(device)
     job = make_job(recipe, None)
     if not (job.ratios or job.dense_fraction or job.shares_by_spectra):
@@ -336,7 +345,9 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device named `device`; `auto` is the first CUDA device, or the CPU. Raises UsageError."""
+    """The torch device named `device`; `auto` is the first CUDA device, or the CPU. Raises
+    UsageError.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -344,7 +355,8 @@ def choose_device(device: str) -> torch.device:
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0].partition('. ')[0][:200]}"
+            f"device {device!r} cannot be used: "
+            f"{str(error).splitlines()[0].partition('. ')[0][:200]}"
         ) from None
     return chosen
 
@@ -363,7 +375,9 @@ def _calibrate(
     group: Group,
     progress: Progress,
 ) -> States:
-    """Token samples, and their hidden states entering block 0: of all batches, or of this process's part of them."""
+    """Token samples, and their hidden states entering block 0: of all batches, or of this process's
+    part of them.
+    """
     progress("calibration", 0, 1)
     ids = torch.tensor(
         group.agreed(
@@ -401,6 +415,7 @@ def _samples(job: Job, recipe: Recipe, device: torch.device) -> Tensor:
         )
     if ids.shape != (recipe.num_samples, job.seq_len):
         raise DataError(
-            f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, job.seq_len]} was asked for"
+            f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, job.seq_len]} was "
+            f"asked for"
         )
     return ids

@@ -1,4 +1,5 @@
-"""The plan of a run as a file: what every linear becomes. TOML, one line a linear, made to be read and edited.
+"""The plan of a run as a file: what every linear becomes. TOML, one line a linear, made to be read
+and edited.
 
     version = 1
 
@@ -9,9 +10,9 @@
     "model.layers.0.self_attn.v_proj" = { dense = true }
     "*.mlp.*" = { keep = "60%" }
 
-`zeros` is met exactly, `keep` is a rank: the largest whose factors have no more than this part of the parameters. Every linear of
-the decoder blocks has an entry, no other name does. A glob is the entry of those that have none of their own; the first that
-matches counts.
+`zeros` is met exactly, `keep` is a rank: the largest whose factors have no more than this part of
+the parameters. Every linear of the decoder blocks has an entry, no other name does. A glob is the
+entry of those that have none of their own; the first that matches counts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 FILE = "plan.toml"
 _LARGEST = 1 << 24  # bytes of a plan that is read: a hundred thousand linears
-_KINDS = 'accepted: { pattern = "2:4" }, { zeros = N }, { rank = K }, { keep = "60%" } or { dense = true }'
+_KINDS = (
+    'accepted: { pattern = "2:4" }, { zeros = N }, { rank = K }, { keep = "60%" } or { dense = '
+    "true }"
+)
 
 Entries = dict[str, dict[str, Any]]
 
@@ -42,14 +46,16 @@ def dumps(job: Job) -> str:
     goals = {task.linear.name: task.goal for task in job.every}
     reasons = {left.name: left.reason for left in job.left_dense}
     lines = [
-        f"# What every linear becomes. Edit it, then: compress {_command(job)} MODEL -o OUT --plan THIS",
+        f"# What every linear becomes. Edit it, then: compress {_command(job)} MODEL -o OUT "
+        f"--plan THIS",
         "version = 1",
         "",
         "[linears]",
     ]
     for index in range(len(job.skeleton.blocks)):
         lines += [
-            f"{_quoted(linear.name)} = {_entry(goals.get(linear.name), linear, reasons.get(linear.name, ''))}"
+            f"{_quoted(linear.name)} = "
+            f"{_entry(goals.get(linear.name), linear, reasons.get(linear.name, ''))}"
             for linear in job.skeleton.linears(index)
         ]
     return "\n".join(lines) + "\n"
@@ -71,7 +77,10 @@ def _entry(goal: Pattern | int | None, linear: Linear, reason: str) -> str:
     if goal is None:
         return "{ dense = true }" + f"  # {' '.join(reason.split())}" * bool(reason)
     if isinstance(goal, int):
-        return f"{{ rank = {goal} }}  # factors of {goal * (rows + columns) / (rows * columns):.2%} of {rows}×{columns}"
+        return (
+            f"{{ rank = {goal} }}  # factors of {goal * (rows + columns) / (rows * columns):.2%} "
+            f"of {rows}×{columns}"
+        )
     if goal.zeros is not None:
         return f"{{ zeros = {goal.zeros} }}  # {float(goal.sparsity):.2%} of {rows}×{columns}"
     return f'{{ pattern = "{goal}" }}'
@@ -86,7 +95,8 @@ def read(path: Path) -> Entries:
     try:
         if path.stat().st_size > _LARGEST:
             raise UsageError(
-                f"plan {path} has {path.stat().st_size} bytes; a plan has one short line for each linear"
+                f"plan {path} has {path.stat().st_size} bytes; a plan has one short line for each "
+                f"linear"
             )
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,28 +155,34 @@ def fit(
         dense: linears that stay dense whatever the plan says, and why.
 
     Raises:
-        UsageError: a linear without an entry, a name that is none, zeros, a rank or a pattern that a linear cannot have.
+        UsageError: a linear without an entry, a name that is none, zeros, a rank or a pattern that
+            a linear cannot have.
     """
     names = [linear.name for linear in linears]
     entries = _named(entries, names, dense)
     for name, entry in entries.items():
         if name in dense and "dense" not in entry:
             raise UsageError(
-                f"the plan has a goal for {name}, which stays dense ({dense[name]}); make one of the two agree"
+                f"the plan has a goal for {name}, which stays dense ({dense[name]}); make one of "
+                f"the two agree"
             )
         if name not in names and name not in dense:
             raise UsageError(
-                f"the plan names {name[:100]!r}, which is no linear of this model{did_you_mean(name, names)}"
+                f"the plan names {name[:100]!r}, which is no linear of this "
+                f"model{did_you_mean(name, names)}"
             )
     if missing := [name for name in names if name not in entries]:
         raise UsageError(
-            f"the plan lacks {len(missing)} linears of this model, {missing[0]} among them; leave one out as {{ dense = true }}"
+            f"the plan lacks {len(missing)} linears of this model, {missing[0]} among them; leave "
+            f"one out as {{ dense = true }}"
         )
     return {linear.name: _goal(entries[linear.name], linear) for linear in linears}
 
 
 def _named(entries: Entries, names: Sequence[str], dense: Mapping[str, str]) -> Entries:
-    """The entries with globs replaced by the names they are for. Raises UsageError where one matches nothing."""
+    """The entries with globs replaced by the names they are for. Raises UsageError where one
+    matches nothing.
+    """
     globs = {name: entry for name, entry in entries.items() if set(name) & set("*?[")}
     found = {name: entry for name, entry in entries.items() if name not in globs}
     for glob, entry in globs.items():
@@ -183,13 +199,15 @@ def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
         most = largest_rank(linear.shape)
         if not 1 <= entry["rank"] <= most:
             raise UsageError(
-                f"the plan asks for rank {entry['rank']} of {linear.name}; factors are smaller than it from rank 1 to {most}"
+                f"the plan asks for rank {entry['rank']} of {linear.name}; factors are smaller "
+                f"than it from rank 1 to {most}"
             )
         return entry["rank"]
     if "keep" in entry:
         if not (rank := rank_keeping(linear.shape, parse_fraction("keep", entry["keep"]))):
             raise UsageError(
-                f"the plan keeps {entry['keep']} of {linear.name}, which has {linear.size} weights: that is less than rank 1"
+                f"the plan keeps {entry['keep']} of {linear.name}, which has {linear.size} "
+                f"weights: that is less than rank 1"
             )
         return rank
     if "pattern" in entry:

@@ -19,7 +19,9 @@ def rehearse(
     refine_options: dict[str, Any],
     pattern: Pattern,
 ) -> None:
-    """Run method and refinement on a tiny weight: what they refuse, they refuse now and not after the calibration."""
+    """Run method and refinement on a tiny weight: what they refuse, they refuse now and not after
+    the calibration.
+    """
     columns = -(-16 // (pattern.m or 1)) * (pattern.m or 1)
     generator = torch.Generator().manual_seed(0)
     stats = InputStats(columns, gram=True)
@@ -42,7 +44,9 @@ def rehearse_rank(method: ModuleType, options: dict[str, Any]) -> None:
 
 
 def rehearse_ranks(ranks: ModuleType, options: dict[str, Any]) -> None:
-    """Share all parameters of one large weight out, which is possible whatever the options, unless they are out of range."""
+    """Share all parameters of one large weight out, which is possible whatever the options, unless
+    they are out of range.
+    """
     size = 1 << 12
     spectrum = Spectrum((size, size), torch.linspace(1, 0, size, dtype=torch.float64))
     ranks.allocate({"weight": spectrum}, spectrum.size, **{**options, "align": 0})

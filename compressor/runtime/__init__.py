@@ -1,4 +1,6 @@
-"""What runs a packed folder. Importing this package makes transformers' `from_pretrained` understand one."""
+"""What runs a packed folder. Importing this package makes transformers' `from_pretrained`
+understand one.
+"""
 
 from compressor.runtime.hf_transformers import load, runtimes
 

@@ -1,11 +1,12 @@
-"""The transformers plug-in: importing this module makes `from_pretrained` understand compressed folders.
+"""The transformers plug-in: importing this module makes `from_pretrained` understand compressed
+folders.
 
     import compressor.runtime
     model = AutoModelForCausalLM.from_pretrained("out")
 
-It registers a quantiser that swaps each linear named in config.json for a module holding its packed form. On a GPU it then
-computes from the packed weight; without one the weights are unpacked once after loading and the model runs dense
-(arrange.py). Its state stays the packed one either way.
+It registers a quantiser that swaps each linear named in config.json for a module holding its packed
+form. On a GPU it then computes from the packed weight; without one the weights are unpacked once
+after loading and the model runs dense (arrange.py). Its state stays the packed one either way.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load`
 
 
 class CompressedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compressed folder: `modules` maps each packed linear to its format."""
+    """`quantization_config` of a compressed folder: `modules` maps each packed linear to its
+    format.
+    """
 
     def __init__(self, modules: Any = None, version: Any = VERSION, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' own names are an enum, others are text
@@ -66,7 +69,9 @@ class CompressedQuantizer(HfQuantizer):
     paths: dict[str, str]  # module of each packed linear
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Called before the weight files are looked for, in transformers 5.23; the plug-in is here, so the guard may go."""
+        """Called before the weight files are looked for, in transformers 5.23; the plug-in is here,
+        so the guard may go.
+        """
         if getattr(config, "transformers_weights", None) == GUARD:
             config.transformers_weights = None
         return config
@@ -74,7 +79,9 @@ class CompressedQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # its place in transformers 5.17
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:  # type: ignore[override]  # up to 5.20 without the model
-        """Patterns that take whole names, and no renaming of `weight_v`: to transformers half a weight norm, here a factor."""
+        """Patterns that take whole names, and no renaming of `weight_v`: to transformers half a
+        weight norm, here a factor.
+        """
         kept = [
             step
             for step in weight_conversions
@@ -105,7 +112,9 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained` just before it saves the config, which drops `transformers_weights`: put the guard back."""
+        """Called by `save_pretrained` just before it saves the config, which drops
+        `transformers_weights`: put the guard back.
+        """
         config = model.config
 
         def save_once(directory: str | Path, **options: Any) -> None:
@@ -180,17 +189,20 @@ def runtimes(model: Any) -> dict[str, str]:
 
 
 def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
-    """A compressed (or plain) checkpoint as a transformers causal language model, ready to generate.
+    """A compressed (or plain) checkpoint as a transformers causal language model, ready to
+    generate.
 
     Args:
         path: folder or Hub id.
-        runtime: `packed` computes from the packed weights, `dense` unpacks them, `auto` takes what is faster (`runtimes`
-            lists it). On the CPU `auto` is dense, and `packed` unpacks at every call.
+        runtime: `packed` computes from the packed weights, `dense` unpacks them, `auto` takes what
+            is faster (`runtimes` lists it). On the CPU `auto` is dense, and `packed` unpacks at
+            every call.
         options: for `AutoModelForCausalLM.from_pretrained`; `dtype` defaults to the stored one.
 
     Raises:
-        CheckpointError: files that do not hold together, weights that are missing, or packed tensors that config.json
-            does not list. Transformers would go on with random weights and a warning.
+        CheckpointError: files that do not hold together, weights that are missing, or packed
+            tensors that config.json does not list. Transformers would go on with random weights and
+            a warning.
         UsageError: an unknown `runtime`.
     """
     placement.check(runtime)
@@ -225,7 +237,8 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     ):
         if names:
             raise CheckpointError(
-                f"{path} {problem} {min(names)} ({len(names)} tensors in all): its weights cannot be trusted"
+                f"{path} {problem} {min(names)} ({len(names)} tensors in all): its weights cannot "
+                f"be trusted"
             )
     return model.eval()
 

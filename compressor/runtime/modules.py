@@ -35,15 +35,18 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
         ):
             return ArmorLinear(in_features, out_features, **blocks, **common)
         raise CheckpointError(
-            f"config.json gives {name} wrappers of {blocks}, which do not divide {[out_features, in_features]}"
+            f"config.json gives {name} wrappers of {blocks}, which do not divide "
+            f"{[out_features, in_features]}"
         )
     if entry["format"] == "lowrank":
         rank = entry.get("rank")
         if type(rank) is int and 0 < rank <= min(in_features, out_features):
             return LowRankLinear(in_features, out_features, rank=rank, **common)
         raise CheckpointError(
-            f"config.json gives {name} the rank {str(rank)[:50]}, its weight is {[out_features, in_features]}"
+            f"config.json gives {name} the rank {str(rank)[:50]}, its weight is "
+            f"{[out_features, in_features]}"
         )
     raise CheckpointError(
-        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, armor and lowrank: update it"
+        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, "
+        f"armor and lowrank: update it"
     )

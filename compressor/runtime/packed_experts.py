@@ -1,4 +1,6 @@
-"""Experts whose matrices are stored packed: a module that calls them one by one, in place of transformers' stacked parameters."""
+"""Experts whose matrices are stored packed: a module that calls them one by one, in place of
+transformers' stacked parameters.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class PackedExperts(nn.Module):
     """The experts of one block; `experts.3.up_proj` is the packed `up_proj` of expert 3.
 
     Args:
-        original: the module it takes the place of; kept for its activation, its parameters stay empty.
+        original: the module it takes the place of; kept for its activation, its parameters stay
+            empty.
         found: the matrices of its stacked parameters.
         packed: the packed linears, by name.
     """
@@ -58,7 +61,9 @@ class PackedExperts(nn.Module):
         return [self.get_submodule(f"{expert}.{leaf}") for leaf in self.leaves[stack]]
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """`[tokens, dim]`, the experts of each token `[tokens, k]` and their weights -> `[tokens, dim]`."""
+        """`[tokens, dim]`, the experts of each token `[tokens, k]` and their weights -> `[tokens,
+        dim]`.
+        """
         stack, number = entering(self.original), self.original.num_experts
         experts = [
             Expert(self.matrices(stack, one), self.matrices("down_proj", one)[0])
@@ -90,7 +95,8 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
         The name of each linear's module.
 
     Raises:
-        CheckpointError: a name that is none of an expert, or some experts of a block that are packed and others that are not.
+        CheckpointError: a name that is none of an expert, or some experts of a block that are
+            packed and others that are not.
     """
     sources, order, paths = (
         hf_conversion.sources(model, [f"{name}.weight" for name in names]),
@@ -107,7 +113,8 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
         }
         if not all(found.values()) or not only_stacks(module):
             raise CheckpointError(
-                f"config.json lists matrices of {inside} as packed, but not those of all its experts"
+                f"config.json lists matrices of {inside} as packed, but not those of all its "
+                f"experts"
             )
         packed = {}
         for stack, pieces in found.items():
@@ -130,7 +137,9 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
 def _pieces(
     module: Any, stack: str, tensors: Sequence[tuple[str, str | None]], order: Sequence[str]
 ) -> list[Matrix]:
-    """The matrices that a stacked parameter is made of, equal parts of its rows; none where they are not complete."""
+    """The matrices that a stacked parameter is made of, equal parts of its rows; none where they
+    are not complete.
+    """
     number, rows, columns = getattr(module, stack).shape
     parts = len(tensors) // max(1, number)
     if not parts or len(tensors) != parts * number or rows % parts:

@@ -1,7 +1,9 @@
-"""How each packed linear of a loaded model computes: from the packed weight on our kernels, or from the dense one.
+"""How each packed linear of a loaded model computes: from the packed weight on our kernels, or from
+the dense one.
 
-`packed` always uses the kernels, `dense` unpacks everything, `auto` chooses for each linear: on the CPU dense, on a GPU packed
-unless the shipped table has measured it slower than dense and the memory for the dense weight is there.
+`packed` always uses the kernels, `dense` unpacks everything, `auto` chooses for each linear: on the
+CPU dense, on a GPU packed unless the shipped table has measured it slower than dense and the memory
+for the dense weight is there.
 """
 
 from __future__ import annotations
@@ -94,7 +96,9 @@ def _moved(module: Any, weight: torch.Tensor) -> bool:
 
 
 def _slower(module: Any, weight: torch.Tensor) -> float | None:
-    """The best speedup measured at a few rows, if it is below 1 and the dense weight fits into free memory thrice."""
+    """The best speedup measured at a few rows, if it is below 1 and the dense weight fits into free
+    memory thrice.
+    """
     op = (
         "armor"
         if isinstance(module, ArmorLinear)

@@ -3,11 +3,12 @@
 A linear `NAME` of theirs is three tensors, and no `NAME.weight`:
 
     NAME.compressed  [out, in / 2]          the kept weights, row by row, in column order
-    NAME.bitmask     [out, ceil(in / 8)]    uint8; bit c % 8 of byte c // 8 of a row says whether column c is kept
+    NAME.bitmask     [out, ceil(in / 8)]    uint8; bit c % 8 of byte c // 8 of a row says whether
+                     column c is kept
     NAME.shape       int64, out and in      `[2, 1]` or `[2]`
 
-Every aligned group of four columns keeps exactly two. The libraries that could read this dropped it in 2026; what loads
-such a folder today gives it random weights.
+Every aligned group of four columns keeps exactly two. The libraries that could read this dropped it
+in 2026; what loads such a folder today gives it random weights.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ _CONFIG_KEYS = (
 
 
 def import_bitmask(folder: Path, output: Path) -> tuple[int, int]:
-    """Write `output` with the bitmask weights of `folder` in our packed format; returns how many were packed, and unpacked.
+    """Write `output` with the bitmask weights of `folder` in our packed format; returns how many
+    were packed, and unpacked.
 
-    Linears outside the decoder blocks, such as a language head, are written dense: our format packs linears of blocks.
+    Linears outside the decoder blocks, such as a language head, are written dense: our format packs
+        linears of blocks.
 
     Raises:
         CheckpointError: no bitmask weights, quantised ones, or tensors that do not belong together.
@@ -94,7 +97,8 @@ def _weight(reader: Reader, name: str) -> Tensor:
     declared = reader.tensors[f"{name}.shape"]
     if declared.dtype != "I64" or declared.shape not in ((2, 1), (2,)):
         raise CheckpointError(
-            f"{name}.shape is {declared.dtype} {list(declared.shape)}, two int64 numbers are expected"
+            f"{name}.shape is {declared.dtype} {list(declared.shape)}, two int64 numbers are "
+            f"expected"
         )
     shape = tuple(reader.read(f"{name}.shape").view(-1).tolist())
     _check_entries(reader, name, shape)
@@ -139,7 +143,8 @@ def decode(compressed: Tensor, bitmask: Tensor, shape: tuple[int, int]) -> Tenso
     if bool(wrong.any()):
         row, group = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"its bitmask does not keep two of the columns {4 * group}..{4 * group + 3} of row {row}"
+            f"its bitmask does not keep two of the columns {4 * group}..{4 * group + 3} of row "
+            f"{row}"
         )
     weight = torch.zeros(rows, columns, dtype=compressed.dtype)
     return weight.masked_scatter_(kept, compressed)

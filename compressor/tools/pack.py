@@ -1,4 +1,6 @@
-"""A dense checkpoint that is 2:4 already, zeros in place, to a packed one: no calibration, block by block."""
+"""A dense checkpoint that is 2:4 already, zeros in place, to a packed one: no calibration, block by
+block.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ from compressor.records.report import LeftDense
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` did: the linears packed, with their entries, and what stayed dense in the decoder blocks, with reasons."""
+    """What `pack` did: the linears packed, with their entries, and what stayed dense in the decoder
+    blocks, with reasons.
+    """
 
     packed: dict[str, dict[str, Any]]
     left_dense: list[LeftDense]
 
 
 def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Packed:
-    """Write `output` with every linear of `folder`'s decoder blocks packed that has at most two non-zeros in each group of four.
+    """Write `output` with every linear of `folder`'s decoder blocks packed that has at most two
+    non-zeros in each group of four.
 
     Raises:
         CheckpointError: no linear is 2:4, or the checkpoint is packed or quantised already.

@@ -18,7 +18,9 @@ from compressor.formats import form_class
 
 
 def stored_suffixes(reader: Reader, name: str) -> list[str]:
-    """Suffixes of the tensors stored for the packed linear `name` in place of its weight, such as `weight_values`."""
+    """Suffixes of the tensors stored for the packed linear `name` in place of its weight, such as
+    `weight_values`.
+    """
     prefix = f"{name}.weight_"
     return [
         tensor.removeprefix(f"{name}.") for tensor in reader.tensors if tensor.startswith(prefix)
@@ -26,7 +28,8 @@ def stored_suffixes(reader: Reader, name: str) -> list[str]:
 
 
 def unpack(folder: Path, output: Path) -> int:
-    """Write `output` with the dense weights (zeros in place) of the packed checkpoint `folder`; returns how many there were.
+    """Write `output` with the dense weights (zeros in place) of the packed checkpoint `folder`;
+    returns how many there were.
 
     Raises:
         CheckpointError: nothing is packed in it, or a packed linear is incomplete or damaged.
@@ -39,7 +42,8 @@ def unpack(folder: Path, output: Path) -> int:
     suffixes = {name: stored_suffixes(reader, name) for name in modules}
     if missing := [name for name in modules if not suffixes[name]]:
         raise CheckpointError(
-            f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are not there"
+            f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are "
+            f"not there"
         )
     listed = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
     if stray := [

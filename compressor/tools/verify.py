@@ -1,4 +1,5 @@
-"""Whether a finished folder is what it was made to be: checksums, headers, packed tensors, patterns, finite numbers.
+"""Whether a finished folder is what it was made to be: checksums, headers, packed tensors,
+patterns, finite numbers.
 
 One tensor is in memory at a time. Nothing is repaired: each problem is one line.
 """
@@ -90,7 +91,9 @@ def _infinite(reader: Reader, name: str) -> Iterator[str]:
 def _packed(
     reader: Reader, name: str, entry: dict[str, Any], row: dict[str, Any] | None
 ) -> Iterator[str]:
-    """A packed linear: tensors that belong together, are what config.json says, and are stored in the one way there is."""
+    """A packed linear: tensors that belong together, are what config.json says, and are stored in
+    the one way there is.
+    """
     prefix = f"{name}.weight_"
     tensors = {
         tensor.removeprefix(f"{name}."): reader.read(tensor)

@@ -1,1 +1,3 @@
-"""Packed weight layouts and the ops that run on them. Knows tensors only: no checkpoints, no transformers."""
+"""Packed weight layouts and the ops that run on them. Knows tensors only: no checkpoints, no
+transformers.
+"""

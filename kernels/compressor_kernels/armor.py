@@ -1,7 +1,9 @@
-"""y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked function, the op, the launches.
+"""y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked
+function, the op, the launches.
 
-Up to 64 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a multiple of 64 and both
-blocks are powers of two from 16 to 256. Everything else is the product of sparse24.py between two of torch.
+Up to 64 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a
+multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the product of
+sparse24.py between two of torch.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def armor(
         a: `[out / bA, bA, bA]`, the dtype of x.
         b: `[in / bB, bB, bB]`, the dtype of x.
         bias: `[out]` or None.
-        semaphore: int32 zeros of the weight's own (`sparse24.new_semaphore`), which the two launches need.
+        semaphore: int32 zeros of the weight's own (`sparse24.new_semaphore`), which the two
+            launches need.
 
     Returns:
         `[..., out]` in the dtype of x.

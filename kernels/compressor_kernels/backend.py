@@ -1,4 +1,6 @@
-"""Where the Triton kernels run. Asked at the first call, never at import: this package loads without a GPU and without Triton."""
+"""Where the Triton kernels run. Asked at the first call, never at import: this package loads
+without a GPU and without Triton.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def interpreting() -> bool:
 
 
 def runs(x: Tensor) -> bool:
-    """The kernels can compute with `x`: 16-bit, and on a GPU that Triton compiles for, or in the interpreter."""
+    """The kernels can compute with `x`: 16-bit, and on a GPU that Triton compiles for, or in the
+    interpreter.
+    """
     if x.dtype not in DTYPES:
         return False
     return interpreting() if x.device.type == "cpu" else x.device.type == "cuda" and works(x.device)
@@ -27,7 +31,9 @@ def runs(x: Tensor) -> bool:
 
 @cache
 def works(device: torch.device) -> bool:
-    """A kernel was compiled and run on this CUDA device; if not, a warning says why, once, and plain torch computes instead."""
+    """A kernel was compiled and run on this CUDA device; if not, a warning says why, once, and
+    plain torch computes instead.
+    """
     try:
         from compressor_kernels.expand import unpack_stored
 
@@ -49,7 +55,8 @@ def works(device: torch.device) -> bool:
     except Exception as error:  # no Triton, no C compiler, an unknown GPU: anything may be thrown
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"the kernels of compress-llm do not run on {device}, which computes with torch: {reason}",
+            f"the kernels of compress-llm do not run on {device}, which computes with torch: "
+            f"{reason}",
             stacklevel=2,
         )
         return False
@@ -63,7 +70,9 @@ def nvidia() -> bool:
 
 @cache
 def sparse_tensor_cores(device: torch.device) -> bool:
-    """`mma.sp` exists (compute capability 8.0 and later) and gave the right result for a small product, tried once."""
+    """`mma.sp` exists (compute capability 8.0 and later) and gave the right result for a small
+    product, tried once.
+    """
     if device.type != "cuda":
         return interpreting()
     if not nvidia() or torch.cuda.get_device_capability(device) < (8, 0):
@@ -84,7 +93,9 @@ def sparse_tensor_cores(device: torch.device) -> bool:
 
 @cache
 def hopper(device: torch.device) -> bool:
-    """Compute capability 9.0 or later: launches may overlap, and the tensor cores take a matrix from shared memory."""
+    """Compute capability 9.0 or later: launches may overlap, and the tensor cores take a matrix
+    from shared memory.
+    """
     return device.type == "cuda" and nvidia() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -107,7 +118,9 @@ def device_name(device: torch.device) -> str:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any
 ) -> None:
-    """Start a kernel on the device of its first argument; with `pdl` before the one ahead of it has ended (it waits inside)."""
+    """Start a kernel on the device of its first argument; with `pdl` before the one ahead of it has
+    ended (it waits inside).
+    """
     if pdl:
         settings["launch_pdl"] = True
     with torch.cuda.device_of(arguments[0]):

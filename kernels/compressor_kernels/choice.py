@@ -1,8 +1,10 @@
-"""Which kernel runs, and how: measured rows from table.json, shipped as data, or a rule where nothing was measured.
+"""Which kernel runs, and how: measured rows from table.json, shipped as data, or a rule where
+nothing was measured.
 
-A row is {"device", "op", "out", "in", "rows", "kernel", …}: on that device and shape it holds for every call of at most `rows`
-rows of x (and more than the row before it). `speedup` is what it measured against dense cuBLAS. `benchmarks/gpu.py` writes
-the rows. Nothing is tuned while a model runs: a choice is a function of the shape, so CUDA graphs may capture any call.
+A row is {"device", "op", "out", "in", "rows", "kernel", …}: on that device and shape it holds for
+every call of at most `rows` rows of x (and more than the row before it). `speedup` is what it
+measured against dense cuBLAS. `benchmarks/gpu.py` writes the rows. Nothing is tuned while a model
+runs: a choice is a function of the shape, so CUDA graphs may capture any call.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 
 from compressor_kernels.backend import device_name, multiprocessors
 
-MOST_ROWS = 96  # beyond, multiplying limits the speed, not reading: the dense weight is written once, for cuBLAS
+# beyond, multiplying limits the speed, not reading: the dense weight is written once, for cuBLAS
+MOST_ROWS = 96
 
 
 @cache
@@ -52,9 +55,11 @@ def choose(
 def rule(
     op: str, out_features: int, in_features: int, rows: int, processors: int
 ) -> dict[str, Any]:
-    """What runs where nothing was measured: settings that keep every multiprocessor at work and partial sums few.
+    """What runs where nothing was measured: settings that keep every multiprocessor at work and
+    partial sums few.
 
-    ops: `stored` (2:4 as on disk), `fragments` (2:4 in fragment order), `armor` (all of it; the kernel `dense` is its core by
+    ops: `stored` (2:4 as on disk), `fragments` (2:4 in fragment order), `armor` (all of it; the
+        kernel `dense` is its core by
     itself between the wrappers by torch) and `skinny` (a factor of a low-rank weight).
     """
     if rows > (
@@ -80,9 +85,11 @@ def rule(
 def _mma(
     out_features: int, in_features: int, rows: int, processors: int, most: int
 ) -> dict[str, Any]:
-    """As many row tiles of 16 a program that it reads a quarter of their size of x, or less, and all programs at work at once.
+    """As many row tiles of 16 a program that it reads a quarter of their size of x, or less, and
+    all programs at work at once.
 
-    `most` warps a program: with 16 Triton puts no barrier between the fence and the last product of ARMOR's blocks.
+    `most` warps a program: with 16 Triton puts no barrier between the fence and the last product of
+    ARMOR's blocks.
     """
     high = 1 if rows <= 2 else 2 if rows <= 4 else 4 if rows <= 8 else 8
     each = min(high, 2)  # of a warp, which share what it loads of x

@@ -1,8 +1,10 @@
-"""The 2:4 weight as it is stored, expanded in registers: a product with `tl.dot` on any GPU, and the dense weight.
+"""The 2:4 weight as it is stored, expanded in registers: a product with `tl.dot` on any GPU, and
+the dense weight.
 
-A group of four weights is one 32-bit pair of values and a nibble i0 | i1 << 2. It becomes two 32-bit words, columns 0 and 1
-and columns 2 and 3, and these two halves of a row meet the same halves of x in two `tl.dot`. On NVIDIA the expansion is two
-byte permutations (PRMT); elsewhere, and in the interpreter, the same in plain arithmetic.
+A group of four weights is one 32-bit pair of values and a nibble i0 | i1 << 2. It becomes two
+32-bit words, columns 0 and 1 and columns 2 and 3, and these two halves of a row meet the same
+halves of x in two `tl.dot`. On NVIDIA the expansion is two byte permutations (PRMT); elsewhere, and
+in the interpreter, the same in plain arithmetic.
 """
 
 import triton
@@ -10,8 +12,8 @@ import triton.language as tl
 
 from compressor_kernels.split import dot, finish, synchronous
 
-# Selectors of PRMT pick bytes 0..3 of the pair or, with 4, a zero: four zeros a word, and the bytes 0x10 and 0x32 of the
-# first and second value at the bytes 2 i0 and 2 i1 of the eight.
+# Selectors of PRMT pick bytes 0..3 of the pair or, with 4, a zero: four zeros a word, and the bytes
+# 0x10 and 0x32 of the first and second value at the bytes 2 i0 and 2 i1 of the eight.
 EXPAND = tl.constexpr("""{
 .reg .b32 a, b;
 shl.b32 a, $3, 3;
@@ -30,7 +32,9 @@ prmt.b32 $1, $2, 0, b;
 
 @triton.jit
 def expand(pair, nibble, ASM: tl.constexpr):
-    """int32 pairs and nibbles (the bits above them are ignored) -> columns 0, 1 and columns 2, 3 of the groups, int32 each."""
+    """int32 pairs and nibbles (the bits above them are ignored) -> columns 0, 1 and columns 2, 3 of
+    the groups, int32 each.
+    """
     if ASM:
         low, high = tl.inline_asm_elementwise(
             EXPAND, "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
@@ -75,7 +79,8 @@ def product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
     ASM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y = x Wᵀ + bias. x [M, K], v int32 [N, K / 4], m int16 [N, ceil(K / 16)], y [M, N]; WIDE as in split.dot.
+    """y = x Wᵀ + bias. x [M, K], v int32 [N, K / 4], m int16 [N, ceil(K / 16)], y [M, N]; WIDE as
+    in split.dot.
 
     Grid (N / BN, PARTS of K, M / BM), rounded up.
     """

@@ -1,15 +1,20 @@
-"""The fragment order: a 2:4 weight laid out as `mma.sp` reads it, so that a warp loads 16 bytes a lane and decodes nothing.
+"""The fragment order: a 2:4 weight laid out as `mma.sp` reads it, so that a warp loads 16 bytes a
+lane and decodes nothing.
 
-The stored layout (packing.py) is cut into tiles of 16 rows and 64 columns, and each tile is put in the order in which the
-32 lanes of a warp hold it as the sparse operand of two `mma.sp.m16n8k32` (PTX ISA, "Matrix fragments for sparse
-mma.m16n8k32"). With lane = 4 · gid + tig, gid = 0..7, tig = 0..3, and step = 0, 1 for the two halves of 32 columns:
+The stored layout (packing.py) is cut into tiles of 16 rows and 64 columns, and each tile is put in
+the order in which the 32 lanes of a warp hold it as the sparse operand of two `mma.sp.m16n8k32`
+(PTX ISA, "Matrix fragments for sparse mma.m16n8k32"). With lane = 4 · gid + tig, gid = 0..7, tig =
+0..3, and step = 0, 1 for the two halves of 32 columns:
 
-    values [tiles, ktiles, step, lane, 8]   four pairs of each lane: (row gid, group tig), (row gid + 8, group tig),
-                                            (row gid, group tig + 4), (row gid + 8, group tig + 4); eight groups a step
-    words  [tiles, ktiles, lane]            int32; the four groups of columns 16 tig .. 16 tig + 15 of the tile:
+    values [tiles, ktiles, step, lane, 8]   four pairs of each lane: (row gid, group tig), (row gid
+                                            + 8, group tig), (row gid, group tig + 4), (row gid + 8,
+                                            group tig + 4); eight groups a step
+    words  [tiles, ktiles, lane]            int32; the four groups of columns 16 tig .. 16 tig + 15
+           of the tile:
                                             row gid in the low half, row gid + 8 in the high half
 
-Rows are filled up to a multiple of 16 and columns to a multiple of 64 with zeros. The size is that of the stored layout.
+Rows are filled up to a multiple of 16 and columns to a multiple of 64 with zeros. The size is that
+of the stored layout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""One row of x times a weight in fragment order, without tensor cores: bytes of x are permuted to meet the values.
+"""One row of x times a weight in fragment order, without tensor cores: bytes of x are permuted to
+meet the values.
 
-The pair of values of a group needs x at its columns i0 and i1. The group's four x are eight bytes, and one PRMT picks the
-four wanted; two fused multiply-adds in float32 follow. It does not depend on how `mma.sp` spreads a fragment over lanes.
+The pair of values of a group needs x at its columns i0 and i1. The group's four x are eight bytes,
+and one PRMT picks the four wanted; two fused multiply-adds in float32 follow. It does not depend on
+how `mma.sp` spreads a fragment over lanes.
 """
 
 import triton
@@ -38,7 +40,8 @@ def product(
     x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, N, K, KT,
     WARPS: tl.constexpr, PARTS: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N]; grid (NT, PARTS of K).
+    """y = W x + bias. x int32 [K / 2], v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [N];
+    grid (NT, PARTS of K).
 
     A program is a row tile; its warps share out the columns.
     """
@@ -71,7 +74,8 @@ def product(
             v0, v1 = _float(pair, BF16)
             x0, x1 = _float(met, BF16)
             acc = acc + v0 * x0 + v1 * x1
-    # rows gid and gid + 8 of the tile: the sum over warps, over tig and over the two halves of the groups
+    # rows gid and gid + 8 of the tile: the sum over warps, over tig and over the two halves of the
+    # groups
     rows = tl.sum(tl.sum(tl.sum(acc.reshape(WARPS, 8, 4, 2, 2), axis=3), axis=2), axis=0)
     n = tl.program_id(0) * 16 + tl.arange(0, 8)[:, None] + 8 * tl.arange(0, 2)[None, :]
     finish(

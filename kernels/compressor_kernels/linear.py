@@ -1,7 +1,7 @@
 """nn.Modules that hold packed weights.
 
-A packed core is held in one of three ways: as it is stored, in the layout of the kernels (`prepare_`), or dense
-(`unpack_`). The state that is read and saved is the stored one, always.
+A packed core is held in one of three ways: as it is stored, in the layout of the kernels
+(`prepare_`), or dense (`unpack_`). The state that is read and saved is the stored one, always.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class _Packed(nn.Module):
 
     @property
     def packed(self) -> tuple[Tensor, Tensor] | Fragments:
-        """The core as the ops take it: values and metadata, or in fragment order. Not once it is unpacked."""
+        """The core as the ops take it: values and metadata, or in fragment order. Not once it is
+        unpacked.
+        """
         if self.weight_fragments is not None:
             return Fragments(self.weight_fragments, self.weight_words)
         return self.weight_values, self.weight_metadata
@@ -68,7 +70,8 @@ class _Packed(nn.Module):
 
     @torch.no_grad()
     def prepare_(self) -> None:
-        """Hold the core in the layout that the kernels of its device read. Raises ValueError on metadata that is not 2:4.
+        """Hold the core in the layout that the kernels of its device read. Raises ValueError on
+        metadata that is not 2:4.
 
         Where no kernel runs nothing changes.
         """
@@ -84,7 +87,9 @@ class _Packed(nn.Module):
 
     @torch.no_grad()
     def unpack_(self) -> None:
-        """Hold the dense core instead of the packed one. Raises ValueError on metadata that is not 2:4."""
+        """Hold the dense core instead of the packed one. Raises ValueError on metadata that is not
+        2:4.
+        """
         if self.weight_core is None:
             check24(*self._stored())
             self.weight_core = nn.Parameter(self.core, requires_grad=False)
@@ -109,8 +114,9 @@ class _Packed(nn.Module):
 class Sparse24Linear(_Packed):
     """A linear whose weight is stored packed 2:4.
 
-    Its state is always `weight_values` and `weight_metadata` (and `bias`). After `unpack_()` the module computes with the
-    dense weight instead, which is packed again whenever the state is read: saving gives back the same bytes.
+    Its state is always `weight_values` and `weight_metadata` (and `bias`). After `unpack_()` the
+    module computes with the dense weight instead, which is packed again whenever the state is read:
+    saving gives back the same bytes.
     """
 
     siblings: Any  # a `siblings.Siblings` that computes for this module too, or None
@@ -136,7 +142,9 @@ class Sparse24Linear(_Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight `[out, in]`, for code that looks at a linear's weight; unpacked anew while packed."""
+        """The dense weight `[out, in]`, for code that looks at a linear's weight; unpacked anew
+        while packed.
+        """
         return self.core
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +163,9 @@ class Sparse24Linear(_Packed):
         return sparse24(x, *packed, self.bias, self.semaphore)
 
     def unpack_(self) -> None:
-        """Replace the packed tensors by the dense weight they stand for. Raises ValueError on metadata that is not 2:4."""
+        """Replace the packed tensors by the dense weight they stand for. Raises ValueError on
+        metadata that is not 2:4.
+        """
         self.part()
         super().unpack_()
 
@@ -170,15 +180,19 @@ class Sparse24Linear(_Packed):
 
     def extra_repr(self) -> str:
         """Features and bias, as `print(model)` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, 2:4"
+        )
 
 
 class ArmorLinear(_Packed):
     """A linear stored as a packed 2:4 core between block-diagonal wrappers: y = A (S (B x)) + bias.
 
-    Its state is always `weight_values`, `weight_metadata`, `weight_a` and `weight_b` (and `bias`). After `unpack_()` the
-    core is held as a plain dense `weight_core`, which is packed again whenever the state is read: saving gives back the
-    same bytes. The wrappers stay apart; multiplied into one dense weight they would have to be factored again to be saved.
+    Its state is always `weight_values`, `weight_metadata`, `weight_a` and `weight_b` (and `bias`).
+    After `unpack_()` the core is held as a plain dense `weight_core`, which is packed again
+    whenever the state is read: saving gives back the same bytes. The wrappers stay apart;
+    multiplied into one dense weight they would have to be factored again to be saved.
     """
 
     def __init__(
@@ -195,7 +209,8 @@ class ArmorLinear(_Packed):
         super().__init__()
         if out_features % block_a or in_features % block_b:
             raise ValueError(
-                f"blocks of {block_a} and {block_b} do not divide {out_features} outputs and {in_features} inputs"
+                f"blocks of {block_a} and {block_b} do not divide {out_features} outputs and "
+                f"{in_features} inputs"
             )
         self.in_features, self.out_features = in_features, out_features
 
@@ -209,7 +224,9 @@ class ArmorLinear(_Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight `[out, in]` the factors stand for, for code that looks at a linear's weight."""
+        """The dense weight `[out, in]` the factors stand for, for code that looks at a linear's
+        weight.
+        """
         columns = torch.eye(
             self.in_features, dtype=self.weight_a.dtype, device=self.weight_a.device
         )
@@ -228,11 +245,16 @@ class ArmorLinear(_Packed):
     def extra_repr(self) -> str:
         """Features, bias and block sizes, as `print(model)` shows them."""
         blocks = f"blocks of {self.weight_a.shape[1]} and {self.weight_b.shape[1]}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4 between {blocks}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, 2:4 between {blocks}"
+        )
 
 
 class LowRankLinear(nn.Module):
-    """A linear stored as the product of two thin factors: y = U (V x) + bias. Its state is `weight_u`, `weight_v` (and `bias`)."""
+    """A linear stored as the product of two thin factors: y = U (V x) + bias. Its state is
+    `weight_u`, `weight_v` (and `bias`).
+    """
 
     def __init__(
         self,
@@ -257,7 +279,9 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight `[out, in]` the factors stand for, for code that looks at a linear's weight."""
+        """The dense weight `[out, in]` the factors stand for, for code that looks at a linear's
+        weight.
+        """
         return self.weight_u @ self.weight_v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,4 +298,7 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, rank={self.rank}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}"
+        )

@@ -1,4 +1,6 @@
-"""y = U (V x) + bias: the checked function, the op, and its two launches of the product in skinny.py."""
+"""y = U (V x) + bias: the checked function, the op, and its two launches of the product in
+skinny.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def lowrank(
         u: `[out, r]`, the dtype of x.
         v: `[r, in]`, the dtype of x.
         bias: `[out]` or None.
-        semaphore: int32 zeros of the weight's own (`sparse24.new_semaphore(max(out, r))`); without it K is not split.
+        semaphore: int32 zeros of the weight's own (`sparse24.new_semaphore(max(out, r))`); without
+            it K is not split.
 
     Returns:
         `[..., out]` in the dtype of x.
@@ -34,7 +37,8 @@ def lowrank(
     """
     if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or u.dtype != v.dtype:
         raise ValueError(
-            f"u {u.dtype} {tuple(u.shape)} and v {v.dtype} {tuple(v.shape)} are not the factors of one weight"
+            f"u {u.dtype} {tuple(u.shape)} and v {v.dtype} {tuple(v.shape)} are not the factors of "
+            f"one weight"
         )
     check_call(x, v.shape[1], u.shape[0], u.dtype, {"u": u, "v": v}, bias)
     if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or v.requires_grad):
@@ -61,7 +65,9 @@ def _(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | 
 def run_skinny(
     x: Tensor, w: Tensor, bias: Tensor | None, semaphore: Tensor | None, config: dict[str, Any]
 ) -> Tensor:
-    """x Wᵀ + bias with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    """x Wᵀ + bias with a kernel and settings of one's own choosing, unchecked: for benchmarks and
+    tests.
+    """
     from compressor_kernels import skinny
 
     if config["kernel"] == "dense":

@@ -1,14 +1,17 @@
-"""The sparse tensor cores from Triton: `mma.sp` on a weight in fragment order (fragments.py), as inline assembly.
+"""The sparse tensor cores from Triton: `mma.sp` on a weight in fragment order (fragments.py), as
+inline assembly.
 
-`tl.inline_asm_elementwise` runs an instruction on the registers of a thread. With tensors [32 · warps, 4] of 32-bit elements
-thread t of a program holds row t, four registers, and with pack=4 one instance of the assembly is the whole fragment of a
-lane: a warp-wide instruction. That layout is the compiler's choice, so tests/test_compile.py checks it for each target. The
-rows of x are the columns of the product (yᵀ = W xᵀ), in TILES tiles of eight.
+`tl.inline_asm_elementwise` runs an instruction on the registers of a thread. With tensors [32 ·
+warps, 4] of 32-bit elements thread t of a program holds row t, four registers, and with pack=4 one
+instance of the assembly is the whole fragment of a lane: a warp-wide instruction. That layout is
+the compiler's choice, so tests/test_compile.py checks it for each target. The rows of x are the
+columns of the product (yᵀ = W xᵀ), in TILES tiles of eight.
 
-How a program is arranged: STACK of its warps stand along the rows of W, each with ROWS row tiles of 16, which share what it
-loads of x; the WARPS / STACK groups of such warps share out the columns, and their sums are added at the end. Few columns of
-x want one row tile and many warps along K: no second program has to be waited for. Many want the opposite: x is read again
-for each program of rows.
+How a program is arranged: STACK of its warps stand along the rows of W, each with ROWS row tiles of
+16, which share what it loads of x; the WARPS / STACK groups of such warps share out the columns,
+and their sums are added at the end. Few columns of x want one row tile and many warps along K: no
+second program has to be waited for. Many want the opposite: x is read again for each program of
+rows.
 """
 
 import triton
@@ -44,7 +47,9 @@ def _mma(acc, weight, x, word, STEP: tl.constexpr, BF16: tl.constexpr):
 def _load_x(
     x_ptr, kt, j, lane, live, M, K, TILES: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Both steps of x for tile j of its rows: fragment order (see `order`), or int32 [M, K / 2] as it is."""
+    """Both steps of x for tile j of its rows: fragment order (see `order`), or int32 [M, K / 2] as
+    it is.
+    """
     c = tl.arange(0, 4)[None, :]
     if ORDERED:
         place = x_ptr + (((kt * TILES + j) * 64 + lane) * 4)[:, None] + c
@@ -64,7 +69,9 @@ def _load_x(
 def _load(
     v_ptr, m_ptr, kt, end, tile, lane, KT, NT, ROWS: tl.constexpr, UNROLL: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
-    """The weights of tiles kt, kt + STRIDE, … (UNROLL of them) of each warp, for each of ROWS: values of both steps, metadata."""
+    """The weights of tiles kt, kt + STRIDE, … (UNROLL of them) of each warp, for each of ROWS:
+    values of both steps, metadata.
+    """
     found = ()
     for u in tl.static_range(UNROLL):
         here = kt + u * STRIDE
@@ -112,7 +119,9 @@ def _add(
 
 @triton.jit
 def _over_warps(part, ALONG: tl.constexpr, LANES: tl.constexpr):
-    """float32 [ALONG · LANES, 4] -> [LANES, 4], summed. Not `tl.sum`: for it Triton 3.6 puts 32 lanes on one bank."""
+    """float32 [ALONG · LANES, 4] -> [LANES, 4], summed. Not `tl.sum`: for it Triton 3.6 puts 32
+    lanes on one bank.
+    """
     part = tl.permute(part.reshape(ALONG, LANES, 4), (1, 2, 0))
     for level in tl.static_range(4):
         if (ALONG >> level) > 1:
@@ -127,7 +136,9 @@ def accumulate(
     WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
     PARTS: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """This program's sums: ROWS fragments, float32 [32 · STACK, 4], for each of TILES. PDL: x is not there before `gdc_wait`."""
+    """This program's sums: ROWS fragments, float32 [32 · STACK, 4], for each of TILES. PDL: x is
+    not there before `gdc_wait`.
+    """
     t = tl.arange(0, 32 * WARPS)
     lane = t % 32
     along: tl.constexpr = WARPS // STACK
@@ -147,7 +158,8 @@ def accumulate(
     sums = ()
     for _ in tl.static_range(TILES * ROWS):
         sums = sums + (tl.zeros((32 * WARPS, 4), tl.float32),)
-    # One batch is always under way while the tensor cores work on the other; two in turn, so that neither is ever copied.
+    # One batch is always under way while the tensor cores work on the other; two in turn, so that
+    # neither is ever copied.
     one = _load(v_ptr, m_ptr, kt, end, tile, lane, KT, NT, ROWS, UNROLL, along)
     for _ in range(start, end, 2 * step):
         two = _load(v_ptr, m_ptr, kt + step, end, tile, lane, KT, NT, ROWS, UNROLL, along)
@@ -185,7 +197,9 @@ def accumulate(
 
 @triton.jit
 def keep(sums, part_ptr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Store this program's sums into part, float32 [parts, row tiles of all programs, TILES, 32, 4]."""
+    """Store this program's sums into part, float32 [parts, row tiles of all programs, TILES, 32,
+    4].
+    """
     t = tl.arange(0, 32 * STACK)[:, None]
     c = tl.arange(0, 4)[None, :]
     mine = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -204,7 +218,8 @@ def product(
 ):  # fmt: skip
     """y = x Wᵀ + bias, M <= 8 TILES. v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [M, N].
 
-    Grid (NT / (STACK · ROWS), PARTS of K). SIZE: a power of two, at least the 32 · STACK · ROWS · TILES lanes of the result.
+    Grid (NT / (STACK · ROWS), PARTS of K). SIZE: a power of two, at least the 32 · STACK · ROWS ·
+    TILES lanes of the result.
     """
     sums = accumulate(
         x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, STACK, ROWS, TILES, UNROLL, PARTS, ORDERED, EVEN, BF16, PDL
@@ -236,7 +251,8 @@ def product(
 
 @triton.jit
 def order(x_ptr, o_ptr, M, K, TILES: tl.constexpr, PDL: tl.constexpr):
-    """x int32 [M, K / 2] -> fragment order int32 [KT, TILES, 2, 32, 4], zeros where there is no x. Grid (KT, TILES).
+    """x int32 [M, K / 2] -> fragment order int32 [KT, TILES, 2, 32, 4], zeros where there is no x.
+    Grid (KT, TILES).
 
     PDL: let the next kernel be launched while this one runs.
     """

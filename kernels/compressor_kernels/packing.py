@@ -2,12 +2,15 @@
 
 A weight `[out, in]` with at most two non-zeros in every aligned group of four along `in` becomes
 
-    values    [out, in / 2]          the weight's dtype; the two kept weights of each group, in column order
-    metadata  [out, ceil(in / 16)]   int16; bits 4g..4g+3 of a word belong to its g-th group: i0 | i1 << 2, i0 < i1
+    values    [out, in / 2]          the weight's dtype; the two kept weights of each group, in
+              column order
+    metadata  [out, ceil(in / 16)]   int16; bits 4g..4g+3 of a word belong to its g-th group: i0 |
+              i1 << 2, i0 < i1
 
-A group with fewer than two non-zeros still names two distinct columns: the unused ones are the lowest free columns and
-their values are zero. The packed form is therefore a function of the weight alone, and packing twice gives the same bytes.
-A last word that is not full is filled with the pair (0, 1).
+A group with fewer than two non-zeros still names two distinct columns: the unused ones are the
+lowest free columns and their values are zero. The packed form is therefore a function of the weight
+alone, and packing twice gives the same bytes. A last word that is not full is filled with the pair
+(0, 1).
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ _CHUNK = 1 << 22  # weights handled at once, so that temporaries stay small besi
 
 
 def _pair_of_code() -> list[int]:
-    """Nibble i0 | i1 << 2 for each 4-bit code of non-zero columns; 0 marks a code with more than two."""
+    """Nibble i0 | i1 << 2 for each 4-bit code of non-zero columns; 0 marks a code with more than
+    two.
+    """
     nibbles = []
     for code in range(16):
         used = [column for column in range(4) if code >> column & 1]
@@ -43,7 +48,8 @@ def pack24(weight: Tensor) -> tuple[Tensor, Tensor]:
         values `[out, in / 2]` in the weight's dtype, metadata int16 `[out, ceil(in / 16)]`.
 
     Raises:
-        ValueError: `in` is not a multiple of four, or a group has more than two non-zeros (row and column are named).
+        ValueError: `in` is not a multiple of four, or a group has more than two non-zeros (row and
+            column are named).
     """
     rows, columns = weight.shape
     if columns % 4:
@@ -66,7 +72,8 @@ def _pack_rows(weight: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
     if not bool(nibble.all()):
         row, group = (nibble == 0).nonzero()[0].tolist()
         raise ValueError(
-            f"more than two non-zeros in row {first_row + row}, columns {4 * group}..{4 * group + 3}"
+            f"more than two non-zeros in row {first_row + row}, columns "
+            f"{4 * group}..{4 * group + 3}"
         )
     pair = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
     return groups.gather(-1, pair).reshape(rows, columns // 2), _to_words(nibble)
@@ -111,20 +118,26 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 def check_shapes(values: Tensor, metadata: Tensor) -> None:
-    """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]` belong together."""
+    """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]`
+    belong together.
+    """
     if values.dim() != 2 or values.shape[1] % 2 or not values.is_floating_point():
         raise ValueError(
-            f"values are {values.dtype} {tuple(values.shape)}, not a float matrix with an even number of columns"
+            f"values are {values.dtype} {tuple(values.shape)}, not a float matrix with an even "
+            f"number of columns"
         )
     expected = (len(values), -(-values.shape[1] // 8))
     if metadata.shape != expected or metadata.dtype != torch.int16:
         raise ValueError(
-            f"values {tuple(values.shape)} need metadata int16 {expected}, not {metadata.dtype} {tuple(metadata.shape)}"
+            f"values {tuple(values.shape)} need metadata int16 {expected}, not {metadata.dtype} "
+            f"{tuple(metadata.shape)}"
         )
 
 
 def check24(values: Tensor, metadata: Tensor) -> None:
-    """Raise ValueError unless the two belong together and every group names two distinct columns in ascending order."""
+    """Raise ValueError unless the two belong together and every group names two distinct columns in
+    ascending order.
+    """
     check_shapes(values, metadata)
     nibble = _to_nibbles(metadata, values.shape[1] // 2)
     bad = (nibble & 3) >= (nibble >> 2)

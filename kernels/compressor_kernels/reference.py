@@ -1,4 +1,6 @@
-"""The naive torch twin of each op: the truth that fast kernels are tested against, and what runs without a GPU."""
+"""The naive torch twin of each op: the truth that fast kernels are tested against, and what runs
+without a GPU.
+"""
 
 from __future__ import annotations
 

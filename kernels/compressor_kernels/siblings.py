@@ -1,8 +1,10 @@
-"""Linears that read the same input, computed by one launch: q, k and v of an attention, gate and up of an MLP.
+"""Linears that read the same input, computed by one launch: q, k and v of an attention, gate and up
+of an MLP.
 
-Their weights in fragment order are row tiles of one tensor; each linear keeps its own as a view. The first that is called
-with an input computes for all, the others take their columns when they are called with the same tensor. Nothing about the
-order or the number of calls is assumed: an input that is new, changed in place or seen before is computed.
+Their weights in fragment order are row tiles of one tensor; each linear keeps its own as a view.
+The first that is called with an input computes for all, the others take their columns when they are
+called with the same tensor. Nothing about the order or the number of calls is assumed: an input
+that is new, changed in place or seen before is computed.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Siblings:
 
 
 def join(linears: Sequence[Sparse24Linear]) -> bool:
-    """Let `linears` compute together. False, and nothing changes, where their layouts, devices or sizes do not allow it."""
+    """Let `linears` compute together. False, and nothing changes, where their layouts, devices or
+    sizes do not allow it.
+    """
     first = linears[0]
     fits = all(
         linear.weight_fragments is not None

@@ -1,4 +1,6 @@
-"""y = x Wᵀ + bias for few rows of x and a dense W, K split over programs: the two products of a low-rank weight."""
+"""y = x Wᵀ + bias for few rows of x and a dense W, K split over programs: the two products of a
+low-rank weight.
+"""
 
 import triton
 import triton.language as tl

@@ -1,8 +1,10 @@
-"""y = x Wᵀ + bias for a packed 2:4 weight: the checked functions, the torch ops behind them, and the launches.
+"""y = x Wᵀ + bias for a packed 2:4 weight: the checked functions, the torch ops behind them, and
+the launches.
 
-Up to 96 rows of x the kernels read the packed weight, 0.5625 of the dense bytes: `mma` or `gemv` in fragment order, `dot` in
-the stored layout. With more rows the dense weight is written once and cuBLAS multiplies. Where no kernel runs the twin in
-reference.py computes, and it also defines the gradient of x.
+Up to 96 rows of x the kernels read the packed weight, 0.5625 of the dense bytes: `mma` or `gemv` in
+fragment order, `dot` in the stored layout. With more rows the dense weight is written once and
+cuBLAS multiplies. Where no kernel runs the twin in reference.py computes, and it also defines the
+gradient of x.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ def sparse24(
     Args:
         x: `[..., in]`.
         values: `[out, in / 2]`, the dtype of x.
-        metadata: int16 `[out, ceil(in / 16)]`; every group names two ascending columns (`packing.check24`).
+        metadata: int16 `[out, ceil(in / 16)]`; every group names two ascending columns
+            (`packing.check24`).
         bias: `[out]` or None.
-        semaphore: int32 zeros of the weight's own, see `new_semaphore`; without it K is not split over programs.
+        semaphore: int32 zeros of the weight's own, see `new_semaphore`; without it K is not split
+            over programs.
 
     Returns:
         `[..., out]` in the dtype of x.
@@ -74,7 +78,9 @@ def sparse24_fragments(
 
 
 def check_fragments(x: Tensor, fragments: Fragments, out_features: int) -> None:
-    """Raise ValueError unless the fragments are those of a weight `[out_features, in]`, contiguous on the device of x."""
+    """Raise ValueError unless the fragments are those of a weight `[out_features, in]`, contiguous
+    on the device of x.
+    """
     tiles, ktiles = fragments.words.shape[:2]
     if fragments.values.shape != (tiles, ktiles, 2, 32, 8) or tiles != -(-out_features // 16):
         raise ValueError(
@@ -82,7 +88,8 @@ def check_fragments(x: Tensor, fragments: Fragments, out_features: int) -> None:
         )
     if ktiles != -(-x.shape[-1] // 64) or x.shape[-1] % 4:
         raise ValueError(
-            f"x has {x.shape[-1]} features; the fragments hold {64 * ktiles - 60} to {64 * ktiles}, a multiple of 4"
+            f"x has {x.shape[-1]} features; the fragments hold {64 * ktiles - 60} to "
+            f"{64 * ktiles}, a multiple of 4"
         )
     _check_placed(x, {"values": fragments.values, "words": fragments.words})
 
@@ -95,7 +102,9 @@ def check_call(
     weights: dict[str, Tensor],
     bias: Tensor | None,
 ) -> None:
-    """Raise ValueError unless x and bias fit a weight of that shape and dtype, all of it contiguous on the device of x."""
+    """Raise ValueError unless x and bias fit a weight of that shape and dtype, all of it contiguous
+    on the device of x.
+    """
     if x.dim() == 0 or x.shape[-1] != in_features or x.dtype != dtype:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, not {dtype} [..., {in_features}]")
     if bias is not None and (bias.shape != (out_features,) or bias.dtype != dtype):
@@ -172,7 +181,9 @@ def run_stored(
     semaphore: Tensor | None,
     config: dict[str, Any],
 ) -> Tensor:
-    """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and
+    tests.
+    """
     from compressor_kernels import expand
 
     (n, k), m = (len(values), x.shape[-1]), x.numel() // x.shape[-1]
@@ -198,7 +209,9 @@ def run_fragments(
     semaphore: Tensor | None,
     config: dict[str, Any],
 ) -> Tensor:
-    """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and tests."""
+    """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and
+    tests.
+    """
     from triton import next_power_of_2
 
     from compressor_kernels import gemv, mma
@@ -234,7 +247,9 @@ def run_fragments(
 
 
 def fragments_are_right(device: torch.device) -> bool:
-    """Whether `mma` gives on `device` what the twin gives, for a small weight: both steps, both halves, two parts of K."""
+    """Whether `mma` gives on `device` what the twin gives, for a small weight: both steps, both
+    halves, two parts of K.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 256, generator=generator).view(48, 64, 4)
     weight = (weight * (weight.argsort(-1).argsort(-1) > 1)).view(48, 256).to(device, torch.float16)
@@ -256,7 +271,9 @@ def fragments_are_right(device: torch.device) -> bool:
 
 
 def ordered(x: Tensor, tiles: int, pdl: bool = False) -> Tensor:
-    """x `[rows, in]` in fragment order, int32 `[ktiles, tiles, 2, 32, 4]`, filled up with zeros; `pdl`: the next launch waits."""
+    """x `[rows, in]` in fragment order, int32 `[ktiles, tiles, 2, 32, 4]`, filled up with zeros;
+    `pdl`: the next launch waits.
+    """
     from compressor_kernels import mma
 
     m, k = x.shape
@@ -268,7 +285,9 @@ def ordered(x: Tensor, tiles: int, pdl: bool = False) -> Tensor:
 def workspace(
     x: Tensor, semaphore: Tensor | None, split: int, programs: int, size: int
 ) -> tuple[int, Tensor]:
-    """In how many parts K is split, and room for their sums: in one where `semaphore` does not hold all programs."""
+    """In how many parts K is split, and room for their sums: in one where `semaphore` does not hold
+    all programs.
+    """
     if semaphore is None or programs > len(semaphore):
         split = 1
     return split, torch.empty(

@@ -1,7 +1,9 @@
-"""The two launches of ARMOR, y = A (S (B x)): B x in fragment order, then S by `mma.sp` and A where the sums come together.
+"""The two launches of ARMOR, y = A (S (B x)): B x in fragment order, then S by `mma.sp` and A where
+the sums come together.
 
-The programs whose rows share blocks of A form a group; the last of it to arrive adds up the partial sums of S x', multiplies
-them by the blocks and stores. Multiplying by B once, first, costs less than anywhere else: every program would read all of B.
+The programs whose rows share blocks of A form a group; the last of it to arrive adds up the partial
+sums of S x', multiplies them by the blocks and stores. Multiplying by B once, first, costs less
+than anywhere else: every program would read all of B.
 """
 
 import triton
@@ -16,7 +18,8 @@ def apply_b(
     x_ptr, b_ptr, o_ptr, M, K,
     TILES: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x' = B x. x [M, K], b [K / SIZE, SIZE, SIZE], o [K / 64, TILES, 2, 32, 8] (mma.order); grid (K / SIZE, SIZE / ROWS).
+    """x' = B x. x [M, K], b [K / SIZE, SIZE, SIZE], o [K / 64, TILES, 2, 32, 8] (mma.order); grid
+    (K / SIZE, SIZE / ROWS).
 
     PDL: let the next kernel be launched while this one runs.
     """
@@ -40,7 +43,9 @@ def apply_b(
 
 @triton.jit
 def _sums(part_ptr, n, m, tiles, PARTS: tl.constexpr, TILES: tl.constexpr):
-    """Rows n [R, 1] and columns m [1, C] of S x', added up from where `mma.keep` put the fragments of `tiles` row tiles."""
+    """Rows n [R, 1] and columns m [1, C] of S x', added up from where `mma.keep` put the fragments
+    of `tiles` row tiles.
+    """
     place = (
         (n // 16 * TILES + m // 8) * 128 + (n % 8 * 4 + m % 8 // 2) * 4 + n % 16 // 8 * 2 + m % 2
     )
@@ -54,9 +59,11 @@ def product(
     PARTS: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr,
     BF16: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y = A (S x') + bias, K a multiple of 64. x' from `apply_b`, v and m as in mma.product, a [N / SIZE, SIZE, SIZE], y [M, N].
+    """y = A (S x') + bias, K a multiple of 64. x' from `apply_b`, v and m as in mma.product, a [N /
+    SIZE, SIZE, SIZE], y [M, N].
 
-    Grid (NT / (STACK · ROWS), PARTS of K); one semaphore a group of programs. A is multiplied PIECE columns at a time.
+    Grid (NT / (STACK · ROWS), PARTS of K); one semaphore a group of programs. A is multiplied PIECE
+    columns at a time.
     """
     height: tl.constexpr = 16 * STACK * ROWS
     if tl.program_id(1) == 0:  # A will be wanted at once when the sums are there

@@ -1,1 +1,3 @@
-"""A GPU for tests: Triton's own driver interface, behind which the PTX that it compiled is executed on CPU tensors."""
+"""A GPU for tests: Triton's own driver interface, behind which the PTX that it compiled is executed
+on CPU tensors.
+"""

@@ -1,4 +1,6 @@
-"""What the instructions compute that touch registers alone: opcode -> types of the operands and a function of numpy arrays."""
+"""What the instructions compute that touch registers alone: opcode -> types of the operands and a
+function of numpy arrays.
+"""
 
 import numpy as np
 
@@ -30,7 +32,9 @@ def remainder(a, b):
 
 
 def fused(a, b, c):
-    """float32: the product is exact in float64, so that only the sum is rounded (there, and to float32)."""
+    """float32: the product is exact in float64, so that only the sum is rounded (there, and to
+    float32).
+    """
     return (a.astype(np.float64) * b + c).astype(a.dtype)
 
 
@@ -55,7 +59,9 @@ def extract(a, start, length):
 
 
 def prmt(a, b, selector):
-    """Byte permute: each of four selector nibbles picks one of the eight bytes of b, a; its top bit spreads the sign."""
+    """Byte permute: each of four selector nibbles picks one of the eight bytes of b, a; its top bit
+    spreads the sign.
+    """
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros_like(a)
     for byte in range(4):
@@ -131,7 +137,9 @@ KNOWN = {"rn", "lo", "wide", "to", "global", "shared"}  # modifiers that say not
 
 
 def operation(opcode):
-    """The types of the operands (the last one again for the rest), the type of the result and the function; None if unknown."""
+    """The types of the operands (the last one again for the rest), the type of the result and the
+    function; None if unknown.
+    """
     name, *modifiers, kind = opcode
     if kind not in TYPES:
         return None

@@ -1,7 +1,9 @@
-"""PTX instructions -> Python functions of a program: decoded once for a kernel, executed for all threads at once.
+"""PTX instructions -> Python functions of a program: decoded once for a kernel, executed for all
+threads at once.
 
-A register is one array over the threads, of unsigned integers of its size or of bool; what an instruction makes is a new array.
-An instruction that is not known is an AssertionError where it is met.
+A register is one array over the threads, of unsigned integers of its size or of bool; what an
+instruction makes is a new array. An instruction that is not known is an AssertionError where it is
+met.
 """
 
 import re
@@ -449,7 +451,9 @@ def _commit(p):
 
 
 def _wait(p, pending):
-    """The products of all but the last groups, computed only now: reading a sum, or writing an operand, earlier is an error."""
+    """The products of all but the last groups, computed only now: reading a sum, or writing an
+    operand, earlier is an error.
+    """
     while len(p.groups) > pending:
         for group, held, rows, columns, acc, write, scale, bf16 in p.groups.pop(0):
             left = tensor_cores.wgmma_left(held) if rows is None else p.shared.operand(rows)

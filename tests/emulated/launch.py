@@ -1,4 +1,5 @@
-"""A driver for Triton whose device is the emulator: kernels are specialised and compiled as for a GPU, and launched on CPU tensors.
+"""A driver for Triton whose device is the emulator: kernels are specialised and compiled as for a
+GPU, and launched on CPU tensors.
 
 Nothing of Triton is replaced but its driver and `ptxas`: the "binary" is the PTX itself.
 """
@@ -42,8 +43,8 @@ class Device:
         target: ten times the compute capability.
         seed: of the order in which programs go on.
         edit: applied to the PTX, to break it on purpose.
-        launches: a record of each: `name`; `traffic`, argument -> (sectors requested, distinct sectors), of reads; `shared`,
-            requests to shared memory and the cycles they take.
+        launches: a record of each: `name`; `traffic`, argument -> (sectors requested, distinct
+            sectors), of reads; `shared`, requests to shared memory and the cycles they take.
         before: (address, bytes) of what the last launch was given, as it was before.
     """
 
@@ -140,7 +141,9 @@ def gather(tensors):
 
 @contextmanager
 def emulated(device, folder):
-    """Launches inside go to `device`; Triton compiles into `folder`. What a kernel does not write is NaN."""
+    """Launches inside go to `device`; Triton compiles into `folder`. What a kernel does not write
+    is NaN.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         patch.setattr(

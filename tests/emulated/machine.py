@@ -1,4 +1,6 @@
-"""Programs of a kernel, executed instruction by instruction for all their threads at once, and the order in which they go on."""
+"""Programs of a kernel, executed instruction by instruction for all their threads at once, and the
+order in which they go on.
+"""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +12,9 @@ from tests.emulated.shared import Shared
 
 
 class Registers(dict):
-    """Arrays by name. One that nobody wrote is all ones, NaN as a float: compilers read some whose value is of no account."""
+    """Arrays by name. One that nobody wrote is all ones, NaN as a float: compilers read some whose
+    value is of no account.
+    """
 
     def __init__(self, kernel):
         super().__init__()
@@ -22,7 +26,9 @@ class Registers(dict):
 
 @dataclass
 class Program:
-    """The state of one program. `active` is None while all threads are at `place`, else a mask; the others wait elsewhere."""
+    """The state of one program. `active` is None while all threads are at `place`, else a mask; the
+    others wait elsewhere.
+    """
 
     params: dict
     special: dict
@@ -52,7 +58,9 @@ class Program:
         self._resume()
 
     def meet(self):
-        """Where some threads wait: the hindmost go first, so that all come together again behind a branch."""
+        """Where some threads wait: the hindmost go first, so that all come together again behind a
+        branch.
+        """
         if self.waiting and min(self.waiting) <= self.place:
             self.waiting[self.place] = self.waiting.get(self.place, False) | self.active
             self._resume()
@@ -71,7 +79,9 @@ class Program:
 
 
 def run(program: Program, code):
-    """Generator over a program: it stops before each instruction that another program may notice or be noticed by."""
+    """Generator over a program: it stops before each instruction that another program may notice or
+    be noticed by.
+    """
     while program.place >= 0:
         if program.waiting:
             program.meet()

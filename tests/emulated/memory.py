@@ -1,8 +1,9 @@
 """Memory as weak as PTX allows, and checked: bounds, alignment, races.
 
-Global memory. A program sees the bytes that were there at the launch, and what it stores itself. Its stores reach the others when
-a thread releases for which they are ordered before: its own, and those of other threads before a barrier. It sees what others
-released when a thread acquires: that thread at once, its other threads from the next barrier on. So whatever the protocol between
+Global memory. A program sees the bytes that were there at the launch, and what it stores itself.
+Its stores reach the others when a thread releases for which they are ordered before: its own, and
+those of other threads before a barrier. It sees what others released when a thread acquires: that
+thread at once, its other threads from the next barrier on. So whatever the protocol between
 programs forgets is a wrong result in every run, and not once in a million.
 
 Within a program, what a warp wrote is another warp's only after a barrier (shared.py).
@@ -19,7 +20,9 @@ SECTOR = 32  # bytes that the hardware moves at once
 
 @dataclass
 class Region:
-    """An argument's bytes. Copies begin at `base` and are a multiple of 16 long, so that they can be viewed in wider types."""
+    """An argument's bytes. Copies begin at `base` and are a multiple of 16 long, so that they can
+    be viewed in wider types.
+    """
 
     name: str
     start: int
@@ -39,7 +42,8 @@ class Region:
 
 
 class Memory:
-    """The regions of a launch. `before`: (address, bytes) that a program sees until it waits for the launch before this one.
+    """The regions of a launch. `before`: (address, bytes) that a program sees until it waits for
+    the launch before this one.
 
     None: that launch is over when this one begins.
     """
@@ -56,7 +60,9 @@ class Memory:
                     ]
 
     def locate(self, addresses, width, mask):
-        """(place of the region, threads, offsets from its base) of an access of `width` bytes by the threads in the mask."""
+        """(place of the region, threads, offsets from its base) of an access of `width` bytes by
+        the threads in the mask.
+        """
         threads = np.arange(len(addresses)) if mask is None else np.flatnonzero(mask)
         addresses = addresses[threads].astype(np.int64)
         assert not (addresses % width).any(), f"an address is not a multiple of {width}"
@@ -76,7 +82,8 @@ class Memory:
                 key=lambda region: min(abs(address - region.start), abs(address - region.stop)),
             )
             raise AssertionError(
-                f"out of bounds: thread {thread}, {width} bytes at {region.name} + {address - region.start} of {len(region.real)}"
+                f"out of bounds: thread {thread}, {width} bytes at {region.name} + "
+                f"{address - region.start} of {len(region.real)}"
             )
 
     def count(self, region, threads, offsets, width):
@@ -170,7 +177,9 @@ class View:
             self.copies, self.waits = list(self.memory.launched), False
 
     def atomic(self, addresses, width, mask, change, order):
-        """`change(old bytes, thread) -> new bytes`, by one thread after the other on memory itself; gives the old bytes."""
+        """`change(old bytes, thread) -> new bytes`, by one thread after the other on memory itself;
+        gives the old bytes.
+        """
         assert not self.waits, "an atomic before griddepcontrol.wait"
         old = np.zeros((len(addresses), width), np.uint8)
         for place, threads, offsets in self.memory.locate(addresses, width, mask):

@@ -1,4 +1,6 @@
-"""PTX text -> instructions, with the names of registers, parameters and labels resolved as far as they can be."""
+"""PTX text -> instructions, with the names of registers, parameters and labels resolved as far as
+they can be.
+"""
 
 import re
 from dataclasses import dataclass
@@ -100,7 +102,9 @@ def _body(text):
 
 
 def _variables(text):
-    """Addresses of the shared variables: those with a size, then the one that Triton's allocation is."""
+    """Addresses of the shared variables: those with a size, then the one that Triton's allocation
+    is.
+    """
     shared, size, dynamic = {}, 0, []
     for align, name, extent in re.findall(
         r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]", text
@@ -115,7 +119,9 @@ def _variables(text):
 
 
 def _statements(line):
-    """What is in a line of a body: directives, labels and instructions; the braces of a scope say nothing."""
+    """What is in a line of a body: directives, labels and instructions; the braces of a scope say
+    nothing.
+    """
     line = re.sub(r"^\s*\{(?=\s*(\.|$))", "", line)
     for part in line.split(";"):
         label = re.match(r"\s*(\$?\w+:)(?!:)", part)

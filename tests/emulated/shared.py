@@ -1,7 +1,8 @@
 """The shared memory of a program, and which warp last touched each part of a memory.
 
-What a warp wrote is another warp's only after a barrier. What is read or overwritten earlier is an AssertionError, as is reading
-what nobody wrote. The threads of one warp are taken to go in step, and to write what is there already is nothing.
+What a warp wrote is another warp's only after a barrier. What is read or overwritten earlier is an
+AssertionError, as is reading what nobody wrote. The threads of one warp are taken to go in step,
+and to write what is there already is nothing.
 """
 
 import numpy as np
@@ -71,7 +72,9 @@ def _cells(offsets, width, warps):
 
 
 class Shared:
-    """The shared memory of a program. Copies by `cp.async` arrive when their group is waited for, and not before."""
+    """The shared memory of a program. Copies by `cp.async` arrive when their group is waited for,
+    and not before.
+    """
 
     def __init__(self, size):
         self.bytes = np.full(-(-size // 16) * 16, 0xFF, np.uint8)
@@ -98,7 +101,9 @@ class Shared:
         return threads, offsets
 
     def _count(self, threads, offsets, width):
-        """A request is what so many lanes ask for at once; it takes as long as the bank with the most words does."""
+        """A request is what so many lanes ask for at once; it takes as long as the bank with the
+        most words does.
+        """
         words = (offsets[:, None] // 4 + np.arange(width // 4)) | (
             threads[:, None] // (128 // width)
         ) << 32
@@ -139,7 +144,9 @@ class Shared:
                 self.store(*copy)
 
     def operand(self, addresses):
-        """16-bit elements that a warp group reads as an operand of wgmma; `addresses` [rows, columns]."""
+        """16-bit elements that a warp group reads as an operand of wgmma; `addresses` [rows,
+        columns].
+        """
         flat = addresses.ravel()
         assert ((flat >= 0) & (flat + 2 <= self.size)).all(), (
             f"out of bounds: shared memory has {self.size} bytes"

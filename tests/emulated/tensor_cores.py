@@ -1,7 +1,7 @@
 """The matrix instructions, from the fragment tables of the PTX ISA: who holds which element.
 
-Registers are uint32 or float32 [threads, n]; thread = 32 · warp + 4 · gid + tig. Products and sums are exact to float64 and
-rounded once; hardware may cut off more.
+Registers are uint32 or float32 [threads, n]; thread = 32 · warp + 4 · gid + tig. Products and sums
+are exact to float64 and rounded once; hardware may cut off more.
 """
 
 import numpy as np
@@ -10,7 +10,8 @@ LANE = np.arange(32)
 GID, TIG = LANE // 4, LANE % 4
 PAIR = np.arange(2)
 
-# (row, column) of each register's two elements [32, registers, 2] or, of the float32 sums, its one [32, registers]
+# (row, column) of each register's two elements [32, registers, 2] or, of the float32 sums, its one
+# [32, registers]
 _R4, _R2 = np.arange(4), np.arange(2)
 LEFT = (
     GID[:, None, None] + 8 * (_R4 % 2)[:, None],
@@ -51,7 +52,9 @@ def mma(left, right, acc, bf16):
 
 
 def mma_sp(left, right, acc, word, selector, bf16):
-    """mma.sp.m16n8k32, ordered metadata: registers [threads, 4], word [threads], from lanes 2 · selector + 0, 1 of every four."""
+    """mma.sp.m16n8k32, ordered metadata: registers [threads, 4], word [threads], from lanes 2 ·
+    selector + 0, 1 of every four.
+    """
     held, words = floats(_by_warp(left), bf16), word.reshape(-1, 32)
     matrix = np.zeros((len(held), 16, 32))
     warp = np.arange(len(held))[:, None]
@@ -85,7 +88,9 @@ def ldmatrix(rows, count, transposed):
 
 
 def stmatrix(registers, transposed):
-    """Registers [threads, count] -> the rows, uint8 [threads, 16], of the first 8 · count lanes of each warp."""
+    """Registers [threads, count] -> the rows, uint8 [threads, 16], of the first 8 · count lanes of
+    each warp.
+    """
     held, count = _by_warp(registers).swapaxes(1, 2), registers.shape[1]
     matrices = np.zeros((len(held), 4, 8, 8), np.uint16)
     matrices[:, :count, *_of_matrix(transposed)] = np.stack((held & 0xFFFF, held >> 16), -1)
@@ -93,10 +98,12 @@ def stmatrix(registers, transposed):
 
 
 def descriptor(bits, rows, mn_major):
-    """A shared-memory descriptor of wgmma -> addresses of the elements of a tile [rows, 16]; `rows` runs over M or N, 16 over K.
+    """A shared-memory descriptor of wgmma -> addresses of the elements of a tile [rows, 16]; `rows`
+    runs over M or N, 16 over K.
 
-    PTX ISA, "Matrix descriptor" and "Strides": the tile is made of atoms of eight lines of 32, 64 or 128 bytes, whose pieces of 16
-    bytes are exchanged by the number of the line; without swizzling of pieces alone.
+    PTX ISA, "Matrix descriptor" and "Strides": the tile is made of atoms of eight lines of 32, 64
+    or 128 bytes, whose pieces of 16 bytes are exchanged by the number of the line; without
+    swizzling of pieces alone.
     """
     bits = int(bits)
     start, leading, stride = (bits >> place & 0x3FFF for place in (0, 16, 32))

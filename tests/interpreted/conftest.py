@@ -1,4 +1,6 @@
-"""These tests run in a process of their own, with TRITON_INTERPRET=1: tests/test_kernels.py starts it."""
+"""These tests run in a process of their own, with TRITON_INTERPRET=1: tests/test_kernels.py starts
+it.
+"""
 
 import os
 

@@ -1,7 +1,7 @@
 """Inline assembly in Triton's interpreter: the PTX of the kernels, run on numpy arrays.
 
-`mma.sp` is that of the emulator (tests/emulated/tensor_cores.py), lane by lane; the other strings are run instruction by
-instruction on unsigned 32-bit integers.
+`mma.sp` is that of the emulator (tests/emulated/tensor_cores.py), lane by lane; the other strings
+are run instruction by instruction on unsigned 32-bit integers.
 """
 
 import re
@@ -45,7 +45,8 @@ def create_inline_asm(self, assembly, constraints, handles, types, is_pure, pack
     shape = np.broadcast_shapes(*(handle.data.shape for handle in handles))
     inputs = [np.ascontiguousarray(np.broadcast_to(handle.data, shape)) for handle in handles]
     if match := re.match(
-        r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 .*0x(\d);",
+        r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 "
+        r".*0x(\d);",
         assembly,
     ):
         assert pack == 4

@@ -1,4 +1,6 @@
-"""benchmarks/gpu.py from end to end, at tiny sizes and with times that are not taken: what a GPU would run is run once."""
+"""benchmarks/gpu.py from end to end, at tiny sizes and with times that are not taken: what a GPU
+would run is run once.
+"""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""A model decoded on the kernels writes the text that the reference writes: the first block of the demo's model, to be quick."""
+"""A model decoded on the kernels writes the text that the reference writes: the first block of the
+demo's model, to be quick.
+"""
 
 import warnings
 

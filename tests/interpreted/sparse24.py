@@ -1,4 +1,6 @@
-"""The 2:4 kernels against float64 at awkward sizes, and what they share: split sums, semaphores, layouts."""
+"""The 2:4 kernels against float64 at awkward sizes, and what they share: split sums, semaphores,
+layouts.
+"""
 
 import pytest
 import torch

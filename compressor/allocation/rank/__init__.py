@@ -1,9 +1,12 @@
-"""Ranks: how many of the parameters each factored linear gets; one file per allocator, the file name is the option's value.
+"""Ranks: how many of the parameters each factored linear gets; one file per allocator, the file
+name is the option's value.
 
 An allocator is a module: docstring with the paper, its URL and formula; and a function
-`allocate(spectra, budget, *, align=0, option=default, …) -> ranks`, whose keyword-only parameters are its options.
+`allocate(spectra, budget, *, align=0, option=default, …) -> ranks`, whose keyword-only parameters
+are its options.
 
-    spectra   name -> Spectrum: shape and singular values of each linear, in the metric of the method
+    spectra   name -> Spectrum: shape and singular values of each linear, in the metric of the
+              method
     budget    parameters of all linears together, at most
     align     ranks are multiples of it; 0 for the rule of `step`
     ranks     name -> rank, or None where the linear stays dense
@@ -33,7 +36,8 @@ class Spectrum:
 
     Attributes:
         shape: (out, in).
-        values: singular values, descending, float64 `[min(out, in)]`; empty for allocators that look at shapes only.
+        values: singular values, descending, float64 `[min(out, in)]`; empty for allocators that
+            look at shapes only.
     """
 
     shape: tuple[int, int]
@@ -53,21 +57,25 @@ def allocator(name: str) -> ModuleType:
     """The module of the allocator called `name`. Raises UsageError for an unknown name."""
     if name not in ALLOCATORS:
         raise UsageError(
-            f"unknown ranks {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}"
+            f"unknown ranks {name!r}; known: "
+            f"{', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}"
         )
     return import_module(f"compressor.allocation.rank.{name}")
 
 
 def largest_rank(shape: tuple[int, int]) -> int:
-    """The largest rank whose factors are smaller than the weight: k (out + in) < out · in. 0 where there is none."""
+    """The largest rank whose factors are smaller than the weight: k (out + in) < out · in. 0 where
+    there is none.
+    """
     return max(0, (shape[0] * shape[1] - 1) // sum(shape))
 
 
 def step(shape: tuple[int, int], align: int = 0) -> int:
-    """What the ranks of a linear are multiples of: `align`, by default 16, which is what tensor cores multiply.
+    """What the ranks of a linear are multiples of: `align`, by default 16, which is what tensor
+    cores multiply.
 
-    Where 16 would leave fewer than 16 ranks to choose from (a largest rank below 256) it is the power of two that leaves at
-    least 16, or 1.
+    Where 16 would leave fewer than 16 ranks to choose from (a largest rank below 256) it is the
+    power of two that leaves at least 16, or 1.
     """
     if align:
         return align
@@ -83,7 +91,9 @@ def rounded_down(rank: int, shape: tuple[int, int], align: int = 0) -> int:
 
 
 def rank_keeping(shape: tuple[int, int], keep: Fraction) -> int:
-    """The largest rank whose factors have no more than `keep` of the parameters, a multiple of `step` if possible; 0 for none."""
+    """The largest rank whose factors have no more than `keep` of the parameters, a multiple of
+    `step` if possible; 0 for none.
+    """
     most = min(int(keep * shape[0] * shape[1] / sum(shape)), largest_rank(shape))
     return rounded_down(most, shape) or most
 
@@ -100,7 +110,8 @@ def check_some(ranks: Ranks, keep: Fraction) -> Ranks:
     """The ranks themselves. Raises UsageError where no linear has one."""
     if not any(ranks.values()):
         raise UsageError(
-            f"keeping {float(keep):.1%} leaves every linear dense: factors would be no smaller; lower --keep"
+            f"keeping {float(keep):.1%} leaves every linear dense: factors would be no smaller; "
+            f"lower --keep"
         )
     return ranks
 
@@ -116,7 +127,8 @@ def largest_fitting(
     spectra: Mapping[str, Spectrum],
     budget: int,
 ) -> Ranks:
-    """Of the ranks at ascending `cuts`, each of which gives no more parameters than the one before, the first within `budget`.
+    """Of the ranks at ascending `cuts`, each of which gives no more parameters than the one before,
+    the first within `budget`.
 
     Raises:
         UsageError: not even the last is.
@@ -133,6 +145,7 @@ def largest_fitting(
             spectrum.size for spectrum in spectra.values()
         )
         raise UsageError(
-            f"so few parameters cannot be kept: the smallest factors allowed keep {least:.1%}; raise --keep"
+            f"so few parameters cannot be kept: the smallest factors allowed keep {least:.1%}; "
+            f"raise --keep"
         )
     return ranks_at(cuts[low])

@@ -1,8 +1,8 @@
 """Which linear gets which rank, chosen after the calibration and before the first block.
 
-Spectra come from the weights alone where the method is blind to inputs, else from one pass of the dense model, block by block.
-Ranks that were measured are only taken if they are better than uniform ones of as many parameters when both are tried on a part
-of the calibration.
+Spectra come from the weights alone where the method is blind to inputs, else from one pass of the
+dense model, block by block. Ranks that were measured are only taken if they are better than uniform
+ones of as many parameters when both are tried on a part of the calibration.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ Spectra = dict[str, Spectrum]
 def with_gradients(
     job: Job, states: States | None, device: torch.device, folder: Path, progress: Progress
 ) -> tuple[Factored | None, Spectra | None]:
-    """What methods that need gradients make of their linears, spilled into `folder`, and the spectra that fell off.
+    """What methods that need gradients make of their linears, spilled into `folder`, and the
+    spectra that fell off.
 
-    It is repeated where a run goes on: the pass is deterministic, and its factors are too large to keep twice.
+    It is repeated where a run goes on: the pass is deterministic, and its factors are too large to
+        keep twice.
     """
     if not job.needs_gradients:
         return None, None
@@ -63,7 +65,8 @@ def allocate(
 
     Args:
         job: with `keep` and `ranks`.
-        states: calibration on entering block 0, left as it is; None where the method is blind to inputs.
+        states: calibration on entering block 0, left as it is; None where the method is blind to
+            inputs.
         spectra: if they are known already.
         device: where blocks are computed.
         progress: told after each step.
@@ -99,16 +102,20 @@ def allocate(
 
 
 def sharing(job: Job, ranks: Ranks) -> Job:
-    """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear has one."""
+    """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear
+    has one.
+    """
     return job.assign(
         _whole(job, check_some(ranks, job.keep or Fraction(0))), "factors would not pay"
     )
 
 
 def _whole(job: Job, ranks: Ranks) -> Ranks:
-    """The ranks, with the largest that pays for matrices of experts that would stay dense beside others that do not.
+    """The ranks, with the largest that pays for matrices of experts that would stay dense beside
+    others that do not.
 
-    A loader needs all matrices of a module of experts in factors, or none. It costs no parameters, for factors are smaller.
+    A loader needs all matrices of a module of experts in factors, or none. It costs no parameters,
+    for factors are smaller.
     """
     factored = {task.linear.experts for task in job.every if ranks[task.linear.name]} - {""}
     most = {
@@ -123,7 +130,8 @@ def _whole(job: Job, ranks: Ranks) -> Ranks:
 
 
 def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
-    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective rank reduction).
+    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective
+    rank reduction).
 
     Where spectra were measured, and not only shapes, they are kept as well.
     """
@@ -142,7 +150,9 @@ def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
 
 
 def _spectra(job: Job, states: States | None, device: torch.device, progress: Progress) -> Spectra:
-    """Singular values of every linear in its method's metric, of Frobenius norm 1: comparable without a backward pass."""
+    """Singular values of every linear in its method's metric, of Frobenius norm 1: comparable
+    without a backward pass.
+    """
     spectra: Spectra = {}
     if not job.every[0].method.NEEDS_INPUTS:
         for done, task in enumerate(job.every):

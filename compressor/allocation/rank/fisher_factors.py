@@ -1,15 +1,19 @@
-"""What a weight change costs the loss, as a product of two small matrices, and the factors of every linear in that metric.
+"""What a weight change costs the loss, as a product of two small matrices, and the factors of every
+linear in that metric.
 
-To second order the loss rises by ½ Σ_t (g_tᵀ ΔW x_t)² = ½ vec(ΔW)ᵀ F vec(ΔW), x_t the input of a linear at token t, g_t the
-gradient at its output, F = Σ_t (g_t ⊗ x_t)(g_t ⊗ x_t)ᵀ the empirical Fisher information. Its marginals over the two sides are
+To second order the loss rises by ½ Σ_t (g_tᵀ ΔW x_t)² = ½ vec(ΔW)ᵀ F vec(ΔW), x_t the input of a
+linear at token t, g_t the gradient at its output, F = Σ_t (g_t ⊗ x_t)(g_t ⊗ x_t)ᵀ the empirical
+Fisher information. Its marginals over the two sides are
 
     A = Σ_t ‖g_t‖² x_t x_tᵀ      B = Σ_t ‖x_t‖² g_t g_tᵀ      and      F ≈ B ⊗ A / tr F
 
-which is exact where F is such a product. K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671) takes Σ x xᵀ and
-Σ g gᵀ, for which ‖x_t‖ and ‖g_t‖ have to be independent: they are not, most tokens have next to no gradient.
+which is exact where F is such a product. K-FAC (Martens and Grosse 2015,
+https://arxiv.org/abs/1503.05671) takes Σ x xᵀ and Σ g gᵀ, for which ‖x_t‖ and ‖g_t‖ have to be
+independent: they are not, most tokens have next to no gradient.
 
-The pass runs in float32, on the dense model, and factors each linear while its block is there. The factors are spilled to
-disk, one file a block, columns by descending singular value: those of any lower rank are the first columns.
+The pass runs in float32, on the dense model, and factors each linear while its block is there. The
+factors are spilled to disk, one file a block, columns by descending singular value: those of any
+lower rank are the first columns.
 """
 
 from __future__ import annotations
@@ -35,10 +39,12 @@ TOKENS = 32_768  # of the calibration, if there are so many
 def factor_all(
     job: Job, states: States, device: torch.device, folder: Path, progress: Progress
 ) -> tuple[Factored, dict[str, Spectrum]]:
-    """One pass over the calibration; gives the factors of every linear whose method needs gradients, and its singular values.
+    """One pass over the calibration; gives the factors of every linear whose method needs
+    gradients, and its singular values.
 
     Args:
-        job: with `keep` a linear is factored to the largest rank that pays, else to that of its goal.
+        job: with `keep` a linear is factored to the largest rank that pays, else to that of its
+            goal.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
         folder: for the files; it exists.

@@ -1,4 +1,6 @@
-"""Measured spectra as the report keeps them: a few points of each, with the ranks that were chosen from them."""
+"""Measured spectra as the report keeps them: a few points of each, with the ranks that were chosen
+from them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ POINTS = 48  # of each spectrum at most
 
 
 def points(length: int) -> list[int]:
-    """Indices of a spectrum of `length` values, the first and the last among them, dense where it falls steeply: i ∝ k²."""
+    """Indices of a spectrum of `length` values, the first and the last among them, dense where it
+    falls steeply: i ∝ k².
+    """
     most = min(POINTS, length) - 1
     return sorted({round((length - 1) * (step / max(most, 1)) ** 2) for step in range(most + 1)})
 
@@ -22,7 +26,8 @@ def points(length: int) -> list[int]:
 def measured(
     spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None]
 ) -> list[dict[str, Any]]:
-    """One entry for each linear; the experts of a block are one, with mean values and the mean rank of those that are factored.
+    """One entry for each linear; the experts of a block are one, with mean values and the mean rank
+    of those that are factored.
 
     Args:
         spectra: of the linears, by name.

@@ -1,9 +1,12 @@
-"""One threshold for the whole model on what a parameter buys: the exact optimum of Σ dropped S² under a budget of parameters.
+"""One threshold for the whole model on what a parameter buys: the exact optimum of Σ dropped S²
+under a budget of parameters.
 
-A unit of rank of a linear costs out + in parameters and lowers the dropped tail by S_i²; S descends, so for a price λ of a
-parameter the best rank is the number of i with S_i² / (out + in) > λ. Dense costs λ · out · in and drops nothing, and is taken
-where that is cheaper. Parameters fall as λ rises; bisection finds the λ that meets the budget, and what is left of it buys
-the most valuable units that still fit. Squares have to be comparable between linears: see `spectrum` of each method.
+A unit of rank of a linear costs out + in parameters and lowers the dropped tail by S_i²; S
+descends, so for a price λ of a parameter the best rank is the number of i with S_i² / (out + in) >
+λ. Dense costs λ · out · in and drops nothing, and is taken where that is cheaper. Parameters fall
+as λ rises; bisection finds the λ that meets the budget, and what is left of it buys the most
+valuable units that still fit. Squares have to be comparable between linears: see `spectrum` of each
+method.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ _HALVINGS = 100
 
 @dataclass(frozen=True)
 class _Curve:
-    """What the ranks `sizes` of one linear drop: `tails` of them, and `dense` parameters without dropping anything."""
+    """What the ranks `sizes` of one linear drop: `tails` of them, and `dense` parameters without
+    dropping anything.
+    """
 
     sizes: Tensor
     tails: Tensor
@@ -30,7 +35,9 @@ class _Curve:
     dense: int
 
     def best(self, price: float) -> int | None:
-        """The rank with the smallest tail + price · parameters; None for dense. At equal cost the fewer parameters."""
+        """The rank with the smallest tail + price · parameters; None for dense. At equal cost the
+        fewer parameters.
+        """
         costs = self.tails + price * self.cost * self.sizes
         if not len(costs) or float(costs.min()) > price * self.dense:
             return None
@@ -62,7 +69,8 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
                 spectrum.size for spectrum in spectra.values()
             )
             raise UsageError(
-                f"so few parameters cannot be kept: the smallest factors keep {least:.1%}; raise --keep"
+                f"so few parameters cannot be kept: the smallest factors keep {least:.1%}; raise "
+                f"--keep"
             )
     for _ in range(_HALVINGS):
         middle = (

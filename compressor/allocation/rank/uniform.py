@@ -1,4 +1,6 @@
-"""Uniform: every linear keeps the same fraction of its parameters, k = keep · out · in / (out + in). The one to beat."""
+"""Uniform: every linear keeps the same fraction of its parameters, k = keep · out · in / (out +
+in). The one to beat.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def of_shapes(shapes: Mapping[str, tuple[int, int]], keep: Fraction, align: int 
 
 
 def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) -> Ranks:
-    """Ranks in proportion, rounded down; what is left of the budget raises those that lost most by the rounding.
+    """Ranks in proportion, rounded down; what is left of the budget raises those that lost most by
+    the rounding.
 
     Args:
         spectra: shapes of the linears.
@@ -59,7 +62,8 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
             ranks[name] = raised
     if empty := [name for name, rank in ranks.items() if not rank]:
         raise UsageError(
-            f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set ranks.align"
+            f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set "
+            f"ranks.align"
         )
     return {
         name: rank if rank and rank <= largest_rank(spectra[name].shape) else None

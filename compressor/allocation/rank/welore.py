@@ -1,13 +1,15 @@
-"""WeLore's ranks: one threshold on normalised singular values (Jaiswal et al. 2024, https://arxiv.org/abs/2407.11239, section 3).
+"""WeLore's ranks: one threshold on normalised singular values (Jaiswal et al. 2024,
+https://arxiv.org/abs/2407.11239, section 3).
 
-With σ̃ = (σ - min σ) / (max σ - min σ), a weight keeps k = #{i : σ̃_i ≥ t}, t the same for all. The paper takes t from a table per
-target; here it is the smallest that meets the budget, found among the values of σ̃ themselves, where alone anything changes.
-k is rounded up to the step of ranks, then compared with the break-even k (out + in) < out · in: a weight that factors would
-not make smaller stays dense (N-LRC; the others are LRC).
+With σ̃ = (σ - min σ) / (max σ - min σ), a weight keeps k = #{i : σ̃_i ≥ t}, t the same for all. The
+paper takes t from a table per target; here it is the smallest that meets the budget, found among
+the values of σ̃ themselves, where alone anything changes. k is rounded up to the step of ranks,
+then compared with the break-even k (out + in) < out · in: a weight that factors would not make
+smaller stays dense (N-LRC; the others are LRC).
 
-Two guards. The normalisation hangs on the largest singular value: with one spike, all others seem negligible and the rank
-collapses to 1. So k never falls below what holds the fraction `energy` of Σ σ². And a constant spectrum,
-where σ̃ is 0/0, stays dense.
+Two guards. The normalisation hangs on the largest singular value: with one spike, all others seem
+negligible and the rank collapses to 1. So k never falls below what holds the fraction `energy` of Σ
+σ². And a constant spectrum, where σ̃ is 0/0, stays dense.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def allocate(
         spectra: singular values of the weights.
         budget: parameters of all of them together, at most.
         align: ranks are multiples of it; 0 for 16, less where matrices are tiny.
-        energy: fraction of Σ σ² that every factored weight keeps at least; 0 for the paper's rule without a guard.
+        energy: fraction of Σ σ² that every factored weight keeps at least; 0 for the paper's rule
+            without a guard.
 
     Raises:
         UsageError: an option out of range, or a budget that the guards do not allow.
@@ -76,7 +79,9 @@ def _holding(values: Tensor, energy: float) -> int:
 
 
 def _gated(shape: tuple[int, int], rank: int, align: int) -> int | None:
-    """`rank` rounded up to the step of ranks, or None where factors would not be smaller than the weight."""
+    """`rank` rounded up to the step of ranks, or None where factors would not be smaller than the
+    weight.
+    """
     size = step(shape, align)
     rounded = -(-rank // size) * size
     return rounded if rounded <= largest_rank(shape) else None

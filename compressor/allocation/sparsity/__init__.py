@@ -1,8 +1,9 @@
-"""Ratios: how many of the zeros each linear gets; one file per allocator, the file name is the option's value.
+"""Ratios: how many of the zeros each linear gets; one file per allocator, the file name is the
+option's value.
 
-An allocator is a module: docstring with the paper, its URL and formula; `NEEDS_INPUTS`, whether it needs calibration; and
-a function `allocate(job, zeros, states, device, progress, *, option=default, …) -> (shares, facts)`, whose keyword-only
-parameters are its options.
+An allocator is a module: docstring with the paper, its URL and formula; `NEEDS_INPUTS`, whether it
+needs calibration; and a function `allocate(job, zeros, states, device, progress, *, option=default,
+…) -> (shares, facts)`, whose keyword-only parameters are its options.
 
     job       the job with the same goal for every linear
     zeros     weights to prune in all its linears together
@@ -25,6 +26,7 @@ def allocator(name: str) -> ModuleType:
     """The module of the allocator called `name`. Raises UsageError for an unknown name."""
     if name not in ALLOCATORS:
         raise UsageError(
-            f"unknown ratios {name!r}; known: {', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}"
+            f"unknown ratios {name!r}; known: "
+            f"{', '.join(ALLOCATORS)}{did_you_mean(name, ALLOCATORS)}"
         )
     return importlib.import_module(f"compressor.allocation.sparsity.{name}")

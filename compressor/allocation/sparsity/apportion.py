@@ -1,4 +1,6 @@
-"""Whole numbers that add up: the integers nearest to given shares whose sum is exact (largest remainders)."""
+"""Whole numbers that add up: the integers nearest to given shares whose sum is exact (largest
+remainders).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Which linear becomes what, chosen after the calibration and before the first block.
 
-Everything is compressed alike unless the recipe asks for more. With ratios, an allocator (compressor/allocation/sparsity/) shares the zeros of
-a sparsity out among the linears; with a dense fraction, the linears that lose most under n:m stay dense. A plan made
-in one of these ways is only taken if it is better than the plain one when both are tried on a part of the calibration.
+Everything is compressed alike unless the recipe asks for more. With ratios, an allocator
+(compressor/allocation/sparsity/) shares the zeros of a sparsity out among the linears; with a dense
+fraction, the linears that lose most under n:m stay dense. A plan made in one of these ways is only
+taken if it is better than the plain one when both are tried on a part of the calibration.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from compressor.progress import Progress
 
 
 def allocate(job: Job, states: States | None, device: torch.device, progress: Progress) -> Job:
-    """The job with a goal of its own for every linear, where that was asked for; else the job as it is.
+    """The job with a goal of its own for every linear, where that was asked for; else the job as it
+    is.
 
     Args:
         job: every linear with the same goal.

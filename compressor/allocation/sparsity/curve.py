@@ -1,9 +1,9 @@
 """Curves: every linear gets the sparsity at which one more zero costs the loss the same everywhere.
 
-The rise of the loss is estimated for every linear at a grid of sparsities, with the masks and updates of the run's own method
-(fisher.py; or measured, direct.py). Σ_l E_l(z_l) is minimised subject to Σ_l z_l = zeros over the convex hulls of the
-curves (knapsack.py).
-The grid has a step of 5 %; a linear may end between two of its points.
+The rise of the loss is estimated for every linear at a grid of sparsities, with the masks and
+updates of the run's own method (fisher.py; or measured, direct.py). Σ_l E_l(z_l) is minimised
+subject to Σ_l z_l = zeros over the convex hulls of the curves (knapsack.py). The grid has a step of
+5 %; a linear may end between two of its points.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def allocate(
         max_sparsity: of a group; 0 for 20 % more than the sparsity of the whole, 95 % at most.
         tokens: calibration tokens the curves are made from.
         labels: `text`, the tokens that follow; or `model`, drawn from its predictions.
-        direct: measure the divergence with each linear compressed alone instead: many more forward passes, no labels.
+        direct: measure the divergence with each linear compressed alone instead: many more forward
+            passes, no labels.
     """
     grouped = groups(job, granularity)
     weights = sum(task.linear.size for task in job.every)

@@ -1,7 +1,9 @@
-"""How far the predictions really move when one linear is compressed: KL(dense ‖ changed), linear by linear and level by level.
+"""How far the predictions really move when one linear is compressed: KL(dense ‖ changed), linear by
+linear and level by level.
 
-The slow, exact twin of fisher.py: no second order, no gradients, forward passes only, and for every linear and level a pass
-through the blocks after it (what is before it has not changed). Two blocks are in memory.
+The slow, exact twin of fisher.py: no second order, no gradients, forward passes only, and for every
+linear and level a pass through the blocks after it (what is before it has not changed). Two blocks
+are in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def divergence_curves(
     *,
     tokens: int,
 ) -> dict[str, list[float]]:
-    """Divergence, nats a token, for every linear and each of its levels; arguments as for `fisher.error_curves`."""
+    """Divergence, nats a token, for every linear and each of its levels; arguments as for
+    `fisher.error_curves`.
+    """
     skeleton, part = in_float32(job.skeleton, states, tokens, device)
     exact = _through(skeleton, part, [list(part.hidden)], 0, device)[0]
     hidden, curves = list(part.hidden), {}

@@ -1,14 +1,18 @@
-"""ECoFLaP: blocks whose gradients are large keep more (Sung et al. 2024, https://arxiv.org/abs/2310.02998).
+"""ECoFLaP: blocks whose gradients are large keep more (Sung et al. 2024,
+https://arxiv.org/abs/2310.02998).
 
-Coarse: a score for every group of linears, the zeros shared out by water-filling (waterfill.py). Fine: the method prunes each
-linear to its share. Three scores of a linear, summed over a group; L_b is the mean loss of batch b:
+Coarse: a score for every group of linears, the zeros shared out by water-filling (waterfill.py).
+Fine: the method prunes each linear to its share. Three scores of a linear, summed over a group; L_b
+is the mean loss of batch b:
 
-    first     mean_b ‖∂L_b/∂W‖_F, from gradients that are exact: two passes over the blocks, one in memory at a time
+    first     mean_b ‖∂L_b/∂W‖_F, from gradients that are exact: two passes over the blocks, one in
+              memory at a time
     product   Σ_ij |W_ij| · mean_b |∂L_b/∂W_ij|: what the authors' first-order scripts take
     zeroth    mean |L(W + εz) - L(W - εz)| / 2ε, z ~ N(0, 1): the paper's, forward passes only
 
-|g · z| has the mean √(2/π) ‖g‖ and 0.756 of it as standard deviation, so `zeroth` estimates `first` up to a constant, with a
-relative error of 0.756/√evaluations. All of it is computed in float32: in bfloat16 the two losses differ by rounding alone.
+|g · z| has the mean √(2/π) ‖g‖ and 0.756 of it as standard deviation, so `zeroth` estimates `first`
+up to a constant, with a relative error of 0.756/√evaluations. All of it is computed in float32: in
+bfloat16 the two losses differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
 
 NEEDS_INPUTS = True
-_STEADY = 0.5  # rank correlation of two halves of the evaluations below which zeroth-order scores are called noise
+# rank correlation of two halves of the evaluations below which zeroth-order scores are called noise
+_STEADY = 0.5
 
 
 def allocate(
@@ -56,7 +61,8 @@ def allocate(
         granularity: `block` or `linear`.
         max_sparsity: of a group; 0 for a tenth more than the sparsity of the whole, as published.
         tokens: calibration tokens the scores are made from.
-        evaluations: of `zeroth`: draws of z for every linear; 4 as published (32 samples in batches of 8).
+        evaluations: of `zeroth`: draws of z for every linear; 4 as published (32 samples in batches
+            of 8).
         epsilon: of `zeroth`.
 
     Raises:
@@ -88,7 +94,9 @@ def first_order(
     *,
     weighted: bool = False,
 ) -> dict[str, float]:
-    """Score of every linear from exact gradients; `weighted` is the `product` of the module's docstring."""
+    """Score of every linear from exact gradients; `weighted` is the `product` of the module's
+    docstring.
+    """
     scores: dict[str, float] = {}
     for done, (index, taps) in enumerate(backward_blocks(skeleton, states, device)):
         for task in job.tasks[index]:
@@ -128,8 +136,9 @@ def zeroth_order(
 ) -> dict[str, tuple[float, float]]:
     """Σ |L(W + εz) - L(W - εz)| / 2ε of every linear, over the even and over the odd evaluations.
 
-    A block is loaded, each of its linears moved there and back for every evaluation, and what leaves the block taken through
-    the blocks after it: the passes through the blocks before it are made once. z comes from a generator of its own on the CPU.
+    A block is loaded, each of its linears moved there and back for every evaluation, and what
+    leaves the block taken through the blocks after it: the passes through the blocks before it are
+    made once. z comes from a generator of its own on the CPU.
     """
     generator = torch.Generator().manual_seed(job.seed)
     hidden = list(states.hidden)
@@ -164,7 +173,9 @@ def zeroth_order(
 
 
 def there_and_back(linear: Linear, epsilon: float, generator: torch.Generator) -> Iterator[None]:
-    """Two steps: W + εz, W - εz with one z; then W again, bit for bit: a copy of it, not the sum taken back."""
+    """Two steps: W + εz, W - εz with one z; then W again, bit for bit: a copy of it, not the sum
+    taken back.
+    """
     weight = linear.get().clone()
     step = epsilon * torch.randn(weight.shape, generator=generator).to(weight)
     try:
@@ -183,7 +194,9 @@ def _losses(
     batches: list[int],
     device: torch.device,
 ) -> Tensor:
-    """Mean loss, float64 `[len(moved)]`, of hidden states that enter block `start`; they come in pairs, a pair a batch."""
+    """Mean loss, float64 `[len(moved)]`, of hidden states that enter block `start`; they come in
+    pairs, a pair a batch.
+    """
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
         moved = [capture.run(block, hidden, states.arguments[index]) for hidden in moved]
@@ -198,10 +211,15 @@ def _losses(
 
 
 def _steadiness(halves: dict[str, tuple[float, float]], evaluations: int) -> dict[str, Any]:
-    """Rank correlation of the scores of two halves of the evaluations, and a warning where it is low."""
+    """Rank correlation of the scores of two halves of the evaluations, and a warning where it is
+    low.
+    """
     if evaluations < 2:
         return {
-            "warning": "one evaluation cannot show how noisy zeroth-order scores are: give ratios.evaluations=2 or more"
+            "warning": (
+                "one evaluation cannot show how noisy zeroth-order scores are: give "
+                "ratios.evaluations=2 or more"
+            )
         }
     first, second = (
         torch.tensor([both[half] for both in halves.values()]).argsort().argsort().double()
@@ -211,7 +229,8 @@ def _steadiness(halves: dict[str, tuple[float, float]], evaluations: int) -> dic
     found: dict[str, Any] = {"rank_correlation": agreement}
     if agreement < _STEADY:
         found["warning"] = (
-            f"zeroth-order scores are mostly noise: two halves of the evaluations agree in rank by {agreement:.2f} only; "
+            f"zeroth-order scores are mostly noise: two halves of the evaluations agree in rank by "
+            f"{agreement:.2f} only; "
             "raise ratios.evaluations, or use ratios.score=first"
         )
     return found

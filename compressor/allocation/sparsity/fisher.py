@@ -4,12 +4,13 @@ To second order, changing one weight W to W + ΔW moves the model's predictions 
 
     KL ≈ ½ E Σ_t (g_t · ΔW x_t)²                      x_t the input, g_t = ∂loss/∂y_t, at token t
 
-which is the Fisher information in the direction ΔW (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558) without its
-correlations between tokens: keeping them, by summing inside a sequence before squaring, would leave one number a sequence
-to average over instead of one a token. The expectation is over labels drawn from the model's own predictions; the
-labels of the text serve as well, the empirical Fisher information. ΔW is what the run's own method makes of W, so mask and
-update are those that will be applied.
-One streamed forward and backward pass serves all linears and all levels.
+which is the Fisher information in the direction ΔW (Kunstner et al. 2019,
+https://arxiv.org/abs/1905.12558) without its correlations between tokens: keeping them, by summing
+inside a sequence before squaring, would leave one number a sequence to average over instead of one
+a token. The expectation is over labels drawn from the model's own predictions; the labels of the
+text serve as well, the empirical Fisher information. ΔW is what the run's own method makes of W, so
+mask and update are those that will be applied. One streamed forward and backward pass serves all
+linears and all levels.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def error_curves(
     """Estimated rise of the loss, nats a token, for every linear and each of its levels.
 
     Args:
-        job: the method and its options; a refinement is left out, it changes the order of the linears little.
+        job: the method and its options; a refinement is left out, it changes the order of the
+            linears little.
         levels: what to try.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
@@ -76,7 +78,9 @@ def error_curves(
 
 
 def sampled_label_loss(seed: int) -> Loss:
-    """Cross-entropy with labels drawn from the model's own predictions, Σ over tokens; the draw is the same on every device."""
+    """Cross-entropy with labels drawn from the model's own predictions, Σ over tokens; the draw is
+    the same on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def loss(logits: Tensor, ids: Tensor) -> Tensor:

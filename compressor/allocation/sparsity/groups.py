@@ -39,7 +39,8 @@ def inside(grouped: Groups, counts: Sequence[int]) -> dict[str, int]:
 
 
 def ceiling(asked: float, zeros: int, weights: int, default: float) -> Fraction:
-    """The largest sparsity of a group: what was asked for, or, if that is 0, the default, at most 1.
+    """The largest sparsity of a group: what was asked for, or, if that is 0, the default, at most
+    1.
 
     Raises:
         UsageError: it is below the sparsity of the whole.

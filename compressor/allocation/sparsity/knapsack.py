@@ -1,11 +1,12 @@
 """The cheapest way to a total: zeros among curves of their cost, and items into a budget.
 
-`share_out` minimises Σ_l E_l(z_l) subject to Σ_l z_l = zeros, z_l whole and at most the last point of curve l. Each curve is
-replaced by its lower convex hull, drawn straight between the points; then the segments of all hulls, taken in the order of
-their slopes until the total is reached, are the exact optimum (Everett 1963, the Lagrangian method), and at most one
-segment is taken in part.
+`share_out` minimises Σ_l E_l(z_l) subject to Σ_l z_l = zeros, z_l whole and at most the last point
+of curve l. Each curve is replaced by its lower convex hull, drawn straight between the points; then
+the segments of all hulls, taken in the order of their slopes until the total is reached, are the
+exact optimum (Everett 1963, the Lagrangian method), and at most one segment is taken in part.
 
-`choose` maximises Σ of the values of the chosen items whose sizes fit a budget (0/1 knapsack by dynamic programming).
+`choose` maximises Σ of the values of the chosen items whose sizes fit a budget (0/1 knapsack by
+dynamic programming).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def share_out(curves: Mapping[str, Curve], zeros: int) -> dict[str, int]:
     least, most = (sum(curve[end][0] for curve in curves.values()) for end in (0, -1))
     if not least <= zeros <= most:
         raise UsageError(
-            f"{zeros} zeros are asked for, but the linears can take {least} to {most}: raise max_sparsity"
+            f"{zeros} zeros are asked for, but the linears can take {least} to {most}: raise "
+            f"max_sparsity"
         )
     for name, curve in curves.items():
         if not all(math.isfinite(error) for _, error in curve):
@@ -72,7 +74,8 @@ def lower_hull(curve: Curve) -> list[tuple[int, float]]:
 def choose(values: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> set[str]:
     """The names with the largest total value whose sizes sum to at most `budget`.
 
-    Where the sizes have no large common divisor they are rounded up to one part in 50 000 of the budget: the choice always fits.
+    Where the sizes have no large common divisor they are rounded up to one part in 50 000 of the
+        budget: the choice always fits.
     """
     fitting = [name for name in values if 0 < sizes[name] <= budget and values[name] > 0]
     if not fitting:

@@ -1,8 +1,8 @@
 """Which linears stay dense under n:m: those whose pruning costs the loss most for their size.
 
-n:m leaves no ratio to choose, but a linear may be left out. The rise of the loss that pruning each linear would cause is
-estimated as for `curve` (fisher.py); the set with the largest sum that fits into the fraction of all weights that may stay
-dense is found exactly (0/1 knapsack, knapsack.py).
+n:m leaves no ratio to choose, but a linear may be left out. The rise of the loss that pruning each
+linear would cause is estimated as for `curve` (fisher.py); the set with the largest sum that fits
+into the fraction of all weights that may stay dense is found exactly (0/1 knapsack, knapsack.py).
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ def check(options: Mapping[str, Any], sparsity: Fraction) -> None:
     """Raise UsageError for a value out of range.
 
     Args:
-        options: those that were given, by name; a name means the same for every allocator that has it.
+        options: those that were given, by name; a name means the same for every allocator that has
+            it.
         sparsity: asked for, of all linears together.
     """
     for name, value in options.items():

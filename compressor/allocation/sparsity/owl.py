@@ -1,12 +1,13 @@
-"""OWL: blocks with more outliers keep more (Yin et al. 2024, https://arxiv.org/abs/2310.05175, section 3.2).
+"""OWL: blocks with more outliers keep more (Yin et al. 2024, https://arxiv.org/abs/2310.05175,
+section 3.2).
 
-With Wanda's score A_ij = |W_ij| · ‖X_j‖ on the inputs of the dense model, the outlier ratio of block b is the share, over all
-its weights, of scores above M times their mean:
+With Wanda's score A_ij = |W_ij| · ‖X_j‖ on the inputs of the dense model, the outlier ratio of
+block b is the share, over all its weights, of scores above M times their mean:
 
     D_b = mean [A_ij > M · mean(A)]          keep_b = 2λ (D_b - min D) / (max D - min D) + constant
 
-so that the sparsities of the blocks span 2λ. The constant makes the total exact; the authors' makes the mean over blocks
-exact, which is the same where blocks have one size.
+so that the sparsities of the blocks span 2λ. The constant makes the total exact; the authors' makes
+the mean over blocks exact, which is the same where blocks have one size.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def allocate(
 def shifted(
     sizes: Sequence[int], kept: Sequence[Fraction], zeros: int, most: Fraction
 ) -> list[int]:
-    """Zeros of each group: sparsity t - kept_g, cut to [0, most], with the t that makes them `zeros` in all."""
+    """Zeros of each group: sparsity t - kept_g, cut to [0, most], with the t that makes them
+    `zeros` in all.
+    """
 
     def shares(t: Fraction) -> list[Fraction]:
         return [

@@ -1,4 +1,6 @@
-"""Uniform: every linear gets the same sparsity, the total exact to one weight. What the other allocators have to beat."""
+"""Uniform: every linear gets the same sparsity, the total exact to one weight. What the other
+allocators have to beat.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """ECoFLaP's allocator (Sung et al. 2024, https://arxiv.org/abs/2310.02998), exact and in integers.
 
-Every group keeps f_g = ⌈N_g (1 - p_max)⌉ of its N_g weights; what is left of the K weights to keep is poured out in proportion
-to the scores S_g until a group is full:
+Every group keeps f_g = ⌈N_g (1 - p_max)⌉ of its N_g weights; what is left of the K weights to keep
+is poured out in proportion to the scores S_g until a group is full:
 
     keep_g = min(N_g, f_g + c S_g),  c >= 0 such that Σ keep_g = K
 
-The authors' loop rounds up in every round and ends a little above K; here c is found exactly, in rational numbers, and the
-largest remainders are rounded up, so that the sum is K.
+The authors' loop rounds up in every round and ends a little above K; here c is found exactly, in
+rational numbers, and the largest remainders are rounded up, so that the sum is K.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def waterfill(
 
     Args:
         sizes: N_g.
-        scores: S_g, finite, 0 or more; a group with a higher score keeps no smaller share of equal sizes.
+        scores: S_g, finite, 0 or more; a group with a higher score keeps no smaller share of equal
+            sizes.
         keep: K.
         most: p_max, the largest sparsity of a group.
 
     Raises:
-        NumericalError: a score is not finite or negative, or the groups with a score are full before K is reached.
+        NumericalError: a score is not finite or negative, or the groups with a score are full
+            before K is reached.
         UsageError: p_max is below the sparsity asked for.
     """
     if not all(math.isfinite(score) and score >= 0 for score in scores):
@@ -54,7 +56,9 @@ def waterfill(
 
 
 def _pour(total: int, room: Sequence[int], scores: Sequence[Fraction]) -> list[int]:
-    """min(room, c · score), in integers, `total` in all. The group that is full at the smallest c is settled first."""
+    """min(room, c · score), in integers, `total` in all. The group that is full at the smallest c
+    is settled first.
+    """
     shares = [Fraction(0)] * len(room)
     left, open_score = Fraction(total), sum(scores)
     for index in sorted(
@@ -66,6 +70,7 @@ def _pour(total: int, room: Sequence[int], scores: Sequence[Fraction]) -> list[i
         open_score -= scores[index]
     if left:
         raise NumericalError(
-            "all scores are zero, or all groups with a score are full: ratios cannot be made from them"
+            "all scores are zero, or all groups with a score are full: ratios cannot be made from "
+            "them"
         )
     return apportion(total, shares, room)
