@@ -19,6 +19,24 @@ PACKAGES = {
 }
 Graph = Mapping[str, set[str]]
 
+LAYERS = """
+compressor_kernels
+errors text
+pattern stats formats config checkpoint
+methods refine records model
+progress calibration runtime
+engine tools publish bench
+allocation plots evaluate
+allocation.sparsity allocation.rank page
+run doctor
+.
+cli
+__main__
+"""
+"""The rooms, from the ground up: one imports from the layers below its own, and from no room of its
+own layer. The dot is the package `compressor` itself, which exports what its users call.
+"""
+
 
 def modules() -> dict[str, Path]:
     """Every module of ours by its dotted name; a package is the module of its __init__.py."""
@@ -70,6 +88,27 @@ def package_graph() -> dict[str, set[str]]:
         own = package_of(name, paths)
         graph[own] |= {package_of(target, paths) for target in targets} - {own}
     return graph
+
+
+def layer_of(package: str) -> int:
+    """The layer of a package or flat file. Raises ValueError for one that LAYERS does not have."""
+    name = package.removeprefix("compressor.") if package != "compressor" else "."
+    name = name if package.split(".")[0] == "compressor" else package.split(".")[0]
+    for layer, line in enumerate(LAYERS.split("\n")):
+        if name in line.split():
+            return layer
+    raise ValueError(f"{package} has no layer: give it one in tests/house.py")
+
+
+def upward() -> list[str]:
+    """Imports of a room from its own layer or one above it, as sentences."""
+    return [
+        f"{package} imports {target}"
+        for package, targets in package_graph().items()
+        for target in sorted(targets)
+        if layer_of(target) >= layer_of(package)
+        and {package.split(".")[0], target.split(".")[0]} != {"compressor_kernels"}
+    ]
 
 
 def circles(graph: Graph) -> list[list[str]]:

@@ -7,11 +7,29 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.house import circles, file_graph
+from tests.house import circles, file_graph, flat_files, package_graph, upward
 
 
 def test_no_circle_of_imports():
     assert not [group for group in circles(file_graph()) if group[0].startswith("compressor.")]
+    assert not [group for group in circles(package_graph()) if group[0].startswith("compressor.")]
+
+
+def test_rooms_import_from_the_layers_below():
+    assert not upward()
+
+
+def test_methods_and_refinements_know_nothing_of_a_run():
+    may = ("compressor.errors", "compressor.pattern", "compressor.stats", "compressor.formats")
+    for name, targets in file_graph().items():
+        room = name.split(".")[1:2]
+        if room in (["methods"], ["refine"]):
+            own = f"compressor.{room[0]}"
+            assert not [t for t in targets if not t.startswith((*may, own))], name
+
+
+def test_few_files_are_flat():
+    assert len(flat_files()) <= 10
 
 
 def names(path):
