@@ -10,7 +10,8 @@ from pathlib import Path
 
 from compressor.errors import UsageError, did_you_mean
 
-_INSTALLED, _CHECKOUT = Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes"
+_PACKAGE = Path(__file__).parents[1]
+_INSTALLED, _CHECKOUT = _PACKAGE / "recipes", _PACKAGE.parent / "recipes"
 
 
 def _folder() -> Path:

@@ -250,14 +250,15 @@ def _counted(count: int, what: str) -> str:
 
 
 def _summary(room: str, name: str) -> str:
-    """The first line of a method's docstring, which names the paper; read without importing it, for
-    that takes torch.
+    """The first paragraph of a method's docstring, which names the paper; read without importing
+    it, for that takes torch.
     """
-    path = Path(__file__).with_name(room) / f"{name}.py"
+    path = Path(__file__).parents[1] / room / f"{name}.py"
     doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    return (
-        f"`{name}`. {doc.splitlines()[0].rstrip('.')}".replace("|", "\\|") if doc else f"`{name}`"
-    )
+    if not doc:
+        return f"`{name}`"
+    first = " ".join(doc.partition("\n\n")[0].split()).rstrip(".")
+    return f"`{name}`. {first}".replace("|", "\\|")
 
 
 def _scores(facts: Facts) -> str:
