@@ -52,7 +52,8 @@ KEY = ("model", "method", "keep")
 ROUTES = {  # to the factors of rank 1024
     "torch.linalg.svd, float32": "p, s, q = torch.linalg.svd(w, full_matrices=False)\n"
     "u, v = p[:, :1024] * s[:1024], q[:1024]",
-    "torch.svd_lowrank (randomised), float32": "p, s, q = torch.svd_lowrank(w, 1024, niter=2)\nu, v = p * s, q.T",
+    "torch.svd_lowrank (randomised), float32": "p, s, q = torch.svd_lowrank(w, 1024, niter=2)\n"
+    "u, v = p * s, q.T",
     "eigh of the Gram matrix, float64": "found = truncate(w, 1024)\nu, v = found.u, found.v",
 }
 
