@@ -1,9 +1,9 @@
 """y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked
 function, the op, the launches.
 
-Up to 64 rows of x it is two launches (fused_armor.py), where S is in fragment order, its columns are
-a multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the product of
-sparse24.py between two of torch.
+Up to 64 rows of x it is two launches (fused_armor.py), where S is in fragment order, its columns
+are a multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the
+product of sparse24.py between two of torch.
 """
 
 from __future__ import annotations
