@@ -65,6 +65,11 @@ class Form(Protocol):
         ...
 
 
+def notes(form: Form) -> dict[str, Any]:
+    """What a form carries for the report: `note` and `losses`, if it has them."""
+    return {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
+
+
 def form_class(name: str) -> type[Form]:
     """The form named `name` in config.json. Raises CheckpointError for an unknown name."""
     from compressor.formats.armor import Armor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -14,6 +14,8 @@ class Dense:
 
     FORMAT: ClassVar[str] = "dense"
     weight: Tensor
+    note: str = field(default="", compare=False)
+    losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -17,6 +17,7 @@ class LowRank:
     FORMAT: ClassVar[str] = "lowrank"
     u: Tensor
     v: Tensor
+    note: str = field(default="", compare=False)
 
     @property
     def entry(self) -> dict[str, Any]:
