@@ -117,6 +117,18 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     return weight
 
 
+def metadata_of_columns(metadata: Tensor, start: int, stop: int, columns: int) -> Tensor:
+    """The metadata of columns `start` to `stop`, both multiples of four, of a weight with so many `columns`.
+
+    Whole words are a view; elsewhere the nibbles are put into words anew, without a look at the values.
+    """
+    if start % 4 or stop % 4:
+        raise ValueError(f"columns {start} to {stop} cut a group of four")
+    if start % 16 == 0 and (stop % 16 == 0 or stop == columns):
+        return metadata[:, start // 16 : -(-stop // 16)]
+    return _to_words(_to_nibbles(metadata, columns // 4)[:, start // 4 : stop // 4])
+
+
 def check_shapes(values: Tensor, metadata: Tensor) -> None:
     """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]`
     belong together.
