@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch, words
-from compressor_kernels.choice import choose
 from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
+from compressor_kernels.kernel_config import choose
 from compressor_kernels.packing import check_shapes, pack24
 
 
@@ -67,7 +67,9 @@ def sparse24_fragments(
     bias: Tensor | None = None,
     semaphore: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias for a weight `[out_features, in]` in fragment order; otherwise as `sparse24`."""
+    """y = x Wᵀ + bias for a weight `[out_features, in]` in fragment order; otherwise as
+    `sparse24`.
+    """
     check_fragments(x, fragments, out_features)
     check_call(x, x.shape[-1], out_features, fragments.values.dtype, {}, bias)
     if x.requires_grad and torch.is_grad_enabled():
@@ -184,7 +186,7 @@ def run_stored(
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and
     tests.
     """
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     (n, k), m = (len(values), x.shape[-1]), x.numel() // x.shape[-1]
     if config["kernel"] == "dense":
@@ -193,9 +195,11 @@ def run_stored(
     bm, bn = config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
-    launch(expand.product, (programs[0], parts, programs[1]),
-        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], PARTS=parts,
-        BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(), num_warps=config["warps"],
+    launch(decompress.product, (programs[0], parts, programs[1]),
+        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
+        BK=config["bk"], PARTS=parts,
+        BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(),
+        num_warps=config["warps"],
         num_stages=config["stages"],
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)
@@ -239,8 +243,10 @@ def run_fragments(
         parts, partial = workspace(x, semaphore, config["split"], programs, 4 * lanes)
         x2 = ordered(x2, tiles, pdl) if config["ordered"] else words(x2)
         launch(mma.product, (programs, parts),
-            x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, STACK=stack, ROWS=rows,
-            TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"], EVEN=k % 64 == 0, BF16=bf16,
+            x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps,
+            STACK=stack, ROWS=rows,
+            TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"],
+            EVEN=k % 64 == 0, BF16=bf16,
             BIAS=bias is not None, PDL=pdl, SIZE=next_power_of_2(lanes), num_warps=warps, pdl=pdl,
         )  # fmt: skip
     return y.view(*x.shape[:-1], n)
@@ -297,12 +303,12 @@ def workspace(
 
 def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
     """The dense weight `[out, in]`, as `packing.unpack24`, by one kernel."""
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     n, k = len(values), 2 * values.shape[1]
     dense = values.new_empty(n, k)
     launch(
-        expand.unpack_stored,
+        decompress.unpack_stored,
         (-(-n // 16), -(-k // 256)),
         words(values),
         metadata,
@@ -318,11 +324,11 @@ def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
 
 def unpack_fragments(fragments: Fragments, out_features: int, in_features: int) -> Tensor:
     """The dense weight `[out, in]` of one in fragment order, by one kernel."""
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     dense = fragments.values.new_empty(out_features, in_features)
     grid = fragments.words.shape[:2]
-    launch(expand.unpack_fragments, grid,
+    launch(decompress.unpack_fragments, grid,
         words(fragments.values), fragments.words, words(dense), out_features, in_features, grid[1],
         ASM=backend.nvidia(), num_warps=2,
     )  # fmt: skip
