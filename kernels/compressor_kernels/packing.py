@@ -118,9 +118,10 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 def metadata_of_columns(metadata: Tensor, start: int, stop: int, columns: int) -> Tensor:
-    """The metadata of columns `start` to `stop`, both multiples of four, of a weight with so many `columns`.
+    """The metadata of columns `start` to `stop` of a weight with so many `columns`; both are
+    multiples of four.
 
-    Whole words are a view; elsewhere the nibbles are put into words anew, without a look at the values.
+    Whole words are a view. Elsewhere the nibbles are put into words anew; no value is looked at.
     """
     if start % 4 or stop % 4:
         raise ValueError(f"columns {start} to {stop} cut a group of four")

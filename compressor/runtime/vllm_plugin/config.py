@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules
+from compressor.runtime.placement import asked_by_environment
 from compressor.runtime.vllm_plugin.fused import DENSE
 
 logger = init_logger(f"vllm.{__name__}")
 
-RUNTIME = "COMPRESS_RUNTIME"  # environment variable: packed, dense or auto
 _TRACKED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "dummy")
 
 
@@ -60,7 +59,7 @@ class CompressConfig(QuantizationConfig):
         hash of that config, and takes them up again.
         """
         if hf_config is not None:
-            hf_config.compress_runtime = os.environ.get(RUNTIME, "auto")
+            hf_config.compress_runtime = asked_by_environment()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Name the linears as vLLM does."""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,8 +20,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from compressor.errors import CheckpointError
-from compressor.runtime import placement
-from compressor.runtime.vllm_plugin.config import RUNTIME
+from compressor.runtime.placement import asked_by_environment
 from compressor.runtime.vllm_plugin.fused import DENSE, Entry, Part, allocate, suffixes
 from compressor.runtime.vllm_plugin.slicing import Share, obstacle
 from compressor_kernels import backend
@@ -127,8 +125,7 @@ def _runs_packed(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether linears compute from packed weights. Raises UsageError where the environment asks
     for something unknown.
     """
-    runtime = os.environ.get(RUNTIME, "auto")
-    placement.check(runtime)
+    runtime = asked_by_environment()
     if runtime != "auto":
         return runtime == "packed"
     runs = backend.runs(torch.empty(0, dtype=dtype, device=device))
