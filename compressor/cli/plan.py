@@ -59,6 +59,7 @@ def plan(
     max_sparsity: options.MaxSparsity = None,
     dense_fraction: options.DenseFraction = None,
     dataset: options.Dataset = None,
+    text_column: options.TextColumn = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
     seed: options.Seed = None,
@@ -95,7 +96,7 @@ def plan(
     given = {
         "model": model, "revision": revision, "method": method and method.replace("-", "_"), "refine": refine,
         "pattern": pattern, "keep": keep, "ranks": ranks, "ratios": ratios,
-        "dense_fraction": dense_fraction, "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
+        "dense_fraction": dense_fraction, "dataset": dataset, "text_column": text_column, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
         "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])

@@ -72,6 +72,7 @@ def prune(
         typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed"),
     ] = None,
     dataset: options.Dataset = None,
+    text_column: options.TextColumn = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
     seed: options.Seed = None,
@@ -112,7 +113,7 @@ def prune(
         "refine_only": refine_only, "tune": tune, "pattern": pattern,
         "ratios": ratios, "dense_fraction": dense_fraction,
         "plan": str(plan) if plan else None, "format": format,
-        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
+        "dataset": dataset, "text_column": text_column, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]

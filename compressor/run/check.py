@@ -84,7 +84,9 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         left_dense=left_dense, **allocation,
     )  # fmt: skip
     if job.needs_inputs:
-        tokens.check_dataset(recipe.dataset)
+        tokens.check_dataset(recipe.dataset, recipe.text_column)
+        if recipe.dataset == "self":
+            tokens.first_token(skeleton.config, reader.folder)
     if job.keep:  # every choice of ranks begins with these
         uniform.of_shapes(
             {task.linear.name: task.linear.shape for task in job.every},
