@@ -84,7 +84,9 @@ def hardware() -> str:
 
 
 def gauss(rows: int, columns: int, g: torch.Generator, tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """Gaussian weight; inputs correlated 0.9 between neighbouring channels, with log-normal scales."""
+    """Gaussian weight; inputs correlated 0.9 between neighbouring channels, with log-normal
+    scales.
+    """
     weight = torch.randn(rows, columns, generator=g) / columns**0.5
     noise = torch.randn(tokens, columns, generator=g)
     x = noise.clone()

@@ -47,8 +47,10 @@ CHECKED_ROWS = (1, 3, 7, 16, 17, 63, 96)
 TUNED_ROWS = (1, 4, 8, 16, 32, 64)
 QUICK_SHAPES = ((4096, 4096), (4096, 14336))
 LLAMA_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -89,7 +91,9 @@ def tuned(
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Put measured rows in place of the older ones of the same device, op, shape and count of rows."""
+    """Put measured rows in place of the older ones of the same device, op, shape and count of
+    rows.
+    """
     key = ("device", "op", "out", "in", "rows")
     kept = {tuple(row[name] for name in key): row for row in json.loads(TABLE.read_text()) + rows}
     lines = ",\n".join(json.dumps(kept[place]) for place in sorted(kept))

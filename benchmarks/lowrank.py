@@ -50,8 +50,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 KEY = ("model", "method", "keep")
 ROUTES = {  # to the factors of rank 1024
-    "torch.linalg.svd, float32": "p, s, q = torch.linalg.svd(w, full_matrices=False)\nu, v = p[:, :1024] * s[:1024], q[:1024]",
-    "torch.svd_lowrank (randomised), float32": "p, s, q = torch.svd_lowrank(w, 1024, niter=2)\nu, v = p * s, q.T",
+    "torch.linalg.svd, float32": "p, s, q = torch.linalg.svd(w, full_matrices=False)\n"
+    "u, v = p[:, :1024] * s[:1024], q[:1024]",
+    "torch.svd_lowrank (randomised), float32": "p, s, q = torch.svd_lowrank(w, 1024, niter=2)\n"
+    "u, v = p * s, q.T",
     "eigh of the Gram matrix, float64": "found = truncate(w, 1024)\nu, v = found.u, found.v",
 }
 
@@ -62,7 +64,8 @@ def run(model: str, method: str, keep: str) -> dict[str, Any]:
     data = SHARED / "data" / "canary"
     with TemporaryDirectory() as folder:
         report = compressor.prune(
-            SHARED / "models" / model, Path(folder) / "out", keep=keep, dataset=data / f"{model}-calib.jsonl",
+            SHARED / "models" / model, Path(folder) / "out", keep=keep,
+            dataset=data / f"{model}-calib.jsonl",
             num_samples=128, dtype="float32", device="cpu", **METHODS[method],
         )  # fmt: skip
         found = score(Path(folder) / "out", model)
@@ -137,7 +140,8 @@ def table(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any] | None, dense: float) -> str:
     if row is None:
         return "–"
-    return f"{row['ppl']:.3f} ({math.log(row['ppl'] / dense):.3f}){' u' * (row['taken'] == 'uniform' and row['method'] == 'kfac')}"
+    mark = " u" if row["taken"] == "uniform" and row["method"] == "kfac" else ""
+    return f"{row['ppl']:.3f} ({math.log(row['ppl'] / dense):.3f}){mark}"
 
 
 def decompositions() -> None:

@@ -41,24 +41,31 @@ def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
     mixture.
     """
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTER,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "intermediate_size": INTER,
         "vocab_size": VOCAB,
-        "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 2048,
+        "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
     if experts:
         config |= {
-            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": HIDDEN // HEADS,
-            "num_experts": experts, "num_experts_per_tok": min(8, experts), "moe_intermediate_size": EXPERT,
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+            "head_dim": HIDDEN // HEADS,
+            "num_experts": experts, "num_experts_per_tok": min(8, experts),
+            "moe_intermediate_size": EXPERT,
             "decoder_sparse_step": 1, "mlp_only_layers": [],
         }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     kv = HIDDEN // HEADS * KV_HEADS
     inside = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTER, HIDDEN), "mlp.up_proj": (INTER, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTER), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN),
+        "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTER, HIDDEN),
+        "mlp.up_proj": (INTER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTER), "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
     }  # fmt: skip
     if experts:
         inside = {name: shape for name, shape in inside.items() if not name.startswith("mlp.")}

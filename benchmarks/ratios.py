@@ -62,7 +62,9 @@ KEY = ("model", "method", "refine", "pattern", "ratios")
 
 @dataclass
 class Case:
-    """One model and method, loaded once; plans and divergences of uniform are shared by the rows."""
+    """One model and method, loaded once; plans and divergences of uniform are shared by the
+    rows.
+    """
 
     name: str
     method: str

@@ -118,11 +118,16 @@ def prune(
     from compressor.config.recipe import load, merge
 
     settings: dict[str, Any] = {
-        "model": str(model), "revision": revision, "method": method, "options": options, "refine": refine,
-        "refine_options": refine_options, "refine_only": refine_only, "tune": tune, "pattern": pattern, "ratios": ratios,
-        "dense_fraction": dense_fraction, "ratio_options": ratio_options, "keep": keep, "ranks": ranks,
+        "model": str(model), "revision": revision, "method": method, "options": options,
+        "refine": refine,
+        "refine_options": refine_options, "refine_only": refine_only, "tune": tune,
+        "pattern": pattern, "ratios": ratios,
+        "dense_fraction": dense_fraction, "ratio_options": ratio_options, "keep": keep,
+        "ranks": ranks,
         "rank_options": rank_options, "plan": plan and str(plan), "format": format,
-        "dataset": dataset and str(dataset), "text_column": text_column, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
+        "dataset": dataset and str(dataset), "text_column": text_column,
+        "num_samples": num_samples, "seq_len": seq_len,
+        "seed": seed, "dtype": dtype,
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     for name in ("options", "refine_options", "ratio_options", "rank_options"):

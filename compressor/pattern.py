@@ -101,7 +101,9 @@ class Pattern:
         return replace(self, zeros=self.zeros * stop // whole - self.zeros * start // whole)
 
     def check_width(self, name: str, in_features: int) -> None:
-        """Raise UsageError where a row of `in_features` weights cannot be split into groups of m."""
+        """Raise UsageError where a row of `in_features` weights cannot be split into groups of
+        m.
+        """
         if self.m and in_features % self.m:
             raise UsageError(
                 f"in_features {in_features} of {name} is not a multiple of {self.m} (pattern "
@@ -181,7 +183,9 @@ def _keep_groups(score: Tensor, n: int) -> Tensor:
 
 
 def keep_counts(score: Tensor, zeros: Tensor) -> Tensor:
-    """Mask without the `zeros[r]` smallest of row r, int64 `[rows]`, by a sort; same rule for ties."""
+    """Mask without the `zeros[r]` smallest of row r, int64 `[rows]`, by a sort; same rule for
+    ties.
+    """
     import torch
 
     quota = zeros[:, None]

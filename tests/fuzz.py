@@ -118,7 +118,8 @@ def make_bases(folder: Path) -> dict[str, list[Path]]:
     dense = [pruned("dense", model, method="magnitude", format="dense") for model in (llama,)]
     old = [legacy(dense[0], folder / "legacy")]
     every = [*plain, *packed, *dense, *old]
-    return {"inspect": every, "plan": plain, "prune": plain, "recipe": [llama], "unpack": packed, "pack": [*dense, *plain],
+    return {"inspect": every, "plan": plain, "prune": plain, "recipe": [llama], "unpack": packed,
+    "pack": [*dense, *plain],
             "import": old, "load": [*packed, *plain]}  # fmt: skip
 
 

@@ -136,7 +136,9 @@ def floors(graph: Graph) -> dict[str, int]:
 
 
 def function_lengths() -> list[tuple[int, str]]:
-    """Lines of code of every function, without docstring, comments and blank lines, longest first."""
+    """Lines of code of every function, without docstring, comments and blank lines, longest
+    first.
+    """
     found = []
     for name, path in modules().items():
         text = path.read_text().splitlines()

@@ -11,12 +11,16 @@ from random import Random
 from typing import Any
 
 NASTY: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 7, 63, 1 << 15, 1 << 31, (1 << 31) - 1, 1 << 40, 1 << 62, 1 << 63, -(1 << 63), 10**30,
-    0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), "", " ", "0", "x" * 5000, "../../escape", "/tmp/escape", "~/escape",
-    "a/b.safetensors", "model.safetensors", "..", "\u0000", "line\nbreak", "\x1b[31mred", "[/red]", "\ud800", "é😀",
+    None, True, False, -1, 0, 1, 2, 3, 7, 63, 1 << 15, 1 << 31, (1 << 31) - 1, 1 << 40, 1 << 62,
+    1 << 63, -(1 << 63), 10**30,
+    0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), "", " ", "0", "x" * 5000, "../../escape",
+    "/tmp/escape", "~/escape",
+    "a/b.safetensors", "model.safetensors", "..", "\u0000", "line\nbreak", "\x1b[31mred", "[/red]",
+    "\ud800", "é😀",
     "{0.__class__}", "%s%n", "${HOME}", "__import__('os')",
     "float16", "int8", "sparse24", "armor", "compress-llm", "gptq", "llama", "qwen3_moe",
-    "gpt2", "eager", [], {}, [[]], [0], [-1], [1 << 40, 1 << 40], {"": None}, {"format": "sparse24"}, ["x"] * 300,
+    "gpt2", "eager", [], {}, [[]], [0], [-1], [1 << 40, 1 << 40], {"": None},
+    {"format": "sparse24"}, ["x"] * 300,
     {"quant_method": "compress-llm"},
 ]  # fmt: skip
 
@@ -242,8 +246,10 @@ def damage(random: Random, folder: Path) -> str:
 
 
 RECIPE: dict[str, Any] = {
-    "method": "magnitude", "pattern": "2:4", "format": "packed", "dataset": "self", "num_samples": 2, "seq_len": 8, "seed": 0,
-    "dtype": "auto", "ignore": ["*q_proj"], "options": {}, "refine": "", "tune": 0, "refine_options": {}, "revision": "",
+    "method": "magnitude", "pattern": "2:4", "format": "packed", "dataset": "self",
+    "num_samples": 2, "seq_len": 8, "seed": 0,
+    "dtype": "auto", "ignore": ["*q_proj"], "options": {}, "refine": "", "tune": 0,
+    "refine_options": {}, "revision": "",
 }  # fmt: skip
 
 

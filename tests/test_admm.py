@@ -21,7 +21,9 @@ def nearest(row, n, m, quota):
 
 
 def literal(weight, start, stats, pattern, stages, steps, damping):
-    """The three lines of the paper in float64, a linear system solved for every row and iteration."""
+    """The three lines of the paper in float64, a linear system solved for every row and
+    iteration.
+    """
     gram, columns = stats.gram.double(), weight.shape[1]
     damped = gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     d = damped.diagonal().rsqrt()

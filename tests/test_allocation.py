@@ -211,8 +211,10 @@ def test_labels_of_the_model_follow_its_predictions():
 
 @pytest.mark.parametrize("pattern", ["50%", "61.7%"])
 @pytest.mark.parametrize("settings", [
-    {"ratios": "uniform"}, {"ratios": "owl"}, {"ratios": "ecoflap"}, {"ratios": "ecoflap", "ratio_options": {"score": "zeroth"}},
-    {"ratios": "curve"}, {"ratios": "curve", "ratio_options": {"granularity": "block", "labels": "model"}},
+    {"ratios": "uniform"}, {"ratios": "owl"}, {"ratios": "ecoflap"}, {"ratios": "ecoflap",
+    "ratio_options": {"score": "zeroth"}},
+    {"ratios": "curve"}, {"ratios": "curve", "ratio_options": {"granularity": "block",
+    "labels": "model"}},
     {"ratios": "curve", "ratio_options": {"direct": True, "tokens": 64}},
 ], ids=str)  # fmt: skip
 def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings, pattern):
@@ -329,7 +331,8 @@ COMMON = ("--num-samples", 8, "--seq-len", 32, "-q")
 @pytest.mark.parametrize("refine", ["", "dsnot", "admm"])
 def test_the_total_is_exact_to_one_weight(cli, tiny, rows, tmp_path, method, refine):
     refining = ["--refine", refine] if refine else []
-    cli("prune", tiny("llama"), "-o", tmp_path / "out", "--method", method, "--pattern", "57.3%", "--ratios", "uniform",
+    cli("prune", tiny("llama"), "-o", tmp_path / "out", "--method", method, "--pattern", "57.3%",
+    "--ratios", "uniform",
         *refining, "--dataset", rows, *COMMON)  # fmt: skip
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     zeros = sum(
@@ -345,7 +348,8 @@ def test_the_total_is_exact_to_one_weight(cli, tiny, rows, tmp_path, method, ref
 def test_both_divergences_are_printed_and_reported_and_the_output_reproduces(
     cli, tiny, rows, tmp_path
 ):
-    done = cli("prune", tiny("llama"), "-o", tmp_path / "a", "--pattern", "60%", "--ratios", "curve", "--max-sparsity", "75%",
+    done = cli("prune", tiny("llama"), "-o", tmp_path / "a", "--pattern", "60%", "--ratios",
+    "curve", "--max-sparsity", "75%",
                "--dataset", rows, *COMMON[:-1])  # fmt: skip
     assert "KL to the dense model on 256 calibration tokens: uniform " in done.stdout
     assert ", curve " in done.stdout
@@ -392,16 +396,25 @@ def test_dense_fraction_leaves_linears_dense_and_says_so(cli, tiny, rows, tmp_pa
     (["--ratios", "owl"], "--ratios shares out zeros, and 2:4 leaves none to share"),
     (["--pattern", "50%", "--ratios", "ecoflop"], "did you mean 'ecoflap'"),
     (["--pattern", "50%", "--dense-fraction", "10%"], "--dense-fraction is for n:m patterns"),
-    (["--pattern", "50%", "--dense-fraction", "10%", "--ratios", "owl"], "--dense-fraction is for n:m patterns"),
-    (["--dense-fraction", "110%"], "dense-fraction is '110%'; accepted: a fraction between 0 and 1 such as 10%"),
-    (["--pattern", "50%", "--set", "ratios.tokens=9"], "ratios.tokens is an option of --ratios or --dense-fraction"),
+    (["--pattern", "50%", "--dense-fraction", "10%", "--ratios", "owl"],
+    "--dense-fraction is for n:m patterns"),
+    (["--dense-fraction", "110%"],
+    "dense-fraction is '110%'; accepted: a fraction between 0 and 1 such as 10%"),
+    (["--pattern", "50%", "--set", "ratios.tokens=9"],
+    "ratios.tokens is an option of --ratios or --dense-fraction"),
     (["--pattern", "50%", "--ratios", "curve", "--set", "ratios.tokens=0"], "ratios.tokens is 0"),
-    (["--pattern", "50%", "--ratios", "curve", "--set", "ratios.labels=x"], "ratios.labels is 'x'; accepted: text, model"),
-    (["--pattern", "50%", "--ratios", "ecoflap", "--set", "ratios.score=x"], "ratios.score is 'x'; accepted: first, product"),
-    (["--pattern", "50%", "--ratios", "ecoflap", "--set", "ratios.granularity=x"], "granularity is 'x'; accepted: block, linear"),
-    (["--pattern", "50%", "--ratios", "owl", "--set", "ratios.spread=1"], "ratios.spread is 1.0; accepted: 0 or more"),
-    (["--pattern", "50%", "--ratios", "owl", "--max-sparsity", "40%"], "max_sparsity 0.4 is below the sparsity asked for"),
-    (["--pattern", "50%", "--ratios", "uniform", "--max-sparsity", "80%"], "ratios uniform has no option 'max_sparsity'"),
+    (["--pattern", "50%", "--ratios", "curve", "--set", "ratios.labels=x"],
+    "ratios.labels is 'x'; accepted: text, model"),
+    (["--pattern", "50%", "--ratios", "ecoflap", "--set", "ratios.score=x"],
+    "ratios.score is 'x'; accepted: first, product"),
+    (["--pattern", "50%", "--ratios", "ecoflap", "--set", "ratios.granularity=x"],
+    "granularity is 'x'; accepted: block, linear"),
+    (["--pattern", "50%", "--ratios", "owl", "--set", "ratios.spread=1"],
+    "ratios.spread is 1.0; accepted: 0 or more"),
+    (["--pattern", "50%", "--ratios", "owl", "--max-sparsity", "40%"],
+    "max_sparsity 0.4 is below the sparsity asked for"),
+    (["--pattern", "50%", "--ratios", "uniform", "--max-sparsity", "80%"],
+    "ratios uniform has no option 'max_sparsity'"),
     (["--refine-only", "*q_proj"], "--refine-only '*q_proj' is for --refine, which is not given"),
     (["--refine", "lsq", "--refine-only", "*x"], "--refine-only '*x' matches no linear"),
     (["--plan", "nowhere.toml", "--pattern", "2:4"], "--pattern 2:4 would not be used"),

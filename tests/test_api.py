@@ -1,4 +1,6 @@
-"""The Python API: the settings of a recipe as typed keywords, the same weights as the command line."""
+"""The Python API: the settings of a recipe as typed keywords, the same weights as the command
+line.
+"""
 
 import inspect
 from dataclasses import fields
@@ -21,13 +23,16 @@ def test_prune_has_a_keyword_for_every_setting():
 
 def test_prune_gives_the_bytes_of_the_command_line(cli, demo_model, rows, tmp_path):
     report = compressor.prune(
-        demo_model, tmp_path / "a", method="sparsegpt", options={"damp": 0.1}, refine="lsq", refine_options={"iterations": 5},
+        demo_model, tmp_path / "a", method="sparsegpt", options={"damp": 0.1}, refine="lsq",
+        refine_options={"iterations": 5},
         dataset=rows, num_samples=4, seq_len=32, ignore=["*k_proj"], device="cpu",
     )  # fmt: skip
     assert len(report.linears) == 24
     cli(
-        "prune", demo_model, "-o", tmp_path / "b", "--method", "sparsegpt", "--set", "damp=0.1", "--refine", "lsq", "--set",
-        "lsq.iterations=5", "--dataset", rows, "--num-samples", 4, "--seq-len", 32, "--ignore", "*k_proj", "-q",
+        "prune", demo_model, "-o", tmp_path / "b", "--method", "sparsegpt", "--set", "damp=0.1",
+        "--refine", "lsq", "--set",
+        "lsq.iterations=5", "--dataset", rows, "--num-samples", 4, "--seq-len", 32, "--ignore",
+        "*k_proj", "-q",
     )  # fmt: skip
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name

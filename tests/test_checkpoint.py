@@ -65,7 +65,8 @@ def test_index_must_stay_in_the_folder_and_tell_the_truth(folder):
     original = json.loads((folder / INDEX).read_text())
     shards = list(original["weight_map"].values())
     name = next(name for name, shard in original["weight_map"].items() if shards.count(shard) > 1)
-    for shard, match in [("../evil.safetensors", "plain"), ("/etc/passwd", "plain"), ("a/b.safetensors", "plain"), (7, "plain"),
+    for shard, match in [("../evil.safetensors", "plain"), ("/etc/passwd", "plain"),
+    ("a/b.safetensors", "plain"), (7, "plain"),
                          ("model-99.safetensors", "not there")]:  # fmt: skip
         (folder / INDEX).write_text(
             json.dumps({**original, "weight_map": {**original["weight_map"], name: shard}})
@@ -103,7 +104,8 @@ def test_lying_headers(folder):
     def first(header):
         return header[next(name for name in header if name != "__metadata__")]
 
-    for data, match in [(good[:-10], "truncated"), (good + b"x", "too long"), (good[:4], "header length"), (b"", "header length"),
+    for data, match in [(good[:-10], "truncated"), (good + b"x", "too long"), (good[:4],
+    "header length"), (b"", "header length"),
                         (struct.pack("<Q", 1 << 60) + good[8:], "header length"),
                         (struct.pack("<Q", 20) + b"{" * 200, "malformed")]:  # fmt: skip
         path.write_bytes(data)

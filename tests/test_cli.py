@@ -1,4 +1,6 @@
-"""The command line as a user meets it: results, and one clear line for everything that cannot work."""
+"""The command line as a user meets it: results, and one clear line for everything that cannot
+work.
+"""
 
 import json
 import shutil

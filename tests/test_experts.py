@@ -466,7 +466,8 @@ def test_factored_experts_reload_with_the_same_logits(
 
 
 @pytest.mark.parametrize(("family", "globs"), [
-    ("gpt_oss", ["*experts.gate_up_proj.*", "*experts.down_proj.*"]), ("granitemoe", ["*input_linear.*", "*output_linear.*"]),
+    ("gpt_oss", ["*experts.gate_up_proj.*", "*experts.down_proj.*"]), ("granitemoe",
+    ["*input_linear.*", "*output_linear.*"]),
 ])  # fmt: skip
 def test_experts_in_one_tensor_cannot_be_factored_and_are_left_dense_on_request(
     family, globs, cli, tiny, rows, tmp_path

@@ -35,7 +35,9 @@ from compressor.stats import InputStats
 
 
 def problem(rows, columns, tokens=400):
-    """A weight, its inputs with correlated columns of very different sizes, and their statistics."""
+    """A weight, its inputs with correlated columns of very different sizes, and their
+    statistics.
+    """
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(tokens, columns, generator=generator) @ torch.randn(

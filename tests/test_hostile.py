@@ -45,7 +45,9 @@ ENOUGH = settings(
 
 
 def answer(function, *arguments):
-    """What a function returns, or None where it raised an expected error, which must be one line."""
+    """What a function returns, or None where it raised an expected error, which must be one
+    line.
+    """
     try:
         return function(*arguments)
     except CompressError as error:

@@ -1,4 +1,6 @@
-"""`compress pack` and `compress import`: foreign 2:4 checkpoints into the packed format, exactly."""
+"""`compress pack` and `compress import`: foreign 2:4 checkpoints into the packed format,
+exactly.
+"""
 
 import json
 import shutil

@@ -38,7 +38,9 @@ def test_wheel_holds_exactly_our_two_packages(tmp_path):
 
 
 def test_the_folder_kernels_does_not_hide_their_package(tmp_path):
-    """With our checkout first on the path, `import kernels` still finds the one that is installed."""
+    """With our checkout first on the path, `import kernels` still finds the one that is
+    installed.
+    """
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("THEIRS = True")
     path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]"

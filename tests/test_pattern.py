@@ -12,8 +12,10 @@ from compressor.pattern import Pattern, keep_counts
 
 @pytest.mark.parametrize(
     ("text", "sparsity", "n", "m", "shown"),
-    [("2:4", Fraction(1, 2), 2, 4, "2:4"), ("1:4", Fraction(3, 4), 1, 4, "1:4"), (" 4:8 ", Fraction(1, 2), 4, 8, "4:8"),
-     ("50%", Fraction(1, 2), 0, 0, "50%"), ("0.7", Fraction(7, 10), 0, 0, "70%"), (".25", Fraction(1, 4), 0, 0, "25%")],
+    [("2:4", Fraction(1, 2), 2, 4, "2:4"), ("1:4", Fraction(3, 4), 1, 4, "1:4"), (" 4:8 ",
+    Fraction(1, 2), 4, 8, "4:8"),
+     ("50%", Fraction(1, 2), 0, 0, "50%"), ("0.7", Fraction(7, 10), 0, 0, "70%"), (".25",
+     Fraction(1, 4), 0, 0, "25%")],
 )  # fmt: skip
 def test_parses(text, sparsity, n, m, shown):
     pattern = Pattern.parse(text)

@@ -47,7 +47,8 @@ def test_what_is_written_is_read_back(tmp_path_factory, job, data):
         zeros = data.draw(st.integers(1, task.linear.size))
         goals[task.linear.name] = (
             None if kind == "dense"
-            else plan_file.Pattern.exact(zeros, task.linear.size) if kind == "exact" else plan_file.Pattern.parse(kind)
+            else plan_file.Pattern.exact(zeros,
+            task.linear.size) if kind == "exact" else plan_file.Pattern.parse(kind)
         )  # fmt: skip
     assigned = job.assign(goals, 'because of "this" # and\nthat')
     path = tmp_path_factory.mktemp("plan") / "plan.toml"
@@ -130,11 +131,13 @@ def test_a_folder_bytes_and_a_huge_file_are_no_plans(tmp_path):
 
 @pytest.mark.parametrize(("change", "match"), [
     ({Q: None}, f"lacks 1 linears of this model, {Q} among them"),
-    ({f"{Q}x": "{ dense = true }"}, f"names '{Q}x', which is no linear of this model; did you mean '{Q}'"),
+    ({f"{Q}x": "{ dense = true }"},
+    f"names '{Q}x', which is no linear of this model; did you mean '{Q}'"),
     ({Q: "{ zeros = 4097 }"}, f"asks for 4097 zeros in {Q}, which has 4096 weights"),
     ({Q: "{ zeros = -1 }"}, f"asks for -1 zeros in {Q}"),
     ({"*.z_proj": "{ dense = true }"}, "the plan's '*.z_proj' matches no linear; names look like"),
-    ({Q: '{ keep = "0.1%" }'}, f"the plan keeps 0.1% of {Q}, which has 4096 weights: that is less than rank 1"),
+    ({Q: '{ keep = "0.1%" }'},
+    f"the plan keeps 0.1% of {Q}, which has 4096 weights: that is less than rank 1"),
     ({Q: '{ pattern = "2:5" }'}, f"in_features 64 of {Q} is not a multiple of 5"),
 ])  # fmt: skip
 def test_a_plan_that_does_not_fit_the_model(tmp_path, linears, change, match):
@@ -174,7 +177,9 @@ def test_a_plan_is_made_edited_used_and_the_output_makes_itself_again(cli, tiny,
     assert '"model.layers.2.self_attn.v_proj" = { dense = true }  # --ignore *.2.*v_proj' in names
     edited = [
         f'"{Q}" = {{ pattern = "2:4" }}' if Q in line
-        else '"model.layers.1.mlp.up_proj" = { dense = true }' if "1.mlp.up_proj" in line else line for line in lines
+        else '"model.layers.1.mlp.up_proj" = { dense = true }' if "1.mlp.up_proj" in line
+        else line
+        for line in lines
     ]  # fmt: skip
     file.write_text("\n".join(edited))
     cli(
@@ -296,7 +301,8 @@ def test_dry_run_shows_the_plan(cli, tiny, tmp_path, linears):
 @pytest.mark.parametrize(("arguments", "code", "match"), [
     (["--pattern", "50%", "--ratios", "owl", "-o", "{tmp}/there"], 1, "there exists already"),
     (["--pattern", "50%", "-o", "{tmp}/none/p.toml"], 1, "the folder of"),
-    (["-o", "{tmp}/p.toml", "--plot", "{tmp}/p.bmp"], 2, "ends in '.bmp'; accepted: .png, .svg, .pdf"),
+    (["-o", "{tmp}/p.toml", "--plot", "{tmp}/p.bmp"], 2,
+    "ends in '.bmp'; accepted: .png, .svg, .pdf"),
     (["-o", "{tmp}/p.toml", "--pattern", "4:2"], 2, "keeps 4 of every 2"),
 ])  # fmt: skip
 def test_plan_refuses_before_any_work(cli, tiny, rows, tmp_path, arguments, code, match):
@@ -315,7 +321,8 @@ def test_plan_refuses_before_any_work(cli, tiny, rows, tmp_path, arguments, code
 
 
 @pytest.mark.parametrize(("text", "match"), [
-    ('plan = "/etc/passwd"', "is not inside its folder"), ('plan = "../p.toml"', "is not inside its folder"),
+    ('plan = "/etc/passwd"', "is not inside its folder"), ('plan = "../p.toml"',
+    "is not inside its folder"),
     ("plan = 3", "plan is 3"),
     ('plan = "none.toml"', "does not exist"),
     ('plan = "p.toml"\nratios = "owl"', "give one of them"),

@@ -1,4 +1,6 @@
-"""`compress report`: a page that says what the report says, fetches nothing, and believes no file."""
+"""`compress report`: a page that says what the report says, fetches nothing, and believes no
+file.
+"""
 
 import json
 import re
@@ -24,18 +26,23 @@ PARTS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
 def facts(blocks, *, name="model.layers.{}.{}", error=0.02):
     linears = [
         {
-            "name": name.format(block, part), "shape": [8, 8], "format": "sparse24", "sparsity": 0.5, "dense_bytes": 128,
-            "error": None if error is None else error * (1 + block), "bytes": 72, "entry": {"format": "sparse24"},
+            "name": name.format(block, part), "shape": [8, 8], "format": "sparse24",
+            "sparsity": 0.5, "dense_bytes": 128,
+            "error": None if error is None else error * (1 + block), "bytes": 72,
+            "entry": {"format": "sparse24"},
         }
         for block in range(blocks)
         for part in PARTS
     ]  # fmt: skip
     return {
-        "recipe": {"method": "wanda", "pattern": "2:4", "dataset": "self"}, "architecture": "llama", "parameters": 1000,
+        "recipe": {"method": "wanda", "pattern": "2:4", "dataset": "self"}, "architecture": "llama",
+        "parameters": 1000,
         "input_bytes": 2000, "output_bytes": 1500, "linears": linears, "calibration_tokens": 64,
         "blocks": [{"index": index, "error": error} for index in range(blocks)],
-        "left_dense": [{"name": "lm_head.weight", "shape": [9, 8], "reason": "outside the decoder blocks"}],
-        "totals": {"dense_bytes": 128 * len(linears), "bytes": 72 * len(linears), "sparsity": 0.5}, "versions": {"torch": "2"},
+        "left_dense": [{"name": "lm_head.weight", "shape": [9, 8],
+        "reason": "outside the decoder blocks"}],
+        "totals": {"dense_bytes": 128 * len(linears), "bytes": 72 * len(linears), "sparsity": 0.5},
+        "versions": {"torch": "2"},
     }  # fmt: skip
 
 
@@ -46,7 +53,8 @@ def measured(blocks):
     values = [10.0 ** -(place * 3 / 7) for place in range(8)]
     return [
         {
-            "block": block, "linear": part, "shape": [8, 16], "count": 1, "rank": 2 if block else None, "largest_rank": 5,
+            "block": block, "linear": part, "shape": [8, 16], "count": 1,
+            "rank": 2 if block else None, "largest_rank": 5,
             "index": list(range(8)), "values": values,
         }
         for block in range(blocks)

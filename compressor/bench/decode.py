@@ -84,9 +84,11 @@ def measure_model(
             torch.cuda.synchronize()
             seconds.append((time.perf_counter() - start) / ROUND)
         rows.append({
-            "model": label, "batch": batch, "tokens_per_s": round(batch / statistics.median(seconds), 1),
+            "model": label, "batch": batch,
+            "tokens_per_s": round(batch / statistics.median(seconds), 1),
             "ms_per_step": round(1e3 * statistics.median(seconds), 3),
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2), **({"note": note} if note else {}),
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            **({"note": note} if note else {}),
         })  # fmt: skip
         del decoder, step
     return rows

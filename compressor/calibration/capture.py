@@ -65,7 +65,9 @@ class States:
         )
 
     def at_least(self, tokens: int) -> States:
-        """As `first`, with as few batches as hold so many tokens; all of them if there are fewer."""
+        """As `first`, with as few batches as hold so many tokens; all of them if there are
+        fewer.
+        """
         batches = -(-tokens // self.ids[0].numel())
         return self.first(max(1, batches))
 

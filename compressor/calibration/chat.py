@@ -44,9 +44,10 @@ def _message(where: str, entry: Any) -> Message:
             f"{where} has no `role` (or `from`); its fields are {', '.join(entry)}"[:300]
         )
     if isinstance(content, list):  # parts of texts, pictures, …
-        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-        if content is None:
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts = [text for text in parts if isinstance(text, str)]
+        content = "".join(texts)
+        if len(texts) < len(parts):
             raise DataError(f"{where} has `content` that is not all text; leave such chats out")
     if isinstance(content, str):
         message["content"] = content

@@ -59,8 +59,8 @@ def check_dataset(dataset: str, text_column: str = "") -> None:
     """Everything about a dataset's name that can be known without reading it. Raises DataError."""
     if text_column and not has_columns(dataset):
         raise DataError(
-            f"dataset {dataset} has no columns, text-column {text_column!r} is for .jsonl, .parquet and Hub "
-            "datasets: leave it out, or name such a dataset with --dataset"
+            f"dataset {dataset} has no columns, text-column {text_column!r} is for .jsonl, "
+            ".parquet and Hub datasets: leave it out, or name such a dataset with --dataset"
         )
     if dataset == "self":
         return
@@ -140,7 +140,9 @@ def _has(fields: Any) -> str:
 
 
 def _column(fields: Mapping[str, Any], text_column: str) -> str:
-    """The field that counts; empty where there is none. One without a value is none if there is another."""
+    """The field that counts; empty where there is none. One that is null is none if there is
+    another.
+    """
     if text_column:
         return text_column if text_column in fields else ""
     there = [name for name in _FIELDS if name in fields]
@@ -235,8 +237,8 @@ def _unpadded(where: str, row: Any, mask: Any) -> list[int]:
     first, count = mask.index(1) if 1 in mask else 0, sum(map(int, mask))
     if not all(mask[first : first + count]):
         raise DataError(
-            f"{where}: `attention_mask` is 0 between tokens; padding at either end is left out, nothing "
-            "else: give the row without the tokens that do not count"
+            f"{where}: `attention_mask` is 0 between tokens; padding at either end is left out, "
+            "nothing else: give the row without the tokens that do not count"
         )
     return row[first : first + count]
 

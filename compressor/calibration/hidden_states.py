@@ -99,7 +99,8 @@ class Batches(Sequence[Tensor]):
             os.fsync(file.fileno())
         shape, dtype = self._kind
         return {
-            "name": self.name, "generation": self._generation, "batches": self._count, "shape": list(shape),
+            "name": self.name, "generation": self._generation, "batches": self._count,
+            "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."), "sha256": self._digest.hexdigest(),
         }  # fmt: skip
 

@@ -191,7 +191,8 @@ def _ids(record: Record, vocab_size: int) -> list[int]:
     if len(row) < 2 or not all(0 <= token < vocab_size for token in row):
         raise DataError(
             f"{record.where}: input_ids must be rows of two or more integers in "
-            f"0..{vocab_size - 1}, the model's vocabulary; what attention_mask leaves out is no part of them"
+            f"0..{vocab_size - 1}, the model's vocabulary; what attention_mask leaves out is no "
+            "part of them"
         )
     return row
 
@@ -243,7 +244,8 @@ def first_token(config: Any, folder: Path) -> int:
     if not 0 <= start < text.vocab_size:
         raise DataError(
             f"{folder}/config.json has bos_token_id {start}, the model's vocabulary is "
-            f"0..{text.vocab_size - 1}: correct it (null begins with token 0), or give a text with --dataset"
+            f"0..{text.vocab_size - 1}: correct it (null begins with token 0), or give a text "
+            "with --dataset"
         )
     return start
 

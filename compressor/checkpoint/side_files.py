@@ -1,4 +1,4 @@
-"""The files beside the weights: which of them belong to a checkpoint, by a list of what is known to.
+"""The files beside the weights: which of them belong to a checkpoint, by a list of those known to.
 
 Whatever else lies in a folder (an adapter, an optimizer's state, indices of other weights) is not
 part of what a loader makes of its weights and its config.json, and can keep it from loading.
@@ -48,7 +48,7 @@ def names(folder: Path) -> list[str]:
 
 
 def side_files(folder: Path, *, code: bool) -> list[str]:
-    """The tokenizer, configuration and licence files of `folder` beside config.json, relative to it.
+    """The tokenizer, licence and further files of `folder` beside config.json, relative to it.
 
     Args:
         folder: the checkpoint.

@@ -24,7 +24,9 @@ def report_path(output: Path) -> Path:
 
 
 def is_complete(output: Path) -> bool:
-    """Whether all of `output` was made, and only its name, or the report beside it, may be missing."""
+    """Whether all of `output` was made, and only its name, or the report beside it, may be
+    missing.
+    """
     return (
         state_file(work_path(output), BEGIN).is_file()
         and state_file(work_path(output), COMPLETE).is_file()

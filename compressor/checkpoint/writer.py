@@ -164,7 +164,9 @@ class Writer:
             ) from None
 
     def replace(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store `tensors` in place of the input tensor `name`; their names replace its last part."""
+        """Store `tensors` in place of the input tensor `name`; their names replace its last
+        part.
+        """
         prefix = name.rpartition(".")[0]
         self.pending.remove(name)
         parts = self.parts.setdefault(name, [])

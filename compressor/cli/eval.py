@@ -121,8 +121,11 @@ def evaluate(
 
     where = str(choose_device(device))
     settings: dict[str, Any] = {
-        "datasets": dataset or [], "text_column": text_column or "", "tasks": names, "divergence": kl, "include_path": include_path, "seq_len": seq_len,
-        "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size,
+        "datasets": dataset or [], "text_column": text_column or "",
+        "tasks": names, "divergence": kl, "include_path": include_path,
+        "seq_len": seq_len,
+        "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cached,
     }  # fmt: skip
     with scoring_progress(quiet) as (progress, note):
@@ -152,6 +155,6 @@ evaluate.__doc__ = f"""{cleandoc(evaluate.__doc__ or "")}
 
 compress eval out --baseline org/model --dataset wikitext2-test.txt
 
-compress eval out out-armor out-50 --baseline org/model --dataset wikitext2-test.txt --plot quality.png
+compress eval out out-armor out-50 --baseline org/model --dataset wikitext2.txt --plot quality.png
 
 compress eval out --tasks arc_easy,piqa --json -o scores.json"""

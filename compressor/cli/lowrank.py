@@ -71,8 +71,11 @@ def lowrank(
 
     settings = {"method": "kfac", **(load(find(recipe)) if recipe else {})}
     given = {
-        "model": model, "revision": revision, "method": method and method.replace("-", "_"), "keep": keep, "ranks": ranks,
-        "tune": tune, "plan": str(plan) if plan else None, "dataset": dataset, "text_column": text_column, "num_samples": num_samples, "seq_len": seq_len,
+        "model": model, "revision": revision, "method": method and method.replace("-", "_"),
+        "keep": keep, "ranks": ranks,
+        "tune": tune, "plan": str(plan) if plan else None,
+        "dataset": dataset, "text_column": text_column,
+        "num_samples": num_samples, "seq_len": seq_len,
         "seed": seed, "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore,
         "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """[bold]Examples[/bold]
 
-compress plan org/model -o plan.toml --pattern 60% --ratios curve --dataset text.jsonl --plot plan.png
+compress plan org/model -o plan.toml --pattern 60% --ratios curve --dataset t.jsonl --plot plan.png
 
 compress prune org/model -o out --plan plan.toml --method sparsegpt --dataset text.jsonl
 
@@ -94,10 +94,14 @@ def plan(
     if keep and not method and "method" not in settings:
         method = "kfac"
     given = {
-        "model": model, "revision": revision, "method": method and method.replace("-", "_"), "refine": refine,
+        "model": model, "revision": revision, "method": method and method.replace("-", "_"),
+        "refine": refine,
         "pattern": pattern, "keep": keep, "ranks": ranks, "ratios": ratios,
-        "dense_fraction": dense_fraction, "dataset": dataset, "text_column": text_column, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "dense_fraction": dense_fraction, "dataset": dataset, "text_column": text_column,
+        "num_samples": num_samples,
+        "seq_len": seq_len, "seed": seed,
+        "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore,
+        "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
     if merged.keep and pattern:
@@ -207,7 +211,9 @@ def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:
 
 
 def _span(values: list[float], show: Callable[[float], Text]) -> Text:
-    """The lowest and the highest value, one where they are the same, nothing where there is none."""
+    """The lowest and the highest value, one where they are the same, nothing where there is
+    none.
+    """
     if not values:
         return Text()
     low, high = show(min(values)), show(max(values))

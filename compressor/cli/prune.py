@@ -113,8 +113,11 @@ def prune(
         "refine_only": refine_only, "tune": tune, "pattern": pattern,
         "ratios": ratios, "dense_fraction": dense_fraction,
         "plan": str(plan) if plan else None, "format": format,
-        "dataset": dataset, "text_column": text_column, "num_samples": num_samples, "seq_len": seq_len, "seed": seed, "dtype": dtype,
-        "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code or None,
+        "dataset": dataset, "text_column": text_column,
+        "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
+        "dtype": dtype,
+        "expert_tokens": expert_tokens, "ignore": ignore,
+        "trust_remote_code": trust_remote_code or None,
     }  # fmt: skip
     assign = [*(assign or []), *most(max_sparsity)]
     merged = merge(load(find(recipe)) if recipe else {}, given, assign)
@@ -227,10 +230,12 @@ def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model, "method": recipe.method, **asked, "seq_len": job.seq_len,
         "blocks": len(job.tasks),
         "linears": [
-            {"name": task.linear.name, "shape": list(task.linear.shape), "goal": f"keep {recipe.keep}" if job.keep else _goal(task)}
+            {"name": task.linear.name, "shape": list(task.linear.shape),
+            "goal": f"keep {recipe.keep}" if job.keep else _goal(task)}
             for task in job.every
         ],
-        "left_dense": [{"name": left.name, "shape": left.shape, "reason": left.reason} for left in job.left_dense],
+        "left_dense": [{"name": left.name, "shape": left.shape,
+        "reason": left.reason} for left in job.left_dense],
     }  # fmt: skip
 
 

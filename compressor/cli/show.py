@@ -35,7 +35,9 @@ err = Console(
 
 
 def speaks() -> bool:
-    """Whether this process is the only one of its run, or the first of those that torchrun started."""
+    """Whether this process is the only one of its run, or the first of those that torchrun
+    started.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -28,7 +28,9 @@ _BLOCK = re.compile(r"\.\d+\.")  # in the name of a tensor that belongs to a dec
 def load_model(
     model: str, *, device: str, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Path]:
-    """A plain or compressed checkpoint, ready to be scored, and its folder. Raises CheckpointError."""
+    """A plain or compressed checkpoint, ready to be scored, and its folder. Raises
+    CheckpointError.
+    """
     import compressor.runtime  # makes from_pretrained understand compressed folders
 
     folder = resolve(model)
@@ -169,7 +171,9 @@ class Candidate:
 
     @property
     def linear_bytes(self) -> int:
-        """Of the weight matrices inside the decoder blocks, as stored: what compression works on."""
+        """Of the weight matrices inside the decoder blocks, as stored: what compression works
+        on.
+        """
         entries = self.reader.tensors.items()
         return sum(
             entry.nbytes for name, entry in entries if len(entry.shape) >= 2 and _BLOCK.search(name)

@@ -31,7 +31,9 @@ class Armor:
 
     @classmethod
     def from_factors(cls, a: Tensor, core: Tensor, b: Tensor) -> Self:
-        """Pack the core `[out, in]`. Raises ValueError where a group has more than two non-zeros."""
+        """Pack the core `[out, in]`. Raises ValueError where a group has more than two
+        non-zeros.
+        """
         return cls(*pack24(core), a, b)
 
     def core(self) -> Tensor:

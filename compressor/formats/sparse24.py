@@ -24,7 +24,9 @@ class Sparse24:
 
     @classmethod
     def from_dense(cls, weight: Tensor) -> Self:
-        """Pack `weight` `[out, in]`. Raises ValueError where a group has more than two non-zeros."""
+        """Pack `weight` `[out, in]`. Raises ValueError where a group has more than two
+        non-zeros.
+        """
         return cls(*pack24(weight))
 
     @property

@@ -129,7 +129,8 @@ def compress(
     why = (
         ""
         if blocks
-        else f"plain 2:4: no blocks of A and B that divide {list(weight.shape)} fit overhead {overhead:g}"
+        else f"plain 2:4: no blocks of A and B that divide {list(weight.shape)} "
+        f"fit overhead {overhead:g}"
     )
     return replace(form, losses=(before, after), note=why)
 
@@ -203,7 +204,9 @@ def _check(
 
 
 def _objective(weight: Tensor, stats: InputStats, h: Tensor, proxy: str, finish: int) -> _Objective:
-    """The loss that decides: the paper's where only diagonals are used, the output error otherwise."""
+    """The loss that decides: the paper's where only diagonals are used, the output error
+    otherwise.
+    """
     wide = bool(h.max() > _WIDE_RANGE * h[h > 0].median())
     target = weight.to(torch.float64 if wide else torch.float32)
     if proxy == "diagonal" and not finish:

@@ -1,4 +1,6 @@
-"""Plain truncated SVD: the nearest weight of a rank, ‖W - U V‖_F, blind to the inputs. A baseline."""
+"""Plain truncated SVD: the nearest weight of a rank, ‖W - U V‖_F, blind to the inputs. A
+baseline.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ class Matrix:
 
 
 def expert_modules(root: nn.Module) -> list[tuple[str, Any]]:
-    """Modules below `root` whose forward is one of transformers' expert implementations, by name."""
+    """Modules below `root` whose forward is one of transformers' expert implementations, by
+    name.
+    """
     found = [
         (name, module)
         for name, module in root.named_modules()
@@ -110,7 +112,9 @@ def entering(module: Any) -> str:
 
 
 def only_stacks(module: Any) -> bool:
-    """Whether an experts' module holds nothing but its two stacked parameters: no biases, no norm."""
+    """Whether an experts' module holds nothing but its two stacked parameters: no biases, no
+    norm.
+    """
     return {name for name, _ in module.named_parameters()} == {
         entering(module),
         "down_proj",
@@ -223,7 +227,9 @@ def run_experts(
 
 
 def use_linears(model: Any) -> None:
-    """Have every experts module of `model` that got its `experts` (see `attach`) compute with them."""
+    """Have every experts module of `model` that got its `experts` (see `attach`) compute with
+    them.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -336,7 +336,9 @@ def _return_large_allocations() -> None:
 
 
 def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
-    """The transformers config of a checkpoint that is not compressed yet. Raises CheckpointError."""
+    """The transformers config of a checkpoint that is not compressed yet. Raises
+    CheckpointError.
+    """
     from transformers import AutoConfig
 
     kind = reader.config.get("model_type")

@@ -142,8 +142,12 @@ def _cells(rows: list[Row], value: Any) -> dict[tuple[int, str], float]:
 def _same(record: Record) -> list[str]:
     """A sentence for every map that would have one colour."""
     places = {(row.block, row.part) for row in record.rows if row.block is not None}
+
+    def where(values: Mapping[Any, Any], missing: str) -> str:
+        return " everywhere" if len(values) == len(places) else f", or {missing}"
+
     return [
-        f"{title}: {show(next(iter(values.values())))}{' everywhere' if len(values) == len(places) else f', or {missing}'}."
+        f"{title}: {show(next(iter(values.values())))}{where(values, missing)}."
         for title, values, show, missing in _maps(record).values()
         if values and min(values.values()) == max(values.values())
     ]

@@ -45,14 +45,18 @@ def _scale(colours: list[str], first: str, last: str, turn: int) -> dict[str, st
 
 
 LIGHT = {
-    "page": "#ffffff", "card": "#f6f7f9", "ink": "#1b2026", "label": "#545d68", "edge": "#d5dae0", "grid": "#e2e6ea",
-    "axis": "#8b949e", "bar": "#2070b4", "none": "#f0e4cf", "link": "#0b5cad", "s0": "#2070b4", "s1": "#e0a43a", "s2": "#9aa4ae",
+    "page": "#ffffff", "card": "#f6f7f9", "ink": "#1b2026", "label": "#545d68", "edge": "#d5dae0",
+    "grid": "#e2e6ea",
+    "axis": "#8b949e", "bar": "#2070b4", "none": "#f0e4cf", "link": "#0b5cad", "s0": "#2070b4",
+    "s1": "#e0a43a", "s2": "#9aa4ae",
     "halo": "#ffffff", **_depths(_LIGHT_DEPTHS),
     **_scale(_LIGHT_SCALE, "#1b2026", "#ffffff", 5),
 }  # fmt: skip
 DARK = {
-    "page": "#11161c", "card": "#1a2027", "ink": "#e8ecf0", "label": "#a3adb8", "edge": "#343d47", "grid": "#2a323b",
-    "axis": "#6e7781", "bar": "#5ba3cf", "none": "#4a3d24", "link": "#7ab8ee", "s0": "#4a8cbf", "s1": "#d69a2d", "s2": "#69737d",
+    "page": "#11161c", "card": "#1a2027", "ink": "#e8ecf0", "label": "#a3adb8", "edge": "#343d47",
+    "grid": "#2a323b",
+    "axis": "#6e7781", "bar": "#5ba3cf", "none": "#4a3d24", "link": "#7ab8ee", "s0": "#4a8cbf",
+    "s1": "#d69a2d", "s2": "#69737d",
     "halo": "#11161c", **_depths(_DARK_DEPTHS),
     **_scale(_DARK_SCALE, "#e8ecf0", "#0b0f14", 5),
 }  # fmt: skip

@@ -44,7 +44,9 @@ def write_pictures(charts: list[Chart], folder: Path) -> None:
 
 
 def _draw(figure: Any, chart: Chart) -> None:
-    """The elements of the tree, one CSS pixel as 1 / 96 inch, with a margin and room for the title."""
+    """The elements of the tree, one CSS pixel as 1 / 96 inch, with a margin and room for the
+    title.
+    """
     margin, head = 16.0, 34.0
     width, height = float(chart.svg.get("width", 0)), float(chart.svg.get("height", 0))
     right, below = width + margin, height + margin

@@ -27,7 +27,9 @@ _MARKERS = "ovDP^X*<>h"
 
 
 def check_plot(path: Path) -> None:
-    """Everything about a plot that can be known before work starts. Raises UsageError, OutputError."""
+    """Everything about a plot that can be known before work starts. Raises UsageError,
+    OutputError.
+    """
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"--plot {path} ends in {path.suffix or 'nothing'}; accepted: .png, .svg")
     if path.exists():

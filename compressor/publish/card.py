@@ -202,12 +202,14 @@ def _what_was_done(facts: Facts) -> str:
         "refinement": _summary("refine", recipe["refine"]) if recipe.get("refine") else "",
         "calibration": f"{tokens} tokens of {source}" if tokens else "none",
         "compressed": _forms(report["linears"]),
-        "their bytes": f"{_megabytes(totals['dense_bytes'])} → {_megabytes(totals['bytes'])} ({totals['ratio']:.4f} of dense)",
+        "their bytes": f"{_megabytes(totals['dense_bytes'])} → {_megabytes(totals['bytes'])} "
+        f"({totals['ratio']:.4f} of dense)",
         "parameters kept": ""
         if facts.kept is None
         else f"{facts.kept:.1%} of those of all linears in the decoder blocks",
         "checkpoint": f"{_megabytes(report['input_bytes'])} → {_megabytes(report['output_bytes'])}",
-        "left dense": f"{_counted(len(left), 'weight')}, {inside or 'none'} inside the decoder blocks: report.json has reasons",
+        "left dense": f"{_counted(len(left), 'weight')}, {inside or 'none'} inside the decoder "
+        "blocks: report.json has reasons",
     }
     return "## What was done\n\n| | |\n|---|---|\n" + "\n".join(
         f"| {name} | {text} |" for name, text in rows.items() if text

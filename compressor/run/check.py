@@ -79,14 +79,14 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         for block in blocks
     ]
     job = Job(
-        reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options, tune=recipe.tune,
-        packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len, seed=recipe.seed,
+        reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options,
+        tune=recipe.tune,
+        packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len,
+        seed=recipe.seed,
         left_dense=left_dense, **allocation,
     )  # fmt: skip
     if job.needs_inputs:
-        tokens.check_dataset(recipe.dataset, recipe.text_column)
-        if recipe.dataset == "self":
-            tokens.first_token(skeleton.config, reader.folder)
+        _check_dataset(recipe, skeleton)
     if job.keep:  # every choice of ranks begins with these
         uniform.of_shapes(
             {task.linear.name: task.linear.shape for task in job.every},
@@ -105,6 +105,13 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense"
         )
     return job.assign(goals, "the plan")
+
+
+def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
+    """What can be known of the calibration before it is read. Raises DataError."""
+    tokens.check_dataset(recipe.dataset, recipe.text_column)
+    if recipe.dataset == "self":
+        tokens.first_token(skeleton.config, skeleton.reader.folder)
 
 
 def _refined(recipe: Recipe, names: list[str]) -> set[str]:
@@ -131,10 +138,15 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
             f"patterns; give --ranks"
         )
     if bool(recipe.keep) == bool(recipe.plan):
+        if recipe.plan:
+            raise UsageError(
+                "--plan says what every linear becomes; --keep would choose it again: "
+                "give one of them"
+            )
         raise UsageError(
-            "--plan says what every linear becomes; --keep would choose it again: give one of them" if recipe.plan
-            else f"method {recipe.method} makes factors: give --keep, such as 70%, of the linears' parameters"
-        )  # fmt: skip
+            f"method {recipe.method} makes factors: give --keep, such as 70%, of the linears' "
+            f"parameters"
+        )
     if recipe.plan:
         if recipe.ranks or recipe.rank_options:
             raise UsageError("--ranks chooses what --plan says already: give one of them")

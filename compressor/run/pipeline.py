@@ -147,7 +147,8 @@ def _prune(
         spent += begun - computed
     peak = group.joined([peak_memory()])
     report.run = {
-        "device": str(device), "processes": group.size, "seconds": round(time.perf_counter() - started, 3),
+        "device": str(device), "processes": group.size,
+        "seconds": round(time.perf_counter() - started, 3),
         "journal_seconds": round(spent, 3), "resumed_at_block": done,
         "peak_memory": {name: max(own.get(name, 0) for own in peak) for name in peak[0]},
     }  # fmt: skip

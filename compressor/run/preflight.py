@@ -1,4 +1,6 @@
-"""A rehearsal on a tiny weight: what a method or a refinement refuses, it refuses before any work."""
+"""A rehearsal on a tiny weight: what a method or a refinement refuses, it refuses before any
+work.
+"""
 
 from __future__ import annotations
 

@@ -126,7 +126,9 @@ def _check_canonical(values: Tensor, metadata: Tensor) -> None:
 
 
 def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
-    """A linear stored with zeros in place: as sparse as the report says, and legal in its pattern."""
+    """A linear stored with zeros in place: as sparse as the report says, and legal in its
+    pattern.
+    """
     name = f"{row['name']}.weight"
     if name not in reader.tensors:
         yield f"{name}, which report.json names, is not there"

@@ -136,7 +136,8 @@ def run_armor(
         16 if not backend.hopper(x.device) else 128 if tiles <= 2 else 32,
     )
     common: dict[str, Any] = {
-        "TILES": tiles, "BM": max(16, next_power_of_2(8 * tiles)), "WIDE": backend.interpreting(), "PDL": pdl,
+        "TILES": tiles, "BM": max(16, next_power_of_2(8 * tiles)), "WIDE": backend.interpreting(),
+        "PDL": pdl,
     }  # fmt: skip
     inner = torch.empty(kt, tiles, 2, 32, 8, dtype=x.dtype, device=x.device)
     partial = torch.empty(
@@ -147,8 +148,10 @@ def run_armor(
         x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
     )  # fmt: skip
     launch(wrapped.product, (programs, parts),
-        words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=config["warps"],
-        STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts, SIZE=size_a, PIECE=min(size_a, piece),
+        words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt,
+        nt, WARPS=config["warps"],
+        STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts, SIZE=size_a, PIECE=min(size_a,
+        piece),
         BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **common,
         num_warps=config["warps"], num_stages=1,  # more would hold all blocks of A in shared memory
         pdl=pdl,

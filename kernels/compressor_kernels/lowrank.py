@@ -77,7 +77,9 @@ def run_skinny(
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
     launch(skinny.product, (programs[0], parts, programs[1]),
-        x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], PARTS=parts,
-        BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"], num_stages=config["stages"],
+        x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
+        BK=config["bk"], PARTS=parts,
+        BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"],
+        num_stages=config["stages"],
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)

@@ -67,7 +67,8 @@ def _load_x(
 
 @triton.jit
 def _load(
-    v_ptr, m_ptr, kt, end, tile, lane, KT, NT, ROWS: tl.constexpr, UNROLL: tl.constexpr, STRIDE: tl.constexpr
+    v_ptr, m_ptr, kt, end, tile, lane, KT, NT, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    STRIDE: tl.constexpr
 ):  # fmt: skip
     """The weights of tiles kt, kt + STRIDE, … (UNROLL of them) of each warp, for each of ROWS:
     values of both steps, metadata.
@@ -133,8 +134,10 @@ def _over_warps(part, ALONG: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def accumulate(
     x_ptr, v_ptr, m_ptr, M, K, KT, NT,
-    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
-    PARTS: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PARTS: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """This program's sums: ROWS fragments, float32 [32 · STACK, 4], for each of TILES. PDL: x is
     not there before `gdc_wait`.
@@ -212,8 +215,10 @@ def keep(sums, part_ptr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.cons
 @triton.jit
 def product(
     x_ptr, v_ptr, m_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K, KT, NT,
-    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
-    PARTS: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PARTS: tl.constexpr, ORDERED: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """y = x Wᵀ + bias, M <= 8 TILES. v int32 [NT, KT, 2, 32, 4], m int32 [NT, KT, 32], y [M, N].
@@ -222,7 +227,8 @@ def product(
     TILES lanes of the result.
     """
     sums = accumulate(
-        x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, STACK, ROWS, TILES, UNROLL, PARTS, ORDERED, EVEN, BF16, PDL
+        x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, STACK, ROWS, TILES, UNROLL, PARTS, ORDERED, EVEN,
+        BF16, PDL
     )  # fmt: skip
     c = tl.arange(0, 4)[None, :]
     if PARTS == 1:

@@ -11,7 +11,8 @@ from compressor_kernels.split import dot, finish, synchronous
 @triton.jit
 def product(
     x_ptr, w_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], w [N, K], y [M, N]; grid (N / BN, PARTS of K, M / BM), rounded up."""
     synchronous(BN)

@@ -67,7 +67,9 @@ def sparse24_fragments(
     bias: Tensor | None = None,
     semaphore: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias for a weight `[out_features, in]` in fragment order; otherwise as `sparse24`."""
+    """y = x Wᵀ + bias for a weight `[out_features, in]` in fragment order; otherwise as
+    `sparse24`.
+    """
     check_fragments(x, fragments, out_features)
     check_call(x, x.shape[-1], out_features, fragments.values.dtype, {}, bias)
     if x.requires_grad and torch.is_grad_enabled():
@@ -194,8 +196,10 @@ def run_stored(
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
     launch(expand.product, (programs[0], parts, programs[1]),
-        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn, BK=config["bk"], PARTS=parts,
-        BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(), num_warps=config["warps"],
+        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
+        BK=config["bk"], PARTS=parts,
+        BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(),
+        num_warps=config["warps"],
         num_stages=config["stages"],
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)
@@ -239,8 +243,10 @@ def run_fragments(
         parts, partial = workspace(x, semaphore, config["split"], programs, 4 * lanes)
         x2 = ordered(x2, tiles, pdl) if config["ordered"] else words(x2)
         launch(mma.product, (programs, parts),
-            x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps, STACK=stack, ROWS=rows,
-            TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"], EVEN=k % 64 == 0, BF16=bf16,
+            x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps,
+            STACK=stack, ROWS=rows,
+            TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"],
+            EVEN=k % 64 == 0, BF16=bf16,
             BIAS=bias is not None, PDL=pdl, SIZE=next_power_of_2(lanes), num_warps=warps, pdl=pdl,
         )  # fmt: skip
     return y.view(*x.shape[:-1], n)

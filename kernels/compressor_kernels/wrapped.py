@@ -16,7 +16,8 @@ from compressor_kernels.split import arrive_last, dot, prefetch, store, total
 @triton.jit
 def apply_b(
     x_ptr, b_ptr, o_ptr, M, K,
-    TILES: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    TILES: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x' = B x. x [M, K], b [K / SIZE, SIZE, SIZE], o [K / 64, TILES, 2, 32, 8] (mma.order); grid
     (K / SIZE, SIZE / ROWS).
@@ -55,7 +56,8 @@ def _sums(part_ptr, n, m, tiles, PARTS: tl.constexpr, TILES: tl.constexpr):
 @triton.jit
 def product(
     x_ptr, v_ptr, m_ptr, a_ptr, bias_ptr, part_ptr, sem_ptr, y_ptr, M, N, K, KT, NT,
-    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr, STACK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr,
     BF16: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +72,8 @@ def product(
         line = tl.program_id(0) * height * SIZE + tl.arange(0, height * SIZE // 64) * 64
         prefetch(a_ptr + tl.minimum(line, N * SIZE - 1))
     sums = accumulate(
-        x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, STACK, ROWS, TILES, UNROLL, PARTS, True, True, BF16, PDL
+        x_ptr, v_ptr, m_ptr, M, K, KT, NT, WARPS, STACK, ROWS, TILES, UNROLL, PARTS, True, True,
+        BF16, PDL
     )  # fmt: skip
     keep(sums, part_ptr, STACK, ROWS, TILES)
     programs = tl.num_programs(0)

@@ -39,7 +39,9 @@ def fused(a, b, c):
 
 
 def extract(a, start, length):
-    """bfe: `length` bits from `start`; where there are none, the sign of a signed type, else zeros."""
+    """bfe: `length` bits from `start`; where there are none, the sign of a signed type, else
+    zeros.
+    """
     width, one = 8 * a.itemsize, np.uint64(1)
     start, length = (
         np.minimum(start & 255, width).astype(np.uint64),
@@ -120,9 +122,12 @@ def convert(target, source):
 
 
 SAME = {  # all operands have the type of the result
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divide, "rem": remainder, "min": np.minimum, "max": np.maximum,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs,
-    "mad": lambda a, b, c: a * b + c, "fma": fused, "prmt": prmt, "mov": lambda a: a, "cvta": lambda a: a, "lop3": logic,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divide, "rem": remainder,
+    "min": np.minimum, "max": np.maximum,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "neg": np.negative, "abs": np.abs,
+    "mad": lambda a, b, c: a * b + c, "fma": fused, "prmt": prmt, "mov": lambda a: a,
+    "cvta": lambda a: a, "lop3": logic,
 }  # fmt: skip
 SHIFTS = {
     "shl": shift_left,
@@ -130,7 +135,8 @@ SHIFTS = {
     "bfe": extract,
 }  # the first has, the others are u32
 COMPARE = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 KNOWN = {"rn", "lo", "wide", "to", "global", "shared"}  # modifiers that say nothing more

@@ -21,7 +21,9 @@ def put(copied, offsets, data):
 
 
 def write(copied, shadow, offsets, data, warps, epoch):
-    """The same, checked: what changes must not be what another warp reads or writes in this epoch."""
+    """The same, checked: what changes must not be what another warp reads or writes in this
+    epoch.
+    """
     width = data.shape[1]
     changed = (copied.reshape(-1, width)[offsets // width] != data).any(1)
     shadow.check_write(offsets[changed], width, warps[changed], epoch)
@@ -30,7 +32,9 @@ def write(copied, shadow, offsets, data, warps, epoch):
 
 
 class Shadow:
-    """Which warp last wrote and read each cell, and in which epoch, the number of barriers before."""
+    """Which warp last wrote and read each cell, and in which epoch, the number of barriers
+    before.
+    """
 
     def __init__(self, size, written=False):
         cells = size // CELL + 1

@@ -46,7 +46,8 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "CHECKED_ROWS", (1, 17))
     monkeypatch.setattr(gpu, "TUNED_ROWS", (1, 17))
     monkeypatch.setattr(gpu, "LLAMA_8B", {**gpu.LLAMA_8B, **dict(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2
     )})  # fmt: skip
     monkeypatch.setattr(kernels, "SHAPES", ((128, 128),))
     monkeypatch.setattr(kernels, "ROWS", (1, 97))

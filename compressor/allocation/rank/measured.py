@@ -44,7 +44,8 @@ def measured(
         found.append(
             {
                 "block": block, "linear": part, "shape": list(shape), "count": len(names),
-                "rank": sum(chosen) / len(chosen) if chosen else None, "largest_rank": largest_rank(shape),
+                "rank": sum(chosen) / len(chosen) if chosen else None,
+                "largest_rank": largest_rank(shape),
                 "index": index, "values": [float(f"{value:.4g}") for value in values.tolist()],
             }
         )  # fmt: skip

@@ -25,7 +25,9 @@ def groups(job: Job, granularity: str) -> dict[str, list[Linear]]:
 
 
 def inside(grouped: Groups, counts: Sequence[int]) -> dict[str, int]:
-    """Zeros of every linear, by name, from those of the groups: the same sparsity inside a group."""
+    """Zeros of every linear, by name, from those of the groups: the same sparsity inside a
+    group.
+    """
     found = {}
     for linears, count in zip(grouped.values(), counts, strict=True):
         found |= dict(
