@@ -18,7 +18,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 
 from compressor.bench.ahead import compile_ahead  # noqa: E402
 from compressor_kernels import armor as armor_ops  # noqa: E402
-from compressor_kernels import choice  # noqa: E402
+from compressor_kernels import kernel_config  # noqa: E402
 from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
 from compressor_kernels.fragments import to_fragments  # noqa: E402
@@ -227,7 +227,7 @@ def test_the_weight_is_read_once_and_coalesced(device, rows):
 def test_shared_memory_without_bank_conflicts(device, rows):
     """With the arrangement for a large weight, whose warps share out K."""
     x, weight, bias = problem(rows, (128, 256), BF16)
-    config = {**choice.rule("fragments", 4096, 4096, rows, 132), "split": 2}
+    config = {**kernel_config.rule("fragments", 4096, 4096, rows, 132), "split": 2}
     check(
         x,
         weight,
