@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
-from compressor_kernels import backend, choice
+from compressor_kernels import backend, kernel_config
+from compressor_kernels.fused_projections import join
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
-from compressor_kernels.siblings import join
 
 RUNTIMES = ("auto", "packed", "dense")
 SIBLINGS = (
@@ -109,7 +109,7 @@ def _slower(module: Any, weight: torch.Tensor) -> float | None:
     if op is None:
         return None
     rows = (
-        choice.measured(op, weight.device, module.out_features, module.in_features, count)
+        kernel_config.measured(op, weight.device, module.out_features, module.in_features, count)
         for count in DECODING
     )
     speedups = [row["speedup"] for row in rows if row is not None and "speedup" in row]
