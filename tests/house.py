@@ -21,7 +21,8 @@ Graph = Mapping[str, set[str]]
 
 LAYERS = """
 compressor_kernels
-errors text
+errors
+text
 pattern stats formats config checkpoint
 methods refine records model
 progress calibration runtime
