@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor_kernels import backend, choice, reference
+from compressor_kernels import backend, kernel_config, reference
 from compressor_kernels.armor import armor
 from compressor_kernels.fragments import from_fragments, to_fragments
+from compressor_kernels.fused_projections import join
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.lowrank import lowrank
 from compressor_kernels.packing import pack24
-from compressor_kernels.siblings import join
 from compressor_kernels.sparse24 import new_semaphore, sparse24, sparse24_fragments
 from tests.test_packing import sparse
 
@@ -231,7 +231,7 @@ def test_siblings_compute_once_for_one_input(monkeypatch):
     launches = []
     plain = torch.ops.compressor_kernels.sparse24_fragments
     monkeypatch.setattr(
-        "compressor_kernels.siblings.sparse24_fragments",
+        "compressor_kernels.fused_projections.sparse24_fragments",
         lambda x, w, n, *rest: (launches.append(n), plain(x, *w, n, *rest))[1],
     )
     for t in (x, other, x):
@@ -283,9 +283,9 @@ def test_linears_that_do_not_fit_stay_apart(monkeypatch):
 
 def test_import_touches_neither_triton_nor_cuda():
     code = (
-        "import sys, torch, compressor_kernels.linear, compressor_kernels.siblings\n"
+        "import sys, torch, compressor_kernels.linear, compressor_kernels.fused_projections\n"
         "assert not [n for n in sys.modules if n.startswith('compressor_kernels.') and "
-        "n.split('.')[1] in ('mma', 'expand')]\n"
+        "n.split('.')[1] in ('mma', 'decompress')]\n"
         "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -313,17 +313,19 @@ def test_the_table_is_asked_first(monkeypatch):
         "speedup": 1.5,
     }
     rows = [{**row, "rows": 4, "split": 9}, {**row, "rows": 16, "split": 7}]
-    monkeypatch.setattr(choice, "table", lambda: {("interpreter", "fragments", 64, 128): rows})
+    monkeypatch.setattr(
+        kernel_config, "table", lambda: {("interpreter", "fragments", 64, 128): rows}
+    )
     cpu = torch.device("cpu")
-    assert choice.choose("fragments", cpu, 64, 128, 3)["split"] == 9
-    assert choice.choose("fragments", cpu, 64, 128, 5)["split"] == 7
-    assert choice.choose("fragments", cpu, 64, 128, 17)["kernel"] == "mma"
-    assert choice.measured("fragments", cpu, 64, 128, 17) is None
-    assert choice.choose("fragments", cpu, 64, 128, 200) == {"kernel": "dense"}
+    assert kernel_config.choose("fragments", cpu, 64, 128, 3)["split"] == 9
+    assert kernel_config.choose("fragments", cpu, 64, 128, 5)["split"] == 7
+    assert kernel_config.choose("fragments", cpu, 64, 128, 17)["kernel"] == "mma"
+    assert kernel_config.measured("fragments", cpu, 64, 128, 17) is None
+    assert kernel_config.choose("fragments", cpu, 64, 128, 200) == {"kernel": "dense"}
 
 
 def test_the_shipped_table_is_well_formed():
-    for (_, op, _, _), rows in choice.table().items():
+    for (_, op, _, _), rows in kernel_config.table().items():
         assert op in ("fragments", "stored", "armor", "skinny")
         assert all(
             row["kernel"] in ("mma", "gemv", "dot", "dense") and row["rows"] > 0 for row in rows
@@ -337,7 +339,7 @@ def test_the_shipped_table_is_well_formed():
     st.integers(1, 96),
 )
 def test_the_rule_fits_every_shape(op, out_features, in_features, rows):
-    config = choice.rule(op, out_features, in_features, rows, 132)
+    config = kernel_config.rule(op, out_features, in_features, rows, 132)
     if config["kernel"] != "dense":
         assert 1 <= config["split"] <= max(1, in_features // 256)
         assert config["kernel"] == ("mma" if op in ("fragments", "armor") else "dot")

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -134,11 +135,26 @@ class Candidate:
             )
         return seq_len or min(2048, self.limit or 2048)
 
-    def text(self, dataset: str, seq_len: int, limit: int | None) -> Text:
-        """The token rows of a file or Hub dataset for this model. Raises DataError."""
-        window, code = self.window(seq_len), self.trust_remote_code
+    def text(
+        self,
+        dataset: str,
+        seq_len: int,
+        limit: int | None,
+        *,
+        text_column: str = "",
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Text:
+        """The token rows of a file or Hub dataset for this model, at most `limit`; `note` is told
+        what of the dataset is not among them. Raises DataError.
+        """
         rows = tokens.evaluation_rows(
-            dataset, self.folder, self.vocab_size, seq_len=window, trust_remote_code=code
+            dataset,
+            self.folder,
+            self.vocab_size,
+            seq_len=self.window(seq_len),
+            text_column=text_column,
+            trust_remote_code=self.trust_remote_code,
+            note=note,
         )
         total, rows = len(rows), rows[:limit]
         if self.limit and max(map(len, rows)) > self.limit:

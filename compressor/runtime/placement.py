@@ -8,6 +8,7 @@ for the dense weight is there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
-from compressor_kernels import backend, choice
+from compressor_kernels import backend, kernel_config
+from compressor_kernels.fused_projections import join
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
-from compressor_kernels.siblings import join
 
 RUNTIMES = ("auto", "packed", "dense")
 SIBLINGS = (
@@ -32,6 +33,15 @@ def check(runtime: str) -> None:
     """Raise UsageError unless `runtime` is one of RUNTIMES."""
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime is {runtime!r}; accepted: {', '.join(RUNTIMES)}")
+
+
+def asked_by_environment() -> str:
+    """What `COMPRESS_RUNTIME` asks an engine for, which has no such argument: one of RUNTIMES.
+    Raises UsageError.
+    """
+    runtime = os.environ.get("COMPRESS_RUNTIME") or "auto"
+    check(runtime)
+    return runtime
 
 
 def arrange(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str, str]:
@@ -109,7 +119,7 @@ def _slower(module: Any, weight: torch.Tensor) -> float | None:
     if op is None:
         return None
     rows = (
-        choice.measured(op, weight.device, module.out_features, module.in_features, count)
+        kernel_config.measured(op, weight.device, module.out_features, module.in_features, count)
         for count in DECODING
     )
     speedups = [row["speedup"] for row in rows if row is not None and "speedup" in row]

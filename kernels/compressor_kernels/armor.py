@@ -1,9 +1,9 @@
 """y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked
 function, the op, the launches.
 
-Up to 64 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a
-multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the product of
-sparse24.py between two of torch.
+Up to 64 rows of x it is two launches (fused_armor.py), where S is in fragment order, its columns
+are a multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the
+product of sparse24.py between two of torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch, words
-from compressor_kernels.choice import choose
 from compressor_kernels.fragments import Fragments, from_fragments
+from compressor_kernels.kernel_config import choose
 from compressor_kernels.sparse24 import check_call, check_fragments, sparse24, sparse24_fragments
 
 _SIZES = (16, 32, 64, 128, 256)
@@ -120,7 +120,7 @@ def run_armor(
     """One call with settings of one's own choosing, unchecked: for benchmarks and tests."""
     from triton import next_power_of_2
 
-    from compressor_kernels import wrapped
+    from compressor_kernels import fused_armor
 
     n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = core.words.shape[:2]
@@ -144,10 +144,10 @@ def run_armor(
         parts * programs * stack * rows * tiles * 128, dtype=torch.float32, device=x.device
     )
     y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
-    launch(wrapped.apply_b, (k // size_b, -(-size_b // 32)),
+    launch(fused_armor.apply_b, (k // size_b, -(-size_b // 32)),
         x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
     )  # fmt: skip
-    launch(wrapped.product, (programs, parts),
+    launch(fused_armor.product, (programs, parts),
         words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt,
         nt, WARPS=config["warps"],
         STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts, SIZE=size_a, PIECE=min(size_a,

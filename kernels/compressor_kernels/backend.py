@@ -35,7 +35,7 @@ def works(device: torch.device) -> bool:
     plain torch computes instead.
     """
     try:
-        from compressor_kernels.expand import unpack_stored
+        from compressor_kernels.decompress import unpack_stored
 
         values = torch.zeros(1, 8, dtype=torch.float16, device=device)
         dense = torch.empty(1, 16, dtype=torch.float16, device=device)

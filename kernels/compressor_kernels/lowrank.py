@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch
-from compressor_kernels.choice import choose
+from compressor_kernels.kernel_config import choose
 from compressor_kernels.sparse24 import check_call, workspace
 
 

@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch, words
-from compressor_kernels.choice import choose
 from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
+from compressor_kernels.kernel_config import choose
 from compressor_kernels.packing import check_shapes, pack24
 
 
@@ -186,7 +186,7 @@ def run_stored(
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and
     tests.
     """
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     (n, k), m = (len(values), x.shape[-1]), x.numel() // x.shape[-1]
     if config["kernel"] == "dense":
@@ -195,7 +195,7 @@ def run_stored(
     bm, bn = config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
-    launch(expand.product, (programs[0], parts, programs[1]),
+    launch(decompress.product, (programs[0], parts, programs[1]),
         x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
         BK=config["bk"], PARTS=parts,
         BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(),
@@ -303,12 +303,12 @@ def workspace(
 
 def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
     """The dense weight `[out, in]`, as `packing.unpack24`, by one kernel."""
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     n, k = len(values), 2 * values.shape[1]
     dense = values.new_empty(n, k)
     launch(
-        expand.unpack_stored,
+        decompress.unpack_stored,
         (-(-n // 16), -(-k // 256)),
         words(values),
         metadata,
@@ -324,11 +324,11 @@ def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
 
 def unpack_fragments(fragments: Fragments, out_features: int, in_features: int) -> Tensor:
     """The dense weight `[out, in]` of one in fragment order, by one kernel."""
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     dense = fragments.values.new_empty(out_features, in_features)
     grid = fragments.words.shape[:2]
-    launch(expand.unpack_fragments, grid,
+    launch(decompress.unpack_fragments, grid,
         words(fragments.values), fragments.words, words(dense), out_features, in_features, grid[1],
         ASM=backend.nvidia(), num_warps=2,
     )  # fmt: skip
