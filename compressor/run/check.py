@@ -70,7 +70,7 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
         seq_len=seq_len, seed=recipe.seed, left_dense=left_dense, choice=choice,
     )  # fmt: skip
     if plan.needs_inputs:
-        tokens.check_dataset(recipe.dataset)
+        _check_dataset(recipe, skeleton)
     if isinstance(choice, ShareRanks):  # every choice of ranks begins with these
         shapes = {task.linear.name: task.linear.shape for task in plan.every}
         uniform.of_shapes(shapes, choice.keep, choice.align)
@@ -118,6 +118,13 @@ def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern 
                 f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be "
                 f"compressed"
             )
+
+
+def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
+    """What can be known of the calibration before it is read. Raises DataError."""
+    tokens.check_dataset(recipe.dataset, recipe.text_column)
+    if recipe.dataset == "self":
+        tokens.first_token(skeleton.config, skeleton.reader.folder)
 
 
 def _refined(recipe: Recipe, names: list[str]) -> set[str]:

@@ -311,7 +311,12 @@ def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
     else:
         vocabulary = plan.skeleton.config.get_text_config().vocab_size
         ids = tokens.calibration_rows(
-            recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code
+            recipe.dataset,
+            folder,
+            vocabulary,
+            **asked,
+            text_column=recipe.text_column,
+            trust_remote_code=recipe.trust_remote_code,
         )
     if ids.shape != (recipe.num_samples, plan.seq_len):
         raise DataError(
