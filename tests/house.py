@@ -22,12 +22,13 @@ Graph = Mapping[str, set[str]]
 LAYERS = """
 compressor_kernels
 errors text
-pattern stats formats config checkpoint
+pattern stats formats checkpoint
 methods refine records model
 progress calibration runtime
 engine tools publish bench
 allocation plots evaluate
 allocation.sparsity allocation.rank page
+config
 run doctor
 .
 cli
