@@ -64,6 +64,10 @@ MaxMemory = Annotated[
         show_default="half of what is free",
     ),
 ]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(help=said("text_column", "").help, show_default=said("text_column", "").default),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help=said("trust_remote_code", "").help)
 ]

@@ -108,6 +108,12 @@ class Recipe:
             "Calibration: .txt, .jsonl or .parquet file, Hub id, or self (the model writes it)."
         ),
     )
+    text_column: str = field(
+        default="",
+        metadata=notes(
+            "Field of the records that has the text, or a chat.", "text, messages or conversations"
+        ),
+    )
     num_samples: int = field(default=128, metadata=notes("Calibration sequences."))
     seq_len: int = field(
         default=0, metadata=notes("Tokens in each.", "min(2048, the model's limit)")
@@ -196,6 +202,7 @@ class _Run(TypedDict, total=False):
 
 class _Calibration(TypedDict, total=False):
     dataset: str | Path | None
+    text_column: str | None
     num_samples: int | None
     seq_len: int | None
     seed: int | None
