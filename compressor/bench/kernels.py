@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor.bench.timing import copies, measure
+from compressor_kernels.layouts import Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.packing import pack24
 
@@ -69,7 +70,7 @@ def module(op: str, weight: Tensor) -> Any:
             if op == "sparse24"
             else ArmorLinear(k, n, block_a=128, block_b=128, **common)
         )
-        made.weight_values.data, made.weight_metadata = pack24(weight)
+        made.hold(Stored(n, k, *pack24(weight), None))
         if op == "armor":
             made.weight_a.data.normal_(std=128**-0.5)
             made.weight_b.data.normal_(std=128**-0.5)
