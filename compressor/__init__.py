@@ -46,6 +46,7 @@ def prune(
     plan: str | Path | None = None,
     format: str | None = None,
     dataset: str | Path | None = None,
+    text_column: str | None = None,
     num_samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
@@ -89,7 +90,9 @@ def prune(
         plan: file that says what every linear becomes, in place of `pattern`.
         format: "packed" (default), or "dense" for zeros in place.
         dataset: calibration text: a .txt, .jsonl or .parquet file, a Hub data set, or "self"
-            (default), text the model writes.
+            (default), text the model writes. Records have `text`, a chat in `messages` or
+            `conversations`, or ready `input_ids`.
+        text_column: field of the records that has the text or the chat, by another name.
         num_samples: calibration sequences; default 128.
         seq_len: tokens in each; default min(2048, the model's limit).
         seed: of the calibration and of everything random after it; default 0.
@@ -122,7 +125,8 @@ def prune(
         "dense_fraction": dense_fraction, "ratio_options": ratio_options, "keep": keep,
         "ranks": ranks,
         "rank_options": rank_options, "plan": plan and str(plan), "format": format,
-        "dataset": dataset and str(dataset), "num_samples": num_samples, "seq_len": seq_len,
+        "dataset": dataset and str(dataset), "text_column": text_column,
+        "num_samples": num_samples, "seq_len": seq_len,
         "seed": seed, "dtype": dtype,
         "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code,
     }  # fmt: skip

@@ -21,11 +21,12 @@ Graph = Mapping[str, set[str]]
 
 LAYERS = """
 compressor_kernels
-errors text
+errors
+text
 pattern stats formats config checkpoint
 methods refine records model
 progress calibration runtime
-engine tools publish bench
+engine tools publish bench runtime.vllm_plugin
 allocation plots evaluate
 allocation.sparsity allocation.rank page
 run doctor

@@ -1,4 +1,4 @@
-"""Every kernel as it was compiled: its PTX executed without a GPU (tests/emulated) against float64.
+"""Every kernel as it was compiled: its PTX executed without a GPU (ptx_emulator) against float64.
 
 What the interpreter cannot show is here as it will run: the layouts that the compiler chose,
 operands of inline assembly, conversions through shared memory, bfloat16, and the protocol between
@@ -23,7 +23,7 @@ from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
 from compressor_kernels.fragments import to_fragments  # noqa: E402
 from compressor_kernels.packing import pack24  # noqa: E402
-from tests.emulated.launch import Device, emulated  # noqa: E402
+from ptx_emulator.launch import Device, emulated  # noqa: E402
 from tests.interpreted.armor import problem as armor_problem  # noqa: E402
 from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem  # noqa: E402
 from tests.interpreted.tolerance import assert_close  # noqa: E402

@@ -36,6 +36,7 @@ def lowrank(
     ] = None,
     plan: options.Plan = None,
     dataset: options.Dataset = None,
+    text_column: options.TextColumn = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
     seed: options.Seed = None,
@@ -72,7 +73,8 @@ def lowrank(
     given = {
         "model": model, "revision": revision, "method": method and method.replace("-", "_"),
         "keep": keep, "ranks": ranks,
-        "tune": tune, "plan": str(plan) if plan else None, "dataset": dataset,
+        "tune": tune, "plan": str(plan) if plan else None,
+        "dataset": dataset, "text_column": text_column,
         "num_samples": num_samples, "seq_len": seq_len,
         "seed": seed, "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore,
         "trust_remote_code": trust_remote_code or None,

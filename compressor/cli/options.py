@@ -23,6 +23,14 @@ Dataset = Annotated[
         help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self"
     ),
 ]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field of the records that has the text, or a chat.",
+        show_default="text, messages or conversations",
+    ),
+]
 NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")

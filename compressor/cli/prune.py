@@ -72,6 +72,7 @@ def prune(
         typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed"),
     ] = None,
     dataset: options.Dataset = None,
+    text_column: options.TextColumn = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
     seed: options.Seed = None,
@@ -112,7 +113,8 @@ def prune(
         "refine_only": refine_only, "tune": tune, "pattern": pattern,
         "ratios": ratios, "dense_fraction": dense_fraction,
         "plan": str(plan) if plan else None, "format": format,
-        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
+        "dataset": dataset, "text_column": text_column,
+        "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
         "dtype": dtype,
         "expert_tokens": expert_tokens, "ignore": ignore,
         "trust_remote_code": trust_remote_code or None,
@@ -260,16 +262,15 @@ def _show_job(job: Job) -> None:
 
 
 def _show_report(report: Report) -> None:
+    from compressor.formats import form_class
+
     found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
-        factored = "rank" in row.entry
-        form, zeros = (
-            (f"{row.format} {row.entry['rank']}", "-")
-            if factored
-            else (row.format, f"{row.sparsity:.1%}")
-        )
-        found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
+        form = form_class(row.format)
+        zeros = f"{row.sparsity:.1%}" if form.SPARSE else "-"
+        shape = "×".join(map(str, row.shape))
+        found.add_row(row.name, shape, form.label(row.entry), zeros, error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()

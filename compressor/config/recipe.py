@@ -43,6 +43,8 @@ class Recipe:
         format: `packed`, or `dense` for a plain checkpoint with zeros.
         dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the
             model's limit).
+        text_column: field of the dataset's records that has the text or the chat; empty for `text`,
+            `messages` or `conversations`.
         expert_tokens: what calibrates the experts of a mixture: the tokens `routed` to each, or
             `all` of them.
         ignore: globs over linear names that stay dense.
@@ -62,6 +64,7 @@ class Recipe:
     plan: str = ""
     format: str = "packed"
     dataset: str = "self"
+    text_column: str = ""
     num_samples: int = 128
     seq_len: int = 0
     seed: int = 0

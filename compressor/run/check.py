@@ -86,7 +86,7 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         left_dense=left_dense, **allocation,
     )  # fmt: skip
     if job.needs_inputs:
-        tokens.check_dataset(recipe.dataset)
+        _check_dataset(recipe, skeleton)
     if job.keep:  # every choice of ranks begins with these
         uniform.of_shapes(
             {task.linear.name: task.linear.shape for task in job.every},
@@ -105,6 +105,13 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense"
         )
     return job.assign(goals, "the plan")
+
+
+def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
+    """What can be known of the calibration before it is read. Raises DataError."""
+    tokens.check_dataset(recipe.dataset, recipe.text_column)
+    if recipe.dataset == "self":
+        tokens.first_token(skeleton.config, skeleton.reader.folder)
 
 
 def _refined(recipe: Recipe, names: list[str]) -> set[str]:

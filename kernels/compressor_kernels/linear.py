@@ -16,7 +16,7 @@ from compressor_kernels import backend, reference
 from compressor_kernels.fused_projections import FusedProjections
 from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
 from compressor_kernels.lowrank import lowrank_op
-from compressor_kernels.packing import check24, fill_empty_groups
+from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
 
 STORED = ("weight_values", "weight_metadata")  # a core in the state
@@ -167,18 +167,17 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        at_hand = not (self.weight_values.is_meta or self.weight_metadata.is_meta)
+        if not placed:
+            return
         given = any(prefix + name in state_dict for name in STORED)
-        try:
-            if at_hand and given and len(error_msgs) == before:
+        at_hand = not (self.weight_values.is_meta or self.weight_metadata.is_meta)
+        if given and at_hand and len(error_msgs) == before:
+            try:
                 fill_empty_groups(self.weight_values, self.weight_metadata)
-                check24(self.weight_values, self.weight_metadata)
-        except ValueError as error:
-            error_msgs.append(f"{prefix.rstrip('.') or 'the weight'} is damaged: {error}")
-        if placed and given and at_hand and len(error_msgs) == before:
-            self.place_(type(held))
-        elif placed:
-            self.hold(held)
+                return self.place_(type(held))
+            except ValueError as error:
+                error_msgs.append(f"{prefix.rstrip('.') or 'the weight'} is damaged: {error}")
+        self.hold(held)
 
 
 class Sparse24Linear(PackedLinear):
