@@ -71,7 +71,9 @@ def module(op: str, weight: Tensor) -> Any:
 def nbytes(made: Any) -> int:
     """Bytes of the weight that one call reads."""
     tensors = (*made.parameters(), *made.buffers())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not made.semaphore)
+    return sum(
+        tensor.nbytes for tensor in tensors if tensor is not getattr(made, "semaphore", None)
+    )
 
 
 @torch.no_grad()

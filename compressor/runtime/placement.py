@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
-from compressor_kernels import backend, kernel_config
+from compressor_kernels import kernel_config
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
 from compressor_kernels.linear import ArmorLinear, PackedLinear, Sparse24Linear, moves_tensors
@@ -73,17 +73,16 @@ def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str,
 
 
 def _place_one(module: Any, runtime: str) -> str:
-    core = isinstance(module, PackedLinear)
-    if core:
-        module.freeze_()
+    module.freeze_()
     if moves_tensors(module):
         return "packed, unpacked at every call: accelerate moves its tensors"
-    if core:
+    if isinstance(module, PackedLinear):
         layout, how = _choose(module, runtime)
         module.place_(layout)
         return how
-    if runtime == "dense" or not backend.runs(module.weight_u):
-        return "two thin factors, multiplied by torch"
+    if runtime == "dense" or not module.kernels_run():
+        module.unpack_()
+        return module.without_kernels
     module.prepare_()
     return "packed"
 
