@@ -19,7 +19,7 @@ from compressor.errors import CheckpointError, UsageError
 from compressor_kernels import kernel_config
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
-from compressor_kernels.linear import ArmorLinear, PackedLinear, Sparse24Linear, moves_tensors
+from compressor_kernels.linear import PackedLinear, Sparse24Linear, moves_tensors
 
 RUNTIMES = ("auto", "packed", "dense")
 # names of linears that read one tensor
@@ -107,9 +107,10 @@ def _slower(module: PackedLinear, weight: torch.Tensor) -> float | None:
     """The best speedup measured at a few rows, if it is below 1 and the dense weight fits into free
     memory thrice.
     """
-    op = "armor" if isinstance(module, ArmorLinear) else "fragments"
     rows = (
-        kernel_config.measured(op, weight.device, module.out_features, module.in_features, count)
+        kernel_config.measured(
+            module.op, weight.device, module.out_features, module.in_features, count
+        )
         for count in DECODING
     )
     speedups = [row["speedup"] for row in rows if row is not None and "speedup" in row]

@@ -29,9 +29,11 @@ class PackedLinear(StoredLinear):
 
     Attributes:
         layout: the class of the layout that holds the core.
+        op: what kernel_config.py calls the product in the order of fragments.
     """
 
     layout: type[Layout]
+    op: str
 
     def __init__(
         self,
@@ -182,6 +184,7 @@ class Sparse24Linear(PackedLinear):
     `weight_metadata` (and `bias`).
     """
 
+    op = "fragments"
     fused: FusedProjections | None = None  # computes for this module too
     place: int  # among the linears that it computes for
 
@@ -241,6 +244,8 @@ class ArmorLinear(PackedLinear):
     the core is held dense the factors stay apart; multiplied into one dense weight they would have
     to be factored again to be saved.
     """
+
+    op = "armor"
 
     def __init__(
         self,
