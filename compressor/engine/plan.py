@@ -1,7 +1,7 @@
 """What a run will do: one task for every linear, checked before any work and never changed.
 
 What a run measures on the way (spectra, divergences, factors, free memory) is no part of it: see
-`compressor.allocation.Choice` and `Prepared` here. A run that chooses targets makes a new plan,
+`compressor.allocation.choice.Choice` and `Prepared` here. A run that chooses targets makes a new plan,
 which has them.
 """
 
