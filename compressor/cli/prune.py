@@ -262,16 +262,15 @@ def _show_job(job: Job) -> None:
 
 
 def _show_report(report: Report) -> None:
+    from compressor.formats import form_class
+
     found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
-        factored = "rank" in row.entry
-        form, zeros = (
-            (f"{row.format} {row.entry['rank']}", "-")
-            if factored
-            else (row.format, f"{row.sparsity:.1%}")
-        )
-        found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
+        form = form_class(row.format)
+        zeros = f"{row.sparsity:.1%}" if form.SPARSE else "-"
+        shape = "×".join(map(str, row.shape))
+        found.add_row(row.name, shape, form.label(row.entry), zeros, error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()
