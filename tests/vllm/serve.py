@@ -69,5 +69,6 @@ if __name__ == "__main__":
     answers = {}
     for case in json.loads(Path(sys.argv[1]).read_text()):
         os.environ["COMPRESS_RUNTIME"] = case["runtime"]
+        print("serving", case["name"], flush=True)
         answers[case["name"]] = answer(case["folder"], case["options"])
     Path(sys.argv[2]).write_text(json.dumps(answers))
