@@ -24,7 +24,7 @@ from compressor.formats import form_class
 from compressor.runtime.placement import asked_by_environment
 from compressor.runtime.vllm_plugin.fused import DENSE, Entry, Part, allocate, suffixes
 from compressor.runtime.vllm_plugin.slicing import Share, obstacle
-from compressor_kernels import backend
+from compressor_kernels.layouts import kernel_layout
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -129,7 +129,7 @@ def _runs_packed(dtype: torch.dtype, device: torch.device) -> bool:
     runtime = asked_by_environment()
     if runtime != "auto":
         return runtime == "packed"
-    runs = backend.runs(torch.empty(0, dtype=dtype, device=device))
+    runs = kernel_layout(torch.empty(1, 8, dtype=dtype, device=device)) is not None
     how = "compute from packed weights" if runs else "are unpacked: none of our kernels runs there"
     logger.info_once("packed linears on %s in %s %s", device.type, dtype, how)
     return runs
