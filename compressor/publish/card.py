@@ -316,8 +316,8 @@ def _limits(facts: Facts) -> str:
     if facts.packed:
         limits.append(
             "The weights are stored in a packed form. Without `import compressor.runtime` "
-            "transformers refuses the checkpoint; without this package vLLM does, and other tools do "
-            "not read it. `compress unpack` makes a plain dense checkpoint of it."
+            "transformers refuses the checkpoint; without this package vLLM refuses it, and other "
+            "tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
         )
         limits.append(
             "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: "
