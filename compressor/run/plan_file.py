@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from compressor.allocation.rank import largest_rank, rank_keeping
 from compressor.engine.task import Rank, Target
-from compressor.errors import UsageError, did_you_mean
+from compressor.errors import OutputError, UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
 
 if TYPE_CHECKING:
+    from compressor.allocation import Choice
     from compressor.engine.plan import Plan
     from compressor.model.skeleton import Linear
 
@@ -40,6 +42,43 @@ _KINDS = (
 )
 
 Entries = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What every linear becomes.
+
+    Attributes:
+        linears: entry of every linear of the decoder blocks, by name, as the file has it:
+            `{"pattern": "2:4"}`, `{"zeros": 8192}`, `{"rank": 32}` or `{"dense": True}`.
+        measured: what the choice was made by; empty where nothing was measured.
+        text: the file.
+    """
+
+    linears: Entries
+    measured: dict[str, Any]
+    text: str
+
+    @classmethod
+    def of(cls, choice: Choice) -> Self:
+        """The file of targets that were chosen."""
+        text = dumps(choice.plan)
+        return cls(tomllib.loads(text)["linears"], choice.measured, text)
+
+    def save(self, path: Path) -> None:
+        """Write the file, which must not exist. Raises OutputError."""
+        check_new_file(path)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(self.text, encoding="utf-8")
+        part.replace(path)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise OutputError where a file of this name cannot be made."""
+    if path.exists():
+        raise OutputError(f"{path} exists already")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"the folder of {path} does not exist")
 
 
 def dumps(plan: Plan) -> str:
