@@ -115,7 +115,7 @@ def _skeleton(recipe: Recipe, output: Path | None) -> Skeleton:
 
 
 def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern | None) -> None:
-    """Raise where a linear cannot have the pattern, or is stored in a dtype that is not accepted."""
+    """Raise where a linear cannot have the pattern, or has a dtype that is not accepted."""
     for linear in (linear for block in blocks for linear in block):
         if pattern:
             pattern.check_width(linear.name, linear.shape[1])

@@ -117,10 +117,8 @@ def _entry(target: Target | None, linear: Linear, reason: str) -> str:
     if target is None:
         return "{ dense = true }" + f"  # {' '.join(reason.split())}" * bool(reason)
     if isinstance(target, Rank):
-        return (
-            f"{{ rank = {target} }}  # factors of {target * (rows + columns) / (rows * columns):.2%} "
-            f"of {rows}×{columns}"
-        )
+        kept = target * (rows + columns) / (rows * columns)
+        return f"{{ rank = {target} }}  # factors of {kept:.2%} of {rows}×{columns}"
     if target.zeros is not None:
         return f"{{ zeros = {target.zeros} }}  # {float(target.sparsity):.2%} of {rows}×{columns}"
     return f'{{ pattern = "{target}" }}'
@@ -227,8 +225,9 @@ def _named(entries: Entries, names: Collection[str], dense: Mapping[str, str]) -
     found = {name: entry for name, entry in entries.items() if name not in globs}
     for glob, entry in globs.items():
         if not any(fnmatchcase(name, glob) for name in (*names, *dense)):
+            example = next(iter(names))
             raise UsageError(
-                f"the plan's {glob[:100]!r} matches no linear; names look like {next(iter(names))!r}"
+                f"the plan's {glob[:100]!r} matches no linear; names look like {example!r}"
             )
         found |= {name: entry for name in names if name not in found and fnmatchcase(name, glob)}
     return found
