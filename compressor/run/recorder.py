@@ -139,7 +139,7 @@ class Recorder:
         notes = [
             getattr(form, "note", ""),
             seen.note if seen else "",
-            _why_dense(self._plan, task, form),
+            _why_not_packed(self._plan, task, form),
             overflowed,
         ]
         self._report.linears.append(
@@ -155,7 +155,7 @@ class Recorder:
                 tokens=seen.tokens if seen else None,
                 note="; ".join(note for note in notes if note),
                 losses=losses,
-                pattern="" if _multiplied(task, form) else _pattern(task),
+                pattern=_pattern(task, form),
             )
         )
 
@@ -245,17 +245,8 @@ class _SharedTensors:
         return {linear.tensor.rpartition(".")[2]: self._tensors.pop(linear.tensor)}
 
 
-def _multiplied(task: Task, form: Form) -> bool:
-    """Whether the factors that a method makes are stored as their product."""
-    return isinstance(form, Dense) and not task.method.REFINABLE
-
-
-def _why_dense(plan: Plan, task: Task, form: Form) -> str:
-    """Why a dense weight is stored where the method or the pattern has a smaller form; empty if it
-    is not so.
-    """
-    if _multiplied(task, form):
-        return "format dense: its factors are multiplied"
+def _why_not_packed(plan: Plan, task: Task, form: Form) -> str:
+    """Why zeros are in place where a packed form was asked for; empty if they are not."""
     if not plan.packed or not isinstance(form, Dense) or not task.fits_2_4:
         return ""
     if task.linear.at is not None:
@@ -263,9 +254,12 @@ def _why_dense(plan: Plan, task: Task, form: Form) -> str:
     return "zeros in place: other experts of the block are not packed"
 
 
-def _pattern(task: Task) -> str:
-    """The n:m of a task, empty where it has none."""
-    return str(task.target) if isinstance(task.target, Pattern) and task.target.m else ""
+def _pattern(task: Task, form: Form) -> str:
+    """The n:m of a linear, empty where it has none: a product of factors has no zeros."""
+    pattern = task.target
+    if not isinstance(pattern, Pattern) or not pattern.m:
+        return ""
+    return str(pattern) if form.sparsity >= float(pattern.sparsity) else ""
 
 
 def _finite(losses: tuple[float, float] | None) -> tuple[tuple[float, float] | None, str]:
