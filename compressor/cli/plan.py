@@ -16,7 +16,7 @@ from compressor.cli.compress import show_allocation
 from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
-    from compressor.allocation import Choice
+    from compressor.allocation.choice import Choice
     from compressor.config.recipe import Recipe
     from compressor.engine.plan import Plan
 

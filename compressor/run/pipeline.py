@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.allocation import Choice
+from compressor.allocation.choice import Choice
 from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros

@@ -40,7 +40,7 @@ class Facts:
 
     Attributes:
         recipe: as it is written into the output.
-        measured, spectra: of `compressor.allocation.Choice`.
+        measured, spectra: of `compressor.allocation.choice.Choice`.
         calibration_tokens: in all samples together.
     """
 
