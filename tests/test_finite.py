@@ -108,7 +108,7 @@ def check_finite(folder):
 )
 def test_what_is_copied_is_checked_before_any_work(cli, edited, family, name, value):
     model = edited(poisoned(value), name, family=family)
-    said = cli("prune", model, "--method", "magnitude", "--dry-run", code=1).err
+    said = cli("prune", model, "--method", "magnitude", "--dry-run", "-q", code=1).stderr
     assert said.count("\n") == 1
     assert f"{name} holds {'NaN' if math.isnan(value) else 'Inf'}" in said
 
