@@ -13,7 +13,7 @@ from rich.text import Text
 
 from compressor.cli import options
 from compressor.cli.prune import most, show_allocation
-from compressor.cli.show import begin, out, pruning_progress, table
+from compressor.cli.show import begin, out, pruning_progress, table, tell
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
@@ -124,6 +124,7 @@ def plan(
         heatmap.check_drawing(plot)
     with pruning_progress(quiet) as progress:
         job = make_plan(merged, device=device, progress=progress)
+    tell(job.reader.notes)
     part = output.with_name(f"{output.name}.part")
     part.write_text(dumps(job), encoding="utf-8")
     part.replace(output)

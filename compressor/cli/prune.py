@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor.cli import options
-from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
+from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table, tell
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
@@ -168,6 +168,7 @@ def run_and_show(
         raise ProcessError(f"{error}; {describe(output) or 'nothing was written'}") from None
     if not speaks():
         return
+    tell(report.notes)
     if as_json:
         print(json.dumps(report.everything(), indent=1))
     elif not quiet:
@@ -210,7 +211,8 @@ def show_allocation(found: dict[str, Any]) -> None:
 
 
 def show_left(job: Job) -> None:
-    """The weights that stay dense, a line each."""
+    """The weights that stay dense, a line each; before them, notes about the model's folder."""
+    tell(job.reader.notes)
     for left in job.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
 

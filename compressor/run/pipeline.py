@@ -29,8 +29,9 @@ from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
+from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import work_path
-from compressor.checkpoint.writer import Writer, side_files
+from compressor.checkpoint.writer import Writer
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import Seen, Store, compress_blocks
 from compressor.engine.distributed import Group, local_device, processes
@@ -105,7 +106,11 @@ def _prune(
     started, work, reader = time.perf_counter(), work_path(output), job.reader
     recipe = replace(recipe, plan=plan_file.FILE if recipe.plan else "")
     report = Report(
-        asdict(recipe), job.skeleton.config.model_type, _parameters(reader), reader.nbytes
+        asdict(recipe),
+        job.skeleton.config.model_type,
+        _parameters(reader),
+        reader.nbytes,
+        notes=[*reader.notes, *reader.left(code=recipe.trust_remote_code)],
     )
     states = (
         _calibrate(job, recipe, device, max_memory, work, journal, group, progress)
