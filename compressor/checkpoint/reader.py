@@ -196,7 +196,8 @@ class Reader:
         if isinstance(named, str) and re.search(r"\.safetensors(\.index\.json)?$", named):
             raise CheckpointError(
                 f"{self.folder}/config.json names its weights by transformers_weights "
-                f"({named[:100]!r}): rename them to {SINGLE}, or to {INDEX} with its shards, and remove that key"
+                f"({named[:100]!r}): rename them to {SINGLE}, or to {INDEX} with its shards, and "
+                "remove that key"
             )
         single = (self.folder / SINGLE).is_file()
         return None if single or not (path := self.folder / INDEX).is_file() else read_json(path)

@@ -18,7 +18,8 @@ from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
-from compressor.config.recipe import Recipe, check_options
+from compressor.config.options import check_options
+from compressor.config.recipe import Recipe
 from compressor.engine.task import Job, Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of

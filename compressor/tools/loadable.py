@@ -18,6 +18,7 @@ from compressor.checkpoint.packed_config import TRANSPOSED, packed_modules, plai
 from compressor.checkpoint.reader import INDEX, Entry, Reader
 from compressor.checkpoint.side_files import side_files
 from compressor.errors import CompressError
+from compressor.formats.headers import check_headers, packed_headers
 
 _FOREIGN = {
     "adapter_config.json": "with peft a loader takes the folder for an adapter",
@@ -82,26 +83,20 @@ def _model(reader: Reader, trust_remote_code: bool) -> Iterator[str]:
 
 
 def _unpacked(reader: Reader) -> Reader:
-    """The headers that the folder would have without packed linears."""
+    """The headers that the folder would have without packed linears. Raises CheckpointError where
+    they are not those of its config.
+    """
     dense = copy.copy(reader)
     dense.config = plain_config(reader.config)
     dense.tensors = dict(reader.tensors)
+    stored = packed_headers(reader.tensors)
     for name, entry in packed_modules(reader.config).items():
-        prefix = f"{name}.weight_"
-        parts = {
-            key: dense.tensors.pop(key) for key in list(dense.tensors) if key.startswith(prefix)
-        }
-        if {f"{prefix}u", f"{prefix}v"} <= parts.keys():
-            shape = (parts[f"{prefix}u"].shape[0], parts[f"{prefix}v"].shape[1])
-        elif f"{prefix}values" in parts:
-            rows, kept = parts[f"{prefix}values"].shape
-            shape = (rows, 2 * kept)
-        else:
-            continue  # `verify` says what is missing
-        first = next(iter(parts.values()))
-        if entry.get(TRANSPOSED) is True:
-            shape = shape[::-1]
-        dense.tensors[f"{name}.weight"] = Entry(first.shard, first.dtype, shape, 0, 0)
+        dtype, shape = check_headers(name, entry, parts := stored.get(name, {}))
+        shard = dense.tensors[f"{name}.{next(iter(parts))}"].shard
+        for suffix in parts:
+            del dense.tensors[f"{name}.{suffix}"]
+        shape = shape[::-1] if entry.get(TRANSPOSED) is True else shape
+        dense.tensors[f"{name}.weight"] = Entry(shard, dtype, shape, 0, 0)
     return dense
 
 
