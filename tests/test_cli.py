@@ -410,4 +410,4 @@ def test_what_lies_beside_an_earlier_folder_goes_with_it(cli, refuse, tiny, tmp_
         assert [path.exists() for path in beside] == [command[0] == "prune", False, False]
         if command[0] == "prune":
             assert json.loads(beside[0].read_text())["run"]["device"] == "cpu"
-        (tmp_path / "out").rename(tmp_path / "packed")
+            (tmp_path / "out").rename(tmp_path / "packed")
