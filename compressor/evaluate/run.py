@@ -181,6 +181,8 @@ def _store(
 def _evaluate(candidate: Candidate, original: Candidate | None, asked: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     candidate.window(asked.seq_len)
+    for text in candidate.reader.notes:
+        asked.note(f"{candidate.name}: {text}")
     found: dict[str, Any] = {key: {} for key in BY_TASK}
     for task in asked.tasks:
         scored = _score_task(candidate, task, asked)
