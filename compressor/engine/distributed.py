@@ -63,17 +63,17 @@ class Group:
         """
         if self.size == 1:
             return make(*arguments)
-        made, error = None, None
+        result, error = None, None
         try:
-            made = make(*arguments) if self.first else None
+            result = make(*arguments) if self.first else None
         except (CompressError, OSError) as raised:
             error = raised
-        made, told = self._gathered(
-            (made, OutputError(str(error)) if isinstance(error, OSError) else error)
+        result, told = self._gathered(
+            (result, OutputError(str(error)) if isinstance(error, OSError) else error)
         )[0]
         if told:
             raise error or told
-        return made
+        return result
 
     def joined(self, items: Sequence[Any]) -> list[Any]:
         """The items of all processes, in order."""
@@ -96,7 +96,7 @@ class Group:
         )
         samples = self._gathered([own.sample.cpu() for own in distinct])
         merged: dict[tuple[int | None, ...], InputStats] = {}
-        found = {}
+        by_name = {}
         for name in sorted({name for names in everywhere for name in names}):
             key = tuple(
                 names.get(name) for names in everywhere
@@ -110,8 +110,8 @@ class Group:
                     total.add_sample(samples[rank][number].to(device))
                     for tokens, mean, variance in parts[rank][number]:
                         total.merge(tokens, mean.to(device), variance.to(device))
-            found[name] = merged[key]
-        return found
+            by_name[name] = merged[key]
+        return by_name
 
     def owners(self, costs: Sequence[int]) -> list[int]:
         """Which process makes each of things that cost so much: the dearest first, each to the one
@@ -137,17 +137,17 @@ class Group:
         if self.size == 1:
             yield from made
             return
-        own: list[Made] = []
+        mine: list[Made] = []
         error: CompressError | None = None
         try:
-            own = list(made)
+            mine = list(made)
         except CompressError as raised:
             error = raised
         if failed := next((raised for raised in self._gathered(error) if raised is not None), None):
             raise failed
-        own.reverse()
+        mine.reverse()
         for owner in owners:
-            yield self._sent(own.pop() if owner == self.rank else (None, None), owner, device)
+            yield self._sent(mine.pop() if owner == self.rank else (None, None), owner, device)
 
     def _sent(self, made: tuple[Form | None, Any], owner: int, device: torch.device) -> Made:
         form, beside = made
@@ -174,10 +174,10 @@ class Group:
         """`value` of every process, in order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.size
         with _noticing():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def _broadcast(self, tensor: Tensor, rank: int) -> Tensor:
         with _noticing():

@@ -141,14 +141,14 @@ class Journal:
             self._begin["made"] = made
             _write(self.folder, BEGIN, self._begin)
             return
-        found = _read(self.folder, BEGIN)
-        if different := difference(found["fingerprint"], self._begin["fingerprint"]):
+        begun = _read(self.folder, BEGIN)
+        if different := difference(begun["fingerprint"], self._begin["fingerprint"]):
             raise OutputError(
                 f"{self.folder} holds an unfinished run of {self.output} that is not this one: "
                 f"{different}; "
                 f"give the same to go on with it, or remove {self.folder} to start anew"
             )
-        self._begin = found
+        self._begin = begun
         numbers = sorted(
             int(path.stem[6:])
             for path in self.folder.glob("block-*.json")
@@ -260,9 +260,9 @@ def _write(work: Path, name: str, value: Any) -> None:
 
 def _read(work: Path, name: str) -> Any:
     try:
-        found = json.loads(state_file(work, name).read_bytes())
-        if found["sha256"] == _sum(json.dumps(found["value"])):
-            return found["value"]
+        record = json.loads(state_file(work, name).read_bytes())
+        if record["sha256"] == _sum(json.dumps(record["value"])):
+            return record["value"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise damaged(work, f"{name}.json is not what was written")

@@ -222,15 +222,15 @@ def _named(entries: Entries, names: Collection[str], dense: Mapping[str, str]) -
     matches nothing.
     """
     globs = {name: entry for name, entry in entries.items() if set(name) & set("*?[")}
-    found = {name: entry for name, entry in entries.items() if name not in globs}
+    named = {name: entry for name, entry in entries.items() if name not in globs}
     for glob, entry in globs.items():
         if not any(fnmatchcase(name, glob) for name in (*names, *dense)):
             example = next(iter(names))
             raise UsageError(
                 f"the plan's {glob[:100]!r} matches no linear; names look like {example!r}"
             )
-        found |= {name: entry for name in names if name not in found and fnmatchcase(name, glob)}
-    return found
+        named |= {name: entry for name in names if name not in named and fnmatchcase(name, glob)}
+    return named
 
 
 def _target(entry: Mapping[str, Any], linear: Linear) -> Target | None:

@@ -36,12 +36,12 @@ def measured(
     groups: dict[tuple[int | None, str, tuple[int, int]], list[str]] = {}
     for name, spectrum in spectra.items():
         groups.setdefault((*text.place(name), spectrum.shape), []).append(name)
-    found = []
+    entries = []
     for (block, part, shape), names in groups.items():
         index = points(min(shape))
         values = torch.stack([spectra[name].values.double()[index] for name in names]).mean(dim=0)
         chosen = [rank for name in names if (rank := ranks[name])]
-        found.append(
+        entries.append(
             {
                 "block": block, "linear": part, "shape": list(shape), "count": len(names),
                 "rank": sum(chosen) / len(chosen) if chosen else None,
@@ -49,4 +49,4 @@ def measured(
                 "index": index, "values": [float(f"{value:.4g}") for value in values.tolist()],
             }
         )  # fmt: skip
-    return found
+    return entries

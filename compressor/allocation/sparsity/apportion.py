@@ -19,12 +19,12 @@ def apportion(total: int, shares: Sequence[Fraction], limits: Sequence[int]) -> 
     Those with the largest fractional parts are rounded up; of equal ones the first.
     """
     assert sum(shares) == total, (sum(shares), total)
-    found = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda index: found[index] - shares[index])
-    for index in by_remainder[: total - sum(found)]:
-        found[index] += 1
-    assert all(count <= limit for count, limit in zip(found, limits, strict=True))
-    return found
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - shares[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    assert all(count <= limit for count, limit in zip(counts, limits, strict=True))
+    return counts
 
 
 def evenly(total: int, sizes: Sequence[int]) -> list[int]:

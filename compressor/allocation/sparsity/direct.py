@@ -73,12 +73,12 @@ def _through(
     device: torch.device,
 ) -> list[list[Tensor]]:
     """Each variant, batches that enter block `start`, after the last block."""
-    found = [list(variant) for variant in variants]
+    moved = [list(variant) for variant in variants]
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        found = [
+        moved = [
             [capture.run(block, batch, states.arguments[index]) for batch in variant]
-            for variant in found
+            for variant in moved
         ]
         skeleton.free_block(index)
-    return found
+    return moved

@@ -28,16 +28,16 @@ def inside(grouped: Groups, counts: Sequence[int]) -> dict[str, int]:
     """Zeros of every linear, by name, from those of the groups: the same sparsity inside a
     group.
     """
-    found = {}
+    zeros = {}
     for linears, count in zip(grouped.values(), counts, strict=True):
-        found |= dict(
+        zeros |= dict(
             zip(
                 [linear.name for linear in linears],
                 evenly(count, [linear.size for linear in linears]),
                 strict=True,
             )
         )
-    return found
+    return zeros
 
 
 def ceiling(asked: float, zeros: int, weights: int, default: float) -> Fraction:

@@ -45,7 +45,7 @@ def share_out(curves: Mapping[str, Curve], zeros: int) -> dict[str, int]:
     for name, curve in curves.items():
         if not all(math.isfinite(error) for _, error in curve):
             raise NumericalError(f"the error curve of {name} is not finite")
-    found = {name: curve[0][0] for name, curve in curves.items()}
+    counts = {name: curve[0][0] for name, curve in curves.items()}
     segments = [
         ((stop[1] - start[1]) / (stop[0] - start[0]), start[0], name, stop[0] - start[0])
         for name, curve in curves.items()
@@ -54,9 +54,9 @@ def share_out(curves: Mapping[str, Curve], zeros: int) -> dict[str, int]:
     left = zeros - least
     for _, _, name, length in sorted(segments):
         taken = min(length, left)
-        found[name] += taken
+        counts[name] += taken
         left -= taken
-    return found
+    return counts
 
 
 def lower_hull(curve: Curve) -> list[tuple[int, float]]:

@@ -87,13 +87,13 @@ def _outlier_ratios(
     plan: Plan, states: States, device: torch.device, progress: Progress, outlier: float
 ) -> list[float]:
     """D of every block that has linears to prune, from the dense model."""
-    found = []
+    ratios = []
     for done, (tasks, stats) in enumerate(dense_blocks(plan, states, device)):
         scores = [task.linear.get().abs().float() * stats[task.linear.name].norm for task in tasks]
         if scores:
-            found.append(_share_above(scores, outlier))
+            ratios.append(_share_above(scores, outlier))
         progress("outliers", done + 1, len(plan.tasks))
-    return found
+    return ratios
 
 
 def _share_above(scores: list[Tensor], outlier: float) -> float:
