@@ -275,8 +275,8 @@ def test_experts_are_packed_together_or_not_at_all(cli, tiny, rows, tmp_path):
         (
             "gpt_oss",
             {"method": "armor"},
-            r"all experts in one tensor: .* leave them all dense with --ignore "
-            r"'\*gate_up_proj\.\*'",
+            r"all experts in one tensor: .* leave them all dense with "
+            r"`ignore='\*gate_up_proj\.\*'`",
         ),
         ("qwen3_moe", {"pattern": "2:5"}, "in_features 64 of"),
     ],
