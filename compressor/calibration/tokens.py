@@ -113,7 +113,7 @@ def evaluation_rows(
     ids = _stream(dataset, parts, tokenizer, vocab_size, None)
     if len(ids) < seq_len:
         short = f"{len(ids)} tokens, fewer than one window of {seq_len}"
-        raise DataError(f"{dataset} has {short}: lower --seq-len or give more text")
+        raise DataError(f"{dataset} has {short}: lower `seq_len` or give more text")
     return list(torch.tensor(ids[: len(ids) // seq_len * seq_len]).split(seq_len))
 
 
@@ -171,16 +171,16 @@ def _whole_rows(
     if not short:
         raise _too_few(dataset, len(rows), seq_len, num_samples)
     raise DataError(
-        f"{dataset} has rows of {longest} input_ids, --seq-len asks for {seq_len}: {len(rows)} of "
+        f"{dataset} has rows of {longest} input_ids, `seq_len` asks for {seq_len}: {len(rows)} of "
         f"{len(rows) + short} rows have as many without padding, {num_samples} were asked for; "
-        "lower --seq-len or --num-samples"
+        "lower `seq_len` or `num_samples`"
     )
 
 
 def _too_few(dataset: str, found: int, seq_len: int, num_samples: int) -> DataError:
     return DataError(
         f"{dataset} gives {found} samples of {seq_len} tokens, {num_samples} were asked for: "
-        "lower --num-samples or --seq-len, or give more text"
+        "lower `num_samples` or `seq_len`, or give more text"
     )
 
 
@@ -245,7 +245,7 @@ def first_token(config: Any, folder: Path) -> int:
         raise DataError(
             f"{folder}/config.json has bos_token_id {start}, the model's vocabulary is "
             f"0..{text.vocab_size - 1}: correct it (null begins with token 0), or give a text "
-            "with --dataset"
+            "with `dataset`"
         )
     return start
 
@@ -337,7 +337,7 @@ def _require_memory(folder: Path, device: str) -> None:
             f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of "
             f"weights, "
             f"{free / 1e9:.1f} GB free on {device}; "
-            "give a text with --dataset"
+            "give a text with `dataset`"
         )
 
 

@@ -64,21 +64,23 @@ def check_output(output: Path, reader: Reader) -> None:
             little room.
     """
     if not output.name:
-        raise OutputError(f"output {str(output)!r} names no folder to make; choose another with -o")
+        raise OutputError(
+            f"output {str(output)!r} names no folder to make; choose another `output`"
+        )
     if output.resolve() == reader.folder.resolve():
-        raise OutputError(f"output {output} is the input folder; choose another with -o")
+        raise OutputError(f"output {output} is the input folder; choose another `output`")
     if reader.folder.resolve() in output.resolve().parents:
-        raise OutputError(f"output {output} is inside the input folder; choose another with -o")
+        raise OutputError(f"output {output} is inside the input folder; choose another `output`")
     there = (
         os.path.lexists(output) or output.resolve().exists()
     )  # the second for new/.. and the like
     path = output if there else report_path(output)
     if (there or os.path.lexists(path)) and not is_complete(output):
-        raise OutputError(f"output {path} exists already; choose another with -o or remove it")
+        raise OutputError(f"output {path} exists already; choose another `output` or remove it")
     if len(os.fsencode(output.name)) > 200:
         raise OutputError(
             f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a "
-            f"shorter one with -o"
+            f"shorter `output`"
         )
     parent = output.resolve().parent
     while not parent.exists():

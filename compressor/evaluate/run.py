@@ -77,21 +77,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("seq-len", self.seq_len or 2, 2),
-            ("num-samples", self.num_samples, 1),
+            ("seq_len", self.seq_len or 2, 2),
+            ("num_samples", self.num_samples, 1),
             ("limit", 1 if self.limit is None else self.limit, 1),
-            ("num-fewshot", self.num_fewshot or 0, 0),
+            ("num_fewshot", self.num_fewshot or 0, 0),
             ("seed", self.seed, 0),
-            ("batch-size", self.batch_size, 1),
+            ("batch_size", self.batch_size, 1),
         ):
             if value < least or value >= 1 << 63:
-                raise UsageError(f"{name} is {value}; accepted: {least} or more")
+                raise UsageError(f"`{name}` is {value}; accepted: {least} or more")
         for dataset in self.datasets:
             check_dataset(dataset, self.column_of(dataset))
         if self.text_column and not any(map(has_columns, self.datasets)):
             raise UsageError(
-                f"text-column {self.text_column!r} is for .jsonl, .parquet and Hub datasets; "
-                "--dataset names none"
+                f"`text_column` {self.text_column!r} is for .jsonl, .parquet and Hub datasets; "
+                "`dataset` names none"
             )
 
     def column_of(self, dataset: str) -> str:
