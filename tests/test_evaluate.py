@@ -13,7 +13,7 @@ from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
-from compressor.evaluate import (
+from compressor.evaluation import (
     DIVERGENCE,
     METRIC,
     candidate,
@@ -24,7 +24,7 @@ from compressor.evaluate import (
     table,
     windows,
 )
-from compressor.evaluate.speed import measure_speed
+from compressor.evaluation.speed import measure_speed
 from compressor.records.scores import read_scores, scores_path
 
 
@@ -164,9 +164,9 @@ def test_bad_settings(demo_model, rows, settings, match):
 
 
 def test_bytes_of_the_linears_are_those_of_the_headers(demo_model, rows, tmp_path):
-    from compressor.cli.inspect import describe
     from compressor.config.recipe import Recipe
     from compressor.run.pipeline import prune
+    from compressor.tools.describe import describe
 
     prune(Recipe(str(demo_model), method="magnitude"), tmp_path / "out")
     for folder in (demo_model, tmp_path / "out"):

@@ -20,10 +20,10 @@ import torch
 from compressor.calibration.dataset import check_dataset, has_columns
 from compressor.checkpoint import cache
 from compressor.errors import UsageError
-from compressor.evaluate import lmeval
-from compressor.evaluate.candidate import Candidate, Text, own_text
-from compressor.evaluate.speed import measure_speed
-from compressor.evaluate.windows import DIVERGENCE, METRIC, Sums, score_windows
+from compressor.evaluation import lmeval
+from compressor.evaluation.candidate import Candidate, Text, own_text
+from compressor.evaluation.speed import measure_speed
+from compressor.evaluation.windows import DIVERGENCE, METRIC, Sums, score_windows
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
 

@@ -10,8 +10,8 @@ run.py        all of it for many models, from the cache where it is known, in lm
 markdown.py   the table; plot.py the picture
 """
 
-from compressor.evaluate.markdown import table
-from compressor.evaluate.run import evaluate, evaluate_all
-from compressor.evaluate.windows import DIVERGENCE, METRIC, perplexity
+from compressor.evaluation.markdown import table
+from compressor.evaluation.run import evaluate, evaluate_all
+from compressor.evaluation.windows import DIVERGENCE, METRIC, perplexity
 
 __all__ = ["DIVERGENCE", "METRIC", "evaluate", "evaluate_all", "perplexity", "table"]
