@@ -18,21 +18,22 @@ from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
+from compressor_kernels.stored_linear import StoredLinear
 
 STORED = ("weight_values", "weight_metadata")  # a core in the state
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredLinear):
     """What the linears with a 2:4 core share: the tensors of its layout are their own parameters
     and buffers.
 
     Attributes:
         layout: the class of the layout that holds the core.
-        bias: `[out]` or None.
+        op: what kernel_config.py calls the product in the order of fragments.
     """
 
     layout: type[Layout]
-    bias: Any
+    op: str
 
     def __init__(
         self,
@@ -73,6 +74,10 @@ class PackedLinear(nn.Module):
         """
         self.hold(layout.prepare(*self.core.stored()))
 
+    def kernels_run(self) -> bool:
+        """Whether there is a layout that a kernel computes from."""
+        return kernel_layout(self.core.stored()[0]) is not None
+
     def prepare_(self) -> None:
         """Hold the core in the layout from which its device computes fastest. Where no kernel runs
         nothing changes.
@@ -83,12 +88,6 @@ class PackedLinear(nn.Module):
     def unpack_(self) -> None:
         """Hold the core dense. Raises ValueError as `place_`."""
         self.place_(Dense)
-
-    def freeze_(self) -> None:
-        """Mark what is packed as frozen: no gradient would reach it."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("weight_"):
-                parameter.requires_grad_(False)
 
     def _register(self, core: Layout) -> None:
         self.layout = type(core)
@@ -185,6 +184,7 @@ class Sparse24Linear(PackedLinear):
     `weight_metadata` (and `bias`).
     """
 
+    op = "fragments"
     fused: FusedProjections | None = None  # computes for this module too
     place: int  # among the linears that it computes for
 
@@ -245,6 +245,8 @@ class ArmorLinear(PackedLinear):
     to be factored again to be saved.
     """
 
+    op = "armor"
+
     def __init__(
         self,
         in_features: int,
@@ -288,12 +290,14 @@ class ArmorLinear(PackedLinear):
         return f"{_features(self)}, 2:4 between {blocks}"
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(StoredLinear):
     """A linear stored as the product of two thin factors: y = U (V x) + bias.
 
     Its state is `weight_u` and `weight_v` (and `bias`), plain parameters that train like those of
     two linears.
     """
+
+    without_kernels = "two thin factors, multiplied by torch"
 
     def __init__(
         self,
@@ -331,14 +335,20 @@ class LowRankLinear(nn.Module):
             return reference.lowrank(x, u, v, bias)
         return lowrank_op(x, u, v, bias, self.semaphore)
 
+    def kernels_run(self) -> bool:
+        """Whether the kernels for thin products run."""
+        return backend.runs(self.weight_u)
+
     def prepare_(self) -> None:
         """Allocate the semaphore that the kernels split K with, where they run."""
-        if backend.runs(self.weight_u):
+        if self.kernels_run():
             size = max(self.out_features, self.rank)
             self.semaphore = new_semaphore(size, self.weight_u.device)
 
-    def unpack_(self) -> None:
-        """Nothing to do: two thin products are faster than the dense one anywhere."""
+    def freeze_(self) -> None:
+        """Nothing to do: the factors train. Nor for `unpack_`: two thin products are faster than
+        the dense one anywhere.
+        """
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
