@@ -42,6 +42,7 @@ def evaluate(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     cache: bool = True,
+    server: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score models side by side: perplexity, KL divergence from the baseline, lm-eval tasks, bytes.
@@ -67,6 +68,7 @@ def evaluate(
         dtype: "auto", "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code that a checkpoint brings.
         cache: take numbers that are known from the cache.
+        server: URL of a server of the one model, such as vLLM's: its perplexity as well.
         progress: called after each step with its name, how many are done, of how many.
 
     Returns:
@@ -87,9 +89,9 @@ def evaluate(
     check_kinds((int, NoneType), limit=limit, num_fewshot=num_fewshot)
     check_kinds(bool, kl=kl, trust_remote_code=trust_remote_code, cache=cache)
     check_kinds(str, device=device, dtype=dtype)
-    check_kinds((str, NoneType), text_column=text_column)
+    check_kinds((str, NoneType), text_column=text_column, server=server)
     check_one_of("dtype", dtype, DTYPES)
-    from compressor.evaluation import evaluate_all
+    from compressor.evaluation import score
     from compressor.run.pipeline import choose_device
 
     settings: dict[str, Any] = {
@@ -103,7 +105,7 @@ def evaluate(
     if progress:
         settings["progress"] = progress
     original = None if baseline is None else as_text("baseline", baseline)
-    return dict(evaluate_all(names, baseline=original, **settings))
+    return score(names, baseline=original, server=server, **settings)
 
 
 def inspect(model: str | Path) -> dict[str, Any]:

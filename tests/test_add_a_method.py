@@ -27,7 +27,7 @@ def house(tmp_path_factory):
     [(file, folder)] = re.findall(r"`(\w+\.py)` in `(compressor/\w+/)`", section)
     [table] = re.findall(r"`(compressor/\w+/\w+\.py)`", section)
     path = folder + file
-    code, line = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    code, line = re.findall(r"^```(?:python)?\n(.*?)^```", section, re.M | re.S)
     assert not (copy / path).exists()
     (copy / path).write_text(code, encoding="utf-8")
     before = (copy / table).read_text(encoding="utf-8")

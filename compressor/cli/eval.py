@@ -73,6 +73,13 @@ def evaluate(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Take numbers that are known from the cache.")
     ] = True,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a server of the model, such as vLLM's: its perplexity beside the model's.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -114,7 +121,7 @@ def evaluate(
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     begin(quiet, verbose)
-    from compressor.evaluation import evaluate_all, table
+    from compressor.evaluation import score, table
     from compressor.run.pipeline import choose_device
 
     where = str(choose_device(device))
@@ -127,9 +134,8 @@ def evaluate(
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cache,
     }  # fmt: skip
     with scoring_progress(quiet) as (progress, note):
-        scored = dict(
-            evaluate_all(models, baseline=baseline, **settings, progress=progress, note=note)
-        )
+        settings |= {"progress": progress, "note": note}
+        scored = score(models, baseline=baseline, server=server, **settings)
     result = (
         scored[models[0]]
         if len(models) == 1

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+from torch import Tensor
 
 from compressor.calibration.dataset import check_dataset, has_columns
 from compressor.checkpoint import cache
@@ -141,9 +142,8 @@ def evaluate_all(
     """
     asked = Settings(**settings)
     lmeval.check_tasks(asked.tasks, asked.include_path)
-    candidates = [
-        asked.candidate(name) for name in dict.fromkeys(models)
-    ]  # all of them are there before the first is scored
+    # all of them are there before the first is scored
+    candidates = [asked.candidate(name) for name in dict.fromkeys(models)]
     original = asked.candidate(baseline) if baseline else None
     before = _evaluate(original, None, asked) if original else None
     if original and before:
@@ -274,7 +274,7 @@ def _score_dataset(
 ) -> dict[str, Any]:
     """The entries of one data set under each key of `BY_TASK`."""
     name, window = asked.name_of(dataset), candidate.window(asked.seq_len)
-    text = _text(candidate, original, dataset, asked)
+    text = text_of(candidate, original, dataset, asked)
     against = (
         original if original and _comparable(candidate, original, dataset, text, asked) else None
     )
@@ -307,7 +307,9 @@ def _score_dataset(
     }
 
 
-def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings) -> Text:
+def text_of(
+    candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings
+) -> Text:
     """The rows to score. Those of `self` are named by who writes them: they are written only if
     they have to be scored.
     """
@@ -327,6 +329,13 @@ def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked:
     return Text([], cache.make_key("self", *by), asked.num_samples)
 
 
+def rows_of(candidate: Candidate, text: Text, writer: Candidate, asked: Settings) -> list[Tensor]:
+    """The rows of `text`; those of `self` are written by `writer` here, if they have not been."""
+    how = (asked.num_samples, asked.seed, asked.device, asked.trust_remote_code)
+    rows = text.rows or own_text(writer.name, candidate.window(asked.seq_len), *how)
+    return rows[: asked.limit]
+
+
 def _comparable(
     candidate: Candidate, original: Candidate, dataset: str, text: Text, asked: Settings
 ) -> bool:
@@ -340,7 +349,7 @@ def _comparable(
         reason = f"it has {candidate.vocab_size} tokens, {original.name} has {original.vocab_size}"
     elif (
         original.window(0) < candidate.window(asked.seq_len)
-        or _text(original, original, dataset, asked).key != text.key
+        or text_of(original, original, dataset, asked).key != text.key
     ):
         reason = f"{original.name} reads {dataset} as other windows"
     else:
@@ -373,17 +382,9 @@ def _pass(
     """Score the rows of `text`, from where an earlier pass was interrupted; the sums."""
     key = cache.make_key("windows", *parts)
     asked.progress(name, 0, 1)
-    rows = text.rows or own_text(
-        writer.name,
-        candidate.window(asked.seq_len),
-        asked.num_samples,
-        asked.seed,
-        asked.device,
-        asked.trust_remote_code,
-    )
     sums = score_windows(
         candidate.model,
-        rows[: asked.limit],
+        rows_of(candidate, text, writer, asked),
         baseline=against.model if against else None,
         start=Sums.read(cache.load("partial", key)) if asked.cached else None,
         save=lambda sums: cache.save("partial", key, sums),

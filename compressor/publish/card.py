@@ -301,7 +301,13 @@ def _how_to_load(facts: Facts) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(name)\n"
         'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")\n```'
     )
-    return f"## How to load it\n\n{install}{code}"
+    serve = (
+        f"\n\nvLLM serves it where this package is installed as well:\n\n"
+        f"```\npip install vllm compress-llm\nvllm serve {facts.repo}\n```"
+        if facts.packed
+        else ""
+    )
+    return f"## How to load it\n\n{install}{code}{serve}"
 
 
 def _limits(facts: Facts) -> str:
@@ -310,8 +316,8 @@ def _limits(facts: Facts) -> str:
     if facts.packed:
         limits.append(
             "The weights are stored in a packed form. Without `import compressor.runtime` "
-            "transformers refuses the checkpoint; "
-            "other tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
+            "transformers refuses the checkpoint; without this package vLLM refuses it, and other "
+            "tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
         )
         limits.append(
             "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: "
