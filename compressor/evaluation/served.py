@@ -86,7 +86,7 @@ def check_server(url: str, models: Sequence[str], asked: Settings) -> Server:
     be compared with `models`.
     """
     if len(models) != 1 or not asked.datasets:
-        raise UsageError("`server` is compared with one model, on texts: one model and `dataset`")
+        raise UsageError("`server` is compared with one model, on texts: one MODEL and `dataset`")
     server, candidate = connect(url), asked.candidate(models[0])
     if server.limit is None:
         return server
