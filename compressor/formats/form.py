@@ -164,6 +164,13 @@ class Form(Protocol):
         return cls.from_dense(factors["weight"])
 
 
+def notes(form: Form) -> dict[str, Any]:
+    """What a form carries for the report, by the names of its fields: `note`, a sentence, and
+    `losses`, the relative loss its method started from and arrived at; only those it has.
+    """
+    return {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
+
+
 def matrix(stored: Mapping[str, Spec], suffix: str) -> Shape:
     """The shape of a stored tensor that is a matrix. Raises ValueError where it is none."""
     shape = stored[suffix].shape
