@@ -22,7 +22,7 @@ Graph = Mapping[str, set[str]]
 LAYERS = """
 compressor_kernels
 errors
-text
+text free_memory
 pattern stats formats checkpoint
 methods refine records model
 progress calibration runtime

@@ -5,6 +5,7 @@ how they are shown.
 import json
 import shutil
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,6 @@ from compressor.evaluation import (
     evaluate,
     evaluate_all,
     lmeval,
-    run,
     table,
     windows,
 )
@@ -303,7 +303,7 @@ def test_divergence_needs_the_same_windows(demo_model, tiny, rows, tmp_path):
 def test_divergence_needs_room_for_both(demo_model, copy, rows, monkeypatch):
     notes = []
     monkeypatch.setattr(
-        run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6})()
+        psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6})()
     )
     found = evaluate(str(copy), baseline=str(demo_model), datasets=[str(rows)], note=notes.append)
     assert DIVERGENCE not in found["results"]["rows"]

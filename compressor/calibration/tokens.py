@@ -13,6 +13,7 @@ from compressor.calibration.dataset import Record, on_hub, records
 from compressor.calibration.dataset import check_dataset as check_dataset
 from compressor.checkpoint.side_files import lfs_pointer, side_files
 from compressor.errors import DataError
+from compressor.free_memory import free_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -323,22 +324,21 @@ def _rows_at_once(config: Any, seq_len: int) -> int:
 
 
 def _require_memory(folder: Path, device: str) -> None:
-    import psutil
+    """Raise DataError where the whole model does not fit: into the host's memory, where it is read,
+    and into that of the device.
+    """
     import torch
 
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.startswith("cuda")
-        else psutil.virtual_memory().available
-    )
-    if needed * 1.2 > free:
-        raise DataError(
-            f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of "
-            f"weights, "
-            f"{free / 1e9:.1f} GB free on {device}; "
-            "give a text with `dataset`"
-        )
+    free = {"cpu": free_memory()}
+    if device.startswith("cuda"):
+        free[device] = torch.cuda.mem_get_info(device)[0]
+    for where, room in free.items():
+        if needed * 1.2 > room:
+            raise DataError(
+                f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB "
+                f"of weights, {room / 1e9:.1f} GB free on {where}; give a text with `dataset`"
+            )
 
 
 def context_length(config: Any) -> int | None:

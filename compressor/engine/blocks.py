@@ -334,7 +334,7 @@ def _finished(
         raise NumericalError(
             f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
             f"{str(stored.dtype).removeprefix('torch.')}: try another method or other options, or "
-            f"leave it dense with --ignore {task.linear.name!r}"
+            f"leave it dense with `ignore={task.linear.name!r}`"
         )
     if stats is None:
         return form, None
@@ -383,8 +383,8 @@ def _advance(block: _Block, states: States) -> float:
         output = capture.run(block.module, hidden, block.arguments)
         if not bool(torch.isfinite(output).all()):
             raise NumericalError(
-                f"what leaves {block.name} is not finite (NaN or Inf activations): try --dtype "
-                f"bfloat16 or float32"
+                f"what leaves {block.name} is not finite (NaN or Inf activations): try "
+                "`dtype='bfloat16'` or `dtype='float32'`"
             )
         if number < len(block.exact):
             errors.append(_squares(output, block.exact[number]))

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from compressor.evaluation import lmeval
 from compressor.evaluation.candidate import Candidate, Text, own_text
 from compressor.evaluation.speed import measure_speed
 from compressor.evaluation.windows import DIVERGENCE, METRIC, Sums, score_windows
+from compressor.free_memory import free_memory
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
 
@@ -357,7 +357,7 @@ def _comparable(
         free = (
             torch.cuda.mem_get_info(asked.device)[0]
             if asked.device.startswith("cuda")
-            else psutil.virtual_memory().available
+            else free_memory()
         )
         if needed * 1.1 > free:
             original.free()
