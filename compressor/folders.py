@@ -170,12 +170,17 @@ def unpack(folder: str | Path, output: str | Path) -> int:
 
 
 def verify(
-    folder: str | Path, *, progress: Callable[[int, int], None] | None = None
+    folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers.
+    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers, and
+    that config, parameters and tokenizer load.
 
     Args:
         folder: that this package made.
+        trust_remote_code: run Python code that the checkpoint brings.
         progress: told how many tensors are checked of how many.
 
     Returns:
@@ -186,9 +191,11 @@ def verify(
         compressor.errors.CheckpointError: it is no checkpoint folder at all.
     """
     source = as_path("folder", folder)
+    check_kinds(bool, trust_remote_code=trust_remote_code)
     from compressor.tools.verify import verify as run
 
-    return run(source, progress) if progress else run(source)
+    told: dict[str, Any] = {"progress": progress} if progress else {}
+    return run(source, trust_remote_code=trust_remote_code, **told)
 
 
 def push(

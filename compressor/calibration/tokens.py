@@ -14,6 +14,7 @@ from compressor.calibration.dataset import check_dataset as check_dataset
 from compressor.checkpoint.side_files import lfs_pointer, side_files
 from compressor.errors import DataError
 from compressor.free_memory import free_memory
+from compressor.text import size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -336,8 +337,8 @@ def _require_memory(folder: Path, device: str) -> None:
     for where, room in free.items():
         if needed * 1.2 > room:
             raise DataError(
-                f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB "
-                f"of weights, {room / 1e9:.1f} GB free on {where}; give a text with `dataset`"
+                f"'self' needs the whole model in memory to sample from it: {size(needed)} "
+                f"of weights, {size(room)} free on {where}; give a text with `dataset`"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compressor.cli.show import out, size, table
+from compressor.cli.show import out, size, table, tell
 
 
 def inspect(
@@ -40,6 +40,7 @@ def _show(found: dict[str, Any]) -> None:
     )
     for shard in found["shards"]:
         out.print(f"  {shard['name']}  {size(shard['bytes'])}")
+    tell(found["notes"])
     rows = table("", "matrix >shape format >zeros >bytes >of-dense")
     for row in found["linears"]:
         sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.1%}"

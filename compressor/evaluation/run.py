@@ -27,6 +27,7 @@ from compressor.evaluation.windows import DIVERGENCE, METRIC, Sums, score_window
 from compressor.free_memory import free_memory
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
+from compressor.text import size
 
 _SCHEME = 1  # of what is cached; counts up when the meaning of a number changes
 
@@ -180,6 +181,8 @@ def _store(
 def _evaluate(candidate: Candidate, original: Candidate | None, asked: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     candidate.window(asked.seq_len)
+    for text in candidate.reader.notes:
+        asked.note(f"{candidate.name}: {text}")
     found: dict[str, Any] = {key: {} for key in BY_TASK}
     for task in asked.tasks:
         scored = _score_task(candidate, task, asked)
@@ -361,10 +364,7 @@ def _comparable(
         )
         if needed * 1.1 > free:
             original.free()
-            reason = (
-                f"both models in memory take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
-                f"free"
-            )
+            reason = f"both models in memory take {size(needed)} more, {size(free)} are free"
     if reason:
         asked.note(f"no KL divergence of {candidate.name} on {asked.name_of(dataset)}: {reason}")
     return not reason

@@ -39,6 +39,7 @@ def describe(reader: Reader) -> dict[str, Any]:
         "dense_bytes": dense,
         "ratio": reader.nbytes / dense if dense else 1.0,
         "linears": linears,
+        "notes": reader.notes,
     }
 
 
