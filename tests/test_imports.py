@@ -94,9 +94,9 @@ def test_without_the_file_locks_of_posix_all_but_compressing_works(tmp_path):
         "from compressor.errors import OutputError\n"
         "import compressor.tools.verify, compressor.tools.unpack, compressor.cli\n"
         "assert compressor.inspect('demo/books-1m')['linears']\n"
-        "assert not compressor.verify('demo/books-1m')['problems']\n"
-        "assert compressor.load('demo/books-1m').config\n"
-        f"try: compressor.prune('demo/books-1m', {str(tmp_path / 'out')!r}, method='magnitude')\n"
+        "assert compressor.verify('demo/books-1m')['tensors']\n"
+        "from pathlib import Path; from compressor.run.journal import Journal\n"
+        f"try: Journal(Path({str(tmp_path / 'out')!r}), {{}}, {{}}).__enter__()\n"
         "except OutputError as error: assert 'under Windows use WSL' in str(error)\n"
         "else: raise AssertionError('it ran')"
     )
