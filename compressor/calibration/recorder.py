@@ -82,9 +82,8 @@ class Recorder:
             if index == 0:
                 self.kept = hidden
                 if self.returns is None:
-                    if by_name:
-                        keywords["hidden_states"] = hidden
-                    self.returns = Returns(self._first(*positional, **keywords))
+                    named = {"hidden_states": hidden} if by_name else {}
+                    self.returns = Returns(self._first(*positional, **keywords, **named))
             self._called, self._left = index + 1, hidden
             assert self.returns is not None
             answer, handed = self.returns.passing(hidden)
