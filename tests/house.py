@@ -26,7 +26,7 @@ text
 pattern stats formats config checkpoint
 methods refine records model
 progress calibration runtime
-engine tools publish bench
+engine tools publish bench runtime.vllm_plugin
 allocation plots evaluate
 allocation.sparsity allocation.rank page
 run doctor

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli import options
-from compressor.cli.prune import job_facts, run_and_show, show_left, show_tasks
+from compressor.cli.prune import plan_facts, run_and_show, show_left, show_tasks
 from compressor.cli.show import begin, out
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -87,23 +87,23 @@ def lowrank(
         )
     begin(quiet, verbose)
     if output is None or dry_run:
-        from compressor.run.check import make_job
+        from compressor.run.check import plan_run
 
-        job = make_job(merged, output)
+        planned = plan_run(merged, output)
         if as_json:
-            print(json.dumps(job_facts(job, merged), indent=1))
+            print(json.dumps(plan_facts(planned, merged), indent=1))
             return
-        if not job.keep:
-            show_tasks(job)
-        show_left(job)
+        if not merged.keep:
+            show_tasks(planned)
+        show_left(planned)
         goal = (
             f"factored by {merged.method}, keep {merged.keep} of the parameters"
-            if job.keep
+            if merged.keep
             else "compressed as planned"
         )
         out.print(
-            f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was "
-            f"written"
+            f"{len(planned.every)} linears in {len(planned.tasks)} blocks would be {goal}; nothing "
+            f"was written"
         )
         return
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)

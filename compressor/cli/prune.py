@@ -15,7 +15,8 @@ from compressor.cli.show import begin, err, out, pruning_progress, size, speaks,
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
-    from compressor.engine.task import Job, Task
+    from compressor.engine.plan import Plan
+    from compressor.engine.task import Task
     from compressor.records.report import Report
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -131,13 +132,13 @@ def prune(
         raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
     begin(quiet, verbose)
     if output is None or dry_run:
-        from compressor.run.check import make_job
+        from compressor.run.check import plan_run
 
-        job = make_job(merged, output)
+        planned = plan_run(merged, output)
         if as_json:
-            print(json.dumps(job_facts(job, merged), indent=1))
+            print(json.dumps(plan_facts(planned, merged), indent=1))
         else:
-            _show_job(job)
+            _show_plan(planned)
         return
     run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
 
@@ -169,7 +170,9 @@ def run_and_show(
     if not speaks():
         return
     if as_json:
-        print(json.dumps(report.everything(), indent=1))
+        from compressor.records.report import to_json
+
+        print(to_json(report.everything(), ascii_only=True), end="")
     elif not quiet:
         _show_report(report)
     if not as_json:
@@ -209,69 +212,73 @@ def show_allocation(found: dict[str, Any]) -> None:
         )
 
 
-def show_left(job: Job) -> None:
+def show_left(planned: Plan) -> None:
     """The weights that stay dense, a line each."""
-    for left in job.left_dense:
+    for left in planned.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
 
 
-def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
+def plan_facts(planned: Plan, recipe: Recipe) -> dict[str, Any]:
     """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the
     parameters is kept.
     """
     asked = (
         {"keep": recipe.keep}
-        if job.keep
+        if recipe.keep
         else {"plan": recipe.plan}
         if recipe.plan
         else {"pattern": recipe.pattern}
     )
+    linears = [
+        {
+            "name": task.linear.name,
+            "shape": list(task.linear.shape),
+            "goal": f"keep {recipe.keep}" if task.target is None else _target(task),
+        }
+        for task in planned.every
+    ]
+    left_dense = [
+        {"name": left.name, "shape": left.shape, "reason": left.reason}
+        for left in planned.left_dense
+    ]
     return {
-        "model": recipe.model, "method": recipe.method, **asked, "seq_len": job.seq_len,
-        "blocks": len(job.tasks),
-        "linears": [
-            {"name": task.linear.name, "shape": list(task.linear.shape),
-            "goal": f"keep {recipe.keep}" if job.keep else _goal(task)}
-            for task in job.every
-        ],
-        "left_dense": [{"name": left.name, "shape": left.shape,
-        "reason": left.reason} for left in job.left_dense],
+        "model": recipe.model, "method": recipe.method, **asked, "seq_len": planned.seq_len,
+        "blocks": len(planned.tasks), "linears": linears, "left_dense": left_dense,
     }  # fmt: skip
 
 
-def _goal(task: Task) -> str:
-    return f"rank {task.goal}" if isinstance(task.goal, int) else str(task.goal)
+def _target(task: Task) -> str:
+    return f"rank {task.target}" if isinstance(task.target, int) else str(task.target)
 
 
-def show_tasks(job: Job) -> None:
+def show_tasks(planned: Plan) -> None:
     """What every linear becomes and by which method, a line each."""
-    for task in job.every:
+    for task in planned.every:
         method = task.method.__name__.rpartition(".")[2]
-        out.print(f"{method} {_goal(task)}  {task.linear.name}  {list(task.linear.shape)}")
+        out.print(f"{method} {_target(task)}  {task.linear.name}  {list(task.linear.shape)}")
 
 
-def _show_job(job: Job) -> None:
-    show_tasks(job)
-    show_left(job)
-    packed = sum(map(job.packs, job.every))
-    stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
+def _show_plan(planned: Plan) -> None:
+    show_tasks(planned)
+    show_left(planned)
+    packed = sum(map(planned.packs, planned.every))
+    stored = f"{packed} stored packed 2:4, {len(planned.every) - packed} dense with zeros"
     out.print(
-        f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing "
-        f"was written"
+        f"{len(planned.every)} linears in {len(planned.tasks)} blocks would be pruned, {stored}; "
+        f"nothing was written"
     )
 
 
 def _show_report(report: Report) -> None:
+    from compressor.formats import form_class
+
     found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
     for row in report.linears:
         error = "-" if row.error is None else f"{row.error:.4f}"
-        factored = "rank" in row.entry
-        form, zeros = (
-            (f"{row.format} {row.entry['rank']}", "-")
-            if factored
-            else (row.format, f"{row.sparsity:.1%}")
-        )
-        found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
+        form = form_class(row.format)
+        zeros = f"{row.sparsity:.1%}" if form.SPARSE else "-"
+        shape = "×".join(map(str, row.shape))
+        found.add_row(row.name, shape, form.label(row.entry), zeros, error, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()

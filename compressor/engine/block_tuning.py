@@ -20,7 +20,8 @@ import math
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch.func import functional_call
 
 from compressor.calibration.arguments import Arguments
 from compressor.calibration.hidden_states import Batch
-from compressor.formats import Form
+from compressor.formats import Form, notes
 
 Factors = dict[str, dict[str, nn.Parameter]]
 Place = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -120,9 +121,9 @@ def _caller(block: nn.Module, arguments: Arguments, place: Place, *, wide: bool 
 def _rebuilt(form: Form, factors: Mapping[str, Tensor]) -> Form:
     """A form like `form`, of `factors` rounded to its dtype."""
     kinds = {part: tensor.dtype for part, tensor in form.factors().items()}
-    return type(form).from_factors(
-        **{part: factor.detach().to(kinds[part]) for part, factor in factors.items()}
-    )
+    rounded = {part: factor.detach().to(kinds[part]) for part, factor in factors.items()}
+    note = {"note": said} if (said := notes(form).get("note")) else {}
+    return replace(cast(Any, type(form).from_factors(**rounded)), **note)
 
 
 def _train(

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.packed_config import packed_modules
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.errors import CheckpointError, DataError, UsageError
+from compressor.formats import form_class
+from compressor.formats.headers import check_headers, packed_headers
 
 _BLOCK = re.compile(r"\.\d+\.")  # in the name of a tensor that belongs to a decoder block
 
@@ -187,14 +190,17 @@ class Candidate:
             if self.dtype != "auto"
             else str(self.config.dtype or torch.float32).removeprefix("torch.")
         )
-        packed = sum(
-            entry.nbytes for name, entry in self.reader.tensors.items() if ".weight_values" in name
+        modules = packed_modules(self.reader.config)
+        stored = packed_headers(self.reader.tensors)
+        numbers = sum(
+            math.prod(entry.shape)
+            for name, entry in self.reader.tensors.items()
+            if name.rpartition(".")[0] not in modules or name.endswith(".bias")
         )
-        whole = (
-            sum(math.prod(entry.shape) for entry in self.reader.tensors.values())
-            * getattr(torch, kind).itemsize
-        )
-        return whole + packed  # the other half of a packed weight
+        for name, entry in modules.items():
+            rows, columns = check_headers(name, entry, stored.get(name, {})).shape
+            numbers += form_class(entry["format"]).parameters(entry, (rows, columns))
+        return numbers * getattr(torch, kind).itemsize
 
 
 @lru_cache(maxsize=1)

@@ -166,10 +166,9 @@ def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None
         report["versions"].get("compress-llm"), str
     )
     record = read_record(folder)  # checks every value
-    if not known or any(row.format == "lowrank" and row.rank is None for row in record.rows):
+    if not known:
         raise CheckpointError(
-            f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is "
-            f"missing"
+            f"{folder / REPORT} is no report of this package: a version or a ratio is missing"
         )
     if not all(
         isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")

@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compressor.checkpoint.packed_config import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, CompressError
+from compressor.formats import form_class
 from compressor.model.hf_conversion import whole_names
 from compressor.runtime import placement
 from compressor.runtime.modules import packed_module
@@ -138,9 +139,8 @@ class CompressedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """Packed weights are frozen, but thin factors are plain matrices."""
-        return any(
-            entry["format"] == "lowrank" for entry in self.quantization_config.modules.values()
-        )
+        entries = self.quantization_config.modules.values()
+        return any(form_class(entry["format"]).TRAINABLE for entry in entries)
 
     @property
     def is_qat_trainable(self) -> bool:

@@ -8,6 +8,7 @@ for the dense weight is there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,15 @@ def check(runtime: str) -> None:
     """Raise UsageError unless `runtime` is one of RUNTIMES."""
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime is {runtime!r}; accepted: {', '.join(RUNTIMES)}")
+
+
+def asked_by_environment() -> str:
+    """What `COMPRESS_RUNTIME` asks an engine for, which has no such argument: one of RUNTIMES.
+    Raises UsageError.
+    """
+    runtime = os.environ.get("COMPRESS_RUNTIME") or "auto"
+    check(runtime)
+    return runtime
 
 
 def arrange(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str, str]:

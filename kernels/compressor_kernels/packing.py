@@ -117,6 +117,19 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     return weight
 
 
+def metadata_of_columns(metadata: Tensor, start: int, stop: int, columns: int) -> Tensor:
+    """The metadata of columns `start` to `stop` of a weight with so many `columns`; both are
+    multiples of four.
+
+    Whole words are a view. Elsewhere the nibbles are put into words anew; no value is looked at.
+    """
+    if start % 4 or stop % 4:
+        raise ValueError(f"columns {start} to {stop} cut a group of four")
+    if start % 16 == 0 and (stop % 16 == 0 or stop == columns):
+        return metadata[:, start // 16 : -(-stop // 16)]
+    return _to_words(_to_nibbles(metadata, columns // 4)[:, start // 4 : stop // 4])
+
+
 def check_shapes(values: Tensor, metadata: Tensor) -> None:
     """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]`
     belong together.
