@@ -96,6 +96,15 @@ def test_what_blocks_leave_in_a_dictionary_is_there_for_later_ones(kind):
         third.call(lambda hidden, shared: shared["sliding"], batches[0])
 
 
+def test_without_keywords():
+    def decoder(forwards, batch):
+        forwards[1](forwards[0](batch.float(), {}), {})
+
+    own, _ = record(decoder, 2, [ids(0), ids(1)])
+    assert own.of(Batch(0, MASK)).positional == ({},)
+    assert own.of(Batch(0, MASK)).keywords == {}
+
+
 def test_hidden_states_may_be_named():
     recorder = Recorder("toy", 2, lambda hidden_states, mask: hidden_states, lambda _: [])
     recorder.begin()

@@ -100,8 +100,8 @@ class Arguments:
                 return dictionaries[leaf.number]
             return leaf
 
-        positional, keywords = tree_map(value, (self.positional, self.keywords))
-        return Call(positional, keywords, dictionaries)
+        positional, items = tree_map(value, tree_of(self.positional, self.keywords))
+        return Call(positional, dict(items), dictionaries)
 
     def call(self, block: Callable[..., Any], batch: Batch) -> Batch:
         """`block`, or a function that is called as it is, applied to a batch; differentiable.
@@ -163,6 +163,11 @@ def _filled(leaf: Dictionary, handed: Mapping[Key, Tensor]) -> MutableMapping[An
     return filled
 
 
+def tree_of(positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Both kinds of arguments as one tree."""
+    return positional, tuple(keywords.items())
+
+
 def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
     """`value` with `function` applied to what is inside its tuples, lists and dictionaries."""
     if type(value) is tuple or type(value) is list:
@@ -196,7 +201,7 @@ def link(arguments: Sequence[Arguments]) -> list[Arguments]:
     linked = []
     for own in reversed(arguments):
         linked.append(replace(own, later=frozenset(later), dictionaries=frozenset(dictionaries)))
-        for leaf in leaves((own.positional, own.keywords)):
+        for leaf in leaves(tree_of(own.positional, own.keywords)):
             if isinstance(leaf, Returned):
                 later.add(leaf.key)
             elif isinstance(leaf, Dictionary):

@@ -22,6 +22,7 @@ from compressor.calibration.arguments import (
     leaves,
     link,
     tree_map,
+    tree_of,
 )
 from compressor.errors import CheckpointError
 
@@ -78,7 +79,7 @@ class Recorder:
             by_name = not positional
             hidden = keywords.pop("hidden_states") if by_name else positional[0]
             self._check(index, hidden)
-            self._learn(index, by_name, (positional[1:], keywords))
+            self._learn(index, by_name, tree_of(positional[0 if by_name else 1 :], keywords))
             if index == 0:
                 self.kept = hidden
                 if self.returns is None:
@@ -98,8 +99,8 @@ class Recorder:
         found = []
         for index, (by_name, known, tree) in enumerate(self._known):
             replaced = iter(self._differing.get((index, n), leaf) for n, leaf in enumerate(known))
-            positional, keywords = tree_map(lambda _, it=replaced: next(it), tree)
-            found.append(Arguments(positional, keywords, index, by_name))
+            positional, items = tree_map(lambda _, it=replaced: next(it), tree)
+            found.append(Arguments(positional, dict(items), index, by_name))
         return link(found)
 
     def _check(self, index: int, hidden: Tensor) -> None:
