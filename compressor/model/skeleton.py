@@ -254,8 +254,8 @@ class Skeleton:
         _parameters_to_meta(self.model, lambda name: not name.startswith(f"{self.path}."))
 
     def linears(self, index: int) -> list[Linear]:
-        """The weight matrices of block `index`: of modules that compute y = W x + b as nn.Linear and
-        Conv1D do, and of experts. No routers.
+        """The weight matrices of block `index`: of modules that compute y = W x + b, as nn.Linear
+        and Conv1D do, and of experts. No routers.
         """
         from transformers.pytorch_utils import Conv1D
 
