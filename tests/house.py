@@ -23,12 +23,13 @@ LAYERS = """
 compressor_kernels
 errors
 text
-pattern stats formats config checkpoint
+pattern stats formats checkpoint
 methods refine records model
 progress calibration runtime
 engine tools publish bench runtime.vllm_plugin
 allocation plots evaluate
 allocation.sparsity allocation.rank page
+config
 run doctor
 .
 cli

@@ -188,13 +188,17 @@ def _candidates(
     )
 
     def armor(made: Any, config: dict[str, Any]) -> Tensor:
-        return run_armor(x, made.packed, made.weight_a, made.weight_b, None, made.semaphore, config)
+        core, a, b = made.core.fragments, made.weight_a, made.weight_b
+        return run_armor(x, core, a, b, None, made.semaphore, config)
+
+    def fragments(made: Any, config: dict[str, Any]) -> Tensor:
+        return sparse.run_fragments(x, made.core.fragments, n, None, made.semaphore, config)
 
     found = [
         (
             "fragments",
             (n, k),
-            lambda made, c: sparse.run_fragments(x, made.packed, n, None, made.semaphore, c),
+            fragments,
             mma + gemv,
         ),
         (

@@ -86,7 +86,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, checked before any work. What is asked of all its tasks is worked out once.
+    """What will be done, checked before any work. What is asked of all tasks is worked out once.
 
     Attributes:
         tasks: per block, the linears to compress and how.

@@ -105,11 +105,15 @@ class Form(Protocol):
 
     # Of tensors.
 
-    @property
-    def entry(self) -> dict[str, Any]:
-        """What config.json says of it: its format, and what a loader must know before it reads a
-        tensor.
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> Self:
+        """The form of a plain weight `[out, in]`, zeros in place. Raises ValueError where it cannot
+        take this one.
         """
+        raise ValueError(f"a plain weight is not stored as {cls.FORMAT}")
+
+    def dense(self) -> Tensor:
+        """The weight this form stands for, `[out, in]`."""
         ...
 
     @property
@@ -117,16 +121,19 @@ class Form(Protocol):
         """Fraction of zeros; of the core, where the weight is a product of factors."""
         ...
 
-    def dense(self) -> Tensor:
-        """The weight this form stands for, `[out, in]`."""
-        ...
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What config.json says of it: its format, and what a loader must know before it reads a
+        tensor.
+        """
+        return {"format": self.FORMAT}
 
     def pack(self) -> dict[str, Tensor]:
-        """The stored tensors, by suffix."""
-        ...
+        """The stored tensors, by suffix: `weight_values` is the attribute `values`."""
+        return {suffix: getattr(self, suffix.removeprefix("weight_")) for suffix in self.SUFFIXES}
 
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor]) -> Self:
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The form stored as `tensors`. Raises KeyError for one that lacks, ValueError where they
         do not belong together.
         """
@@ -137,23 +144,24 @@ class Form(Protocol):
         weight.
         """
 
-    # For training it comes apart: plain matrices, and how they are multiplied.
+    # For training it comes apart: plain matrices, and how they are multiplied. A form of one matrix
+    # has nothing to say here.
 
     def factors(self) -> dict[str, Tensor]:
         """What the weight is a product of, by the argument names of `product`; zeros of the pattern
         are zeros in it.
         """
-        ...
+        return {"weight": self.dense()}
 
     @staticmethod
     def product(*args: Any, **factors: Any) -> Tensor:
         """The weight `[out, in]` of these factors, differentiable in each."""
-        ...
+        return factors["weight"]
 
     @classmethod
     def from_factors(cls, *args: Any, **factors: Any) -> Self:
         """The form of these factors, in their dtype."""
-        ...
+        return cls.from_dense(factors["weight"])
 
 
 def notes(form: Form) -> dict[str, Any]:

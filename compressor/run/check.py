@@ -18,7 +18,8 @@ from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
-from compressor.config.recipe import Recipe, check_options
+from compressor.config.options import check_options
+from compressor.config.recipe import Recipe
 from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
 from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
@@ -109,7 +110,7 @@ def _skeleton(recipe: Recipe, output: Path | None) -> Skeleton:
 
 
 def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern | None) -> None:
-    """Raise where a linear cannot have the pattern, or is stored in a dtype that is not accepted."""
+    """Raise where a linear cannot have the pattern, or has a dtype that is not accepted."""
     for linear in (linear for block in blocks for linear in block):
         if pattern:
             pattern.check_width(linear.name, linear.shape[1])

@@ -70,8 +70,11 @@ def prune(
             )
         recipe = replace(recipe, seq_len=plan.seq_len, **plan.checked_options)
         settings = {
-            "recipe": asdict(recipe), "device": device, "max_memory": max_memory, "folder": os.getcwd()
-        }  # fmt: skip
+            "recipe": asdict(recipe),
+            "device": device,
+            "max_memory": max_memory,
+            "folder": os.getcwd(),
+        }
         others = side_files(plan.reader.folder, code=recipe.trust_remote_code)
         mark = fingerprint(recipe, plan.reader, others, where, group.size)
         with recording(output, mark, settings, first=group.first) as recorder:

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from compressor.allocation.rank import largest_rank, rank_keeping
 from compressor.engine.task import Rank, Target
-from compressor.errors import UsageError, did_you_mean
+from compressor.errors import OutputError, UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
 
 if TYPE_CHECKING:
+    from compressor.allocation import Choice
     from compressor.engine.plan import Plan
     from compressor.model.skeleton import Linear
 
@@ -40,6 +42,43 @@ _KINDS = (
 )
 
 Entries = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What every linear becomes.
+
+    Attributes:
+        linears: entry of every linear of the decoder blocks, by name, as the file has it:
+            `{"pattern": "2:4"}`, `{"zeros": 8192}`, `{"rank": 32}` or `{"dense": True}`.
+        measured: what the choice was made by; empty where nothing was measured.
+        text: the file.
+    """
+
+    linears: Entries
+    measured: dict[str, Any]
+    text: str
+
+    @classmethod
+    def of(cls, choice: Choice) -> Self:
+        """The file of targets that were chosen."""
+        text = dumps(choice.plan)
+        return cls(tomllib.loads(text)["linears"], choice.measured, text)
+
+    def save(self, path: Path) -> None:
+        """Write the file, which must not exist. Raises OutputError."""
+        check_new_file(path)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(self.text, encoding="utf-8")
+        part.replace(path)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise OutputError where a file of this name cannot be made."""
+    if path.exists():
+        raise OutputError(f"{path} exists already")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"the folder of {path} does not exist")
 
 
 def dumps(plan: Plan) -> str:
@@ -78,10 +117,8 @@ def _entry(target: Target | None, linear: Linear, reason: str) -> str:
     if target is None:
         return "{ dense = true }" + f"  # {' '.join(reason.split())}" * bool(reason)
     if isinstance(target, Rank):
-        return (
-            f"{{ rank = {target} }}  # factors of {target * (rows + columns) / (rows * columns):.2%} "
-            f"of {rows}×{columns}"
-        )
+        kept = target * (rows + columns) / (rows * columns)
+        return f"{{ rank = {target} }}  # factors of {kept:.2%} of {rows}×{columns}"
     if target.zeros is not None:
         return f"{{ zeros = {target.zeros} }}  # {float(target.sparsity):.2%} of {rows}×{columns}"
     return f'{{ pattern = "{target}" }}'
@@ -188,8 +225,9 @@ def _named(entries: Entries, names: Collection[str], dense: Mapping[str, str]) -
     found = {name: entry for name, entry in entries.items() if name not in globs}
     for glob, entry in globs.items():
         if not any(fnmatchcase(name, glob) for name in (*names, *dense)):
+            example = next(iter(names))
             raise UsageError(
-                f"the plan's {glob[:100]!r} matches no linear; names look like {next(iter(names))!r}"
+                f"the plan's {glob[:100]!r} matches no linear; names look like {example!r}"
             )
         found |= {name: entry for name in names if name not in found and fnmatchcase(name, glob)}
     return found

@@ -6,7 +6,7 @@ folders.
 
 It registers a quantiser that swaps each linear named in config.json for a module holding its packed
 form. On a GPU it then computes from the packed weight; without one the weights are unpacked once
-after loading and the model runs dense (arrange.py). Its state stays the packed one either way.
+after loading and the model runs dense (placement.py). Its state stays the packed one either way.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model._compress_runtime = placement.arrange(model, self.paths, _RUNTIME.get())
+        model._compress_runtime = placement.place(model, self.paths, _RUNTIME.get())
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:

@@ -17,7 +17,14 @@ from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch, words
 from compressor_kernels.fragments import Fragments, from_fragments
 from compressor_kernels.kernel_config import choose
-from compressor_kernels.sparse24 import check_call, check_fragments, sparse24, sparse24_fragments
+from compressor_kernels.library import define
+from compressor_kernels.sparse24 import (
+    check_call,
+    check_fragments,
+    differentiable,
+    sparse24,
+    sparse24_fragments,
+)
 
 _SIZES = (16, 32, 64, 128, 256)
 
@@ -52,13 +59,13 @@ def armor(
             raise ValueError(f"{name} is {tuple(blocks.shape)}, not a stack of square blocks")
     out_features, in_features = a.shape[0] * a.shape[1], b.shape[0] * b.shape[1]
     check_call(x, in_features, out_features, a.dtype, {"a": a, "b": b}, bias)
-    if not isinstance(core, Fragments) or (x.requires_grad and torch.is_grad_enabled()):
+    if not isinstance(core, Fragments) or differentiable(x, bias):
         inner = reference.block_diagonal(x, b)
         z = _core(inner, core, out_features, semaphore)
         y = reference.block_diagonal(z, a)
         return y if bias is None else y + bias
     check_fragments(x, core, out_features)
-    return torch.ops.compressor_kernels.armor(x, *core, a, b, bias, semaphore)
+    return armor_op(x, *core, a, b, bias, semaphore)
 
 
 def _core(
@@ -69,43 +76,45 @@ def _core(
     return sparse24(x, *core, None, semaphore)
 
 
-@torch.library.custom_op("compressor_kernels::armor", mutates_args=())
 def _armor(
     x: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    words: Tensor,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
-    core, n, k = Fragments(values, metadata), a.shape[0] * a.shape[1], x.shape[-1]
+    core, n, k = Fragments(values, words), a.shape[0] * a.shape[1], x.shape[-1]
     if not x.numel() or not backend.runs(x):
         return reference.armor(x, *from_fragments(core, n, k), a, b, bias)
+    a, b = a.contiguous(), b.contiguous()
     config = choose("armor", x.device, n, k, x.numel() // k)
-    if (
-        config["kernel"] == "dense"
-        or semaphore is None
-        or k % 64
-        or a.shape[1] not in _SIZES
-        or b.shape[1] not in _SIZES
-    ):
+    fits = k % 64 == 0 and a.shape[1] in _SIZES and b.shape[1] in _SIZES
+    if config["kernel"] == "dense" or semaphore is None or not fits:
         y = reference.block_diagonal(_core(reference.block_diagonal(x, b), core, n, semaphore), a)
         return y if bias is None else y + bias
     return run_armor(x, core, a, b, bias, semaphore, config)
 
 
-@_armor.register_fake
-def _(
+def _fake(
     x: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    words: Tensor,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[0] * a.shape[1])
+
+
+armor_op = define(
+    "armor(Tensor x, Tensor values, Tensor words, Tensor a, Tensor b, Tensor? bias,"
+    " Tensor(a!)? semaphore) -> Tensor",
+    _armor,
+    _fake,
+)
 
 
 def run_armor(
@@ -154,6 +163,6 @@ def run_armor(
         piece),
         BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **common,
         num_warps=config["warps"], num_stages=1,  # more would hold all blocks of A in shared memory
-        pdl=pdl,
+        pdl=pdl, counter=semaphore,
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)

@@ -159,3 +159,15 @@ def check24(values: Tensor, metadata: Tensor) -> None:
         raise ValueError(
             f"metadata of row {row}, group {group} does not name two columns in ascending order"
         )
+
+
+def fill_empty_groups(values: Tensor, metadata: Tensor) -> None:
+    """Let groups of two zeros that name no two columns name columns 0 and 1, in place; all zeros
+    are a weight, too.
+    """
+    check_shapes(values, metadata)
+    nibble = _to_nibbles(metadata, values.shape[1] // 2)
+    empty = (values.detach() == 0).view(len(values), -1, 2).all(-1)
+    unnamed = ((nibble & 3) >= (nibble >> 2)) & empty
+    if bool(unnamed.any()):
+        metadata.copy_(_to_words(nibble.masked_fill(unnamed, _FILLER)))

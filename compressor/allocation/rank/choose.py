@@ -102,8 +102,8 @@ def share_ranks(
 
 
 def with_ranks(plan: Plan, asked: ShareRanks, ranks: Ranks) -> Plan:
-    """The plan with these ranks; a linear without one stays dense. Raises UsageError where no linear
-    has one.
+    """The plan with these ranks; a linear without one stays dense. Raises UsageError where no
+    linear has one.
     """
     whole = _whole(plan, check_some(ranks, asked.keep), asked.align)
     targets = {name: Rank(rank) if rank else None for name, rank in whole.items()}

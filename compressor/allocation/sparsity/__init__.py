@@ -2,8 +2,8 @@
 option's value.
 
 An allocator is a module: docstring with the paper, its URL and formula; `NEEDS_INPUTS`, whether it
-needs calibration; and a function `allocate(plan, zeros, states, device, progress, *, option=default,
-…) -> (shares, facts)`, whose keyword-only parameters are its options.
+needs calibration; and a function `allocate(plan, zeros, states, device, progress, *,
+option=default, …) -> (shares, facts)`, whose keyword-only parameters are its options.
 
     plan       the plan with the same goal for every linear
     zeros     weights to prune in all its linears together

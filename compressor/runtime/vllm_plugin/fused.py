@@ -134,7 +134,7 @@ class Segment:
 
 def suffixes(entry: Entry) -> tuple[str, ...]:
     """What stands in place of `weight` in the names of a linear's stored tensors."""
-    return tuple(shapes(entry, entry.get("block_a", 1), 16 * entry.get("block_b", 1)))
+    return form_class(entry["format"]).SUFFIXES
 
 
 def dense_weight(form: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

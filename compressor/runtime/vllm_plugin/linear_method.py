@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from compressor.errors import CheckpointError
+from compressor.formats import form_class
 from compressor.runtime.placement import asked_by_environment
 from compressor.runtime.vllm_plugin.fused import DENSE, Entry, Part, allocate, suffixes
 from compressor.runtime.vllm_plugin.slicing import Share, obstacle
@@ -135,10 +136,10 @@ def _runs_packed(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _held_packed(name: str, entry: Entry, share: Share, packed: bool, layer: Any) -> bool:
-    """Whether a linear stays as it is stored. Thin factors do anywhere; the others do where kernels
-    run, unless a border between ranks goes through a block.
+    """Whether a linear stays as it is stored. Plain matrices, thin factors, do anywhere; the others
+    do where kernels run, unless a border between ranks goes through a block.
     """
-    if entry["format"] == "lowrank":
+    if form_class(entry["format"]).TRAINABLE:
         return True
     if entry == DENSE or not packed:
         return False

@@ -22,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.formats import Spec, form_class
 from compressor_kernels.packing import metadata_of_columns
+
+_CUT = ("dense", "sparse24", "armor", "lowrank")
+"""Forms that `cut` knows; another one is unpacked."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def obstacle(entry: Mapping[str, Any], share: Share) -> str:
     can be.
     """
     form, span = entry["format"], f"its columns {share.start} to {share.stop}"
+    if form not in _CUT:
+        return f"the form {form} is not cut"
     if form in ("sparse24", "armor") and (share.start % 4 or share.stop % 4):
         return f"{span} cut a group of four"
     if form == "armor":
@@ -107,12 +113,5 @@ def _pick(tensor: Tensor, index: Tensor) -> Tensor:
 
 def shapes(entry: Mapping[str, Any], rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     """The stored tensors of a weight `[rows, columns]`, by suffix."""
-    core = {"weight_values": (rows, columns // 2), "weight_metadata": (rows, -(-columns // 16))}
-    if entry["format"] == "dense":
-        return {"weight": (rows, columns)}
-    if entry["format"] == "sparse24":
-        return core
-    if entry["format"] == "armor":
-        a, b = entry["block_a"], entry["block_b"]
-        return {**core, "weight_a": (rows // a, a, a), "weight_b": (columns // b, b, b)}
-    return {"weight_u": (rows, entry["rank"]), "weight_v": (entry["rank"], columns)}
+    specs = form_class(entry["format"]).stored_specs(entry, Spec("BF16", (rows, columns)))
+    return {suffix: spec.shape for suffix, spec in specs.items()}
