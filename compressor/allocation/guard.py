@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor.allocation import Choice
+from compressor.allocation.choice import Choice
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.head import divergence, head

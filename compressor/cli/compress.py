@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
+from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table, tell
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
@@ -40,6 +40,7 @@ def compress(
     from compressor.run.check import plan_run
 
     plan = plan_run(recipe, output)
+    tell(plan.reader.notes)
     if as_json:
         print(json.dumps(plan_facts(plan, recipe), indent=1))
     else:
@@ -68,6 +69,7 @@ def run_and_show(
         raise ProcessError(f"{error}; {describe(output) or 'nothing was written'}") from None
     if not speaks():
         return
+    tell(report.notes)
     if as_json:
         from compressor.records.report import to_json
 

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from compressor.cli import options
 from compressor.cli.compress import show_allocation
-from compressor.cli.show import begin, out, pruning_progress, table
+from compressor.cli.show import begin, out, pruning_progress, table, tell
 
 if TYPE_CHECKING:
-    from compressor.allocation import Choice
+    from compressor.allocation.choice import Choice
     from compressor.config.recipe import Recipe
     from compressor.engine.plan import Plan
 
@@ -72,6 +72,7 @@ def plan(
         heatmap.check_drawing(plot)
     with pruning_progress(quiet) as progress:
         choice = make_plan(merged, device=device, progress=progress)
+    tell(choice.plan.reader.notes)
     PlanFile.of(choice).save(output)
     if plot:
         title = f"{Path(merged.model).name}: {_chosen(merged)}"

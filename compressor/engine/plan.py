@@ -1,8 +1,8 @@
 """What a run will do: one task for every linear, checked before any work and never changed.
 
 What a run measures on the way (spectra, divergences, factors, free memory) is no part of it: see
-`compressor.allocation.Choice` and `Prepared` here. A run that chooses targets makes a new plan,
-which has them.
+`Choice` in compressor/allocation/choice.py and `Prepared` here. A run that chooses targets makes a
+new plan, which has them.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ class LeftDense:
 class Report:
     """Everything about one run of `prune`. `allocation` is what chose the goals of the linears
     measured, if anything did,
-    `spectra` what ranks were chosen from (compressor/allocation/rank/measured.py)."""
+    `spectra` what ranks were chosen from (compressor/allocation/rank/measured.py), `notes` what
+    there is to know of the model's folder.
+    """
 
     recipe: dict[str, Any]
     architecture: str
@@ -78,6 +80,7 @@ class Report:
     output_bytes: int = 0
     calibration_tokens: int = 0
     spectra: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

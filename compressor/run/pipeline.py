@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.allocation import Choice
+from compressor.allocation.choice import Choice
 from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
+from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import work_path
-from compressor.checkpoint.writer import side_files
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import compress_blocks
 from compressor.engine.distributed import Group, local_device, processes

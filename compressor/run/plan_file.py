@@ -30,7 +30,7 @@ from compressor.errors import OutputError, UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
 
 if TYPE_CHECKING:
-    from compressor.allocation import Choice
+    from compressor.allocation.choice import Choice
     from compressor.engine.plan import Plan
     from compressor.model.skeleton import Linear
 

@@ -40,7 +40,7 @@ class Facts:
 
     Attributes:
         recipe: as it is written into the output.
-        measured, spectra: of `compressor.allocation.Choice`.
+        measured, spectra: of `compressor.allocation.choice.Choice`.
         calibration_tokens: in all samples together.
     """
 
@@ -120,6 +120,7 @@ class Recorder:
             allocation=facts.measured,
             spectra=facts.spectra,
             calibration_tokens=facts.calibration_tokens,
+            notes=[*reader.notes, *reader.left(code=facts.recipe.trust_remote_code)],
         )
         self._recorded = len(self._report.linears)  # rows that are in the journal
         return len(blocks), blocks[-1]["hidden"] if blocks else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor_kernels import backend, reference
 from compressor_kernels.fused_projections import FusedProjections
-from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
+from compressor_kernels.layouts import Dense, Layout, Stored, cast, kernel_layout
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
@@ -281,7 +281,7 @@ class ArmorLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         x, core, bias = self._operands(x)
-        a, b = self.weight_a.to(core.dtype), self.weight_b.to(core.dtype)
+        a, b = (t.detach().to(core.dtype) for t in (self.weight_a, self.weight_b))
         return core.armor(x, a, b, bias)
 
     def extra_repr(self) -> str:
@@ -361,11 +361,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts the operands of a product: float64 stays as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def moves_tensors(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compressor.allocation import Choice
+from compressor.allocation.choice import Choice
 from compressor.allocation.guard import TOKENS, Trial, better
 from compressor.allocation.rank import (
     Ranks,

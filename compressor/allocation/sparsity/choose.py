@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from compressor.allocation import Choice
+from compressor.allocation.choice import Choice
 from compressor.allocation.guard import Trial, better
 from compressor.allocation.sparsity import leave_dense, uniform
 from compressor.calibration.capture import States
