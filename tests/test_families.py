@@ -102,6 +102,26 @@ def test_every_block_sees_what_it_sees_in_the_whole_model(
             torch.testing.assert_close(head_of(batch.number, batch.hidden), exact)
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "glm_moe_dsa"])
+def test_a_run_that_goes_on_has_what_blocks_handed_on(family, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
+    folder = build(family, tmp_path / "model", torch.float32)
+    recipe = Recipe(str(folder), dataset=str(rows), num_samples=8, seq_len=32)
+
+    def stop(step, done, *_, **__):
+        if step == "blocks" and done == 3:  # shared keys, shared indices are under way
+            raise KeyboardInterrupt
+
+    prune(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        prune(recipe, tmp_path / "out", progress=stop)
+    assert list((tmp_path / ".out.partial").glob("hidden.0.handed.*"))
+    assert prune(recipe, tmp_path / "out").run["resumed_at_block"] == 3
+    whole, out = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    assert whole.keys() == out.keys()
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["wanda", "armor"])
 def test_prunes_packs_and_reloads(family, method, rows, tmp_path):
