@@ -425,7 +425,7 @@ def with_products(folder, factored, experts, leaves):
     return model
 
 
-@pytest.mark.parametrize("method", ["svd_llm", "kfac"])
+@pytest.mark.parametrize("method", ["svd_llm", "fisher"])
 @pytest.mark.parametrize(
     ("family", "experts", "leaves"),
     [
