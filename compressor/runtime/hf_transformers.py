@@ -6,7 +6,7 @@ folders.
 
 It registers a quantiser that swaps each linear named in config.json for a module holding its packed
 form. On a GPU it then computes from the packed weight; without one the weights are unpacked once
-after loading and the model runs dense (arrange.py). Its state stays the packed one either way.
+after loading and the model runs dense (placement.py). Its state stays the packed one either way.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compressor.checkpoint.packed_config import GUARD, QUANT_METHOD, VERSION, packed_modules
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, CompressError
+from compressor.formats import form_class
 from compressor.model.hf_conversion import whole_names
 from compressor.runtime import placement
 from compressor.runtime.modules import packed_module
@@ -108,7 +109,7 @@ class CompressedQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model._compress_runtime = placement.arrange(model, self.paths, _RUNTIME.get())
+        model._compress_runtime = placement.place(model, self.paths, _RUNTIME.get())
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -138,9 +139,8 @@ class CompressedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """Packed weights are frozen, but thin factors are plain matrices."""
-        return any(
-            entry["format"] == "lowrank" for entry in self.quantization_config.modules.values()
-        )
+        entries = self.quantization_config.modules.values()
+        return any(form_class(entry["format"]).TRAINABLE for entry in entries)
 
     @property
     def is_qat_trainable(self) -> bool:
