@@ -4,9 +4,12 @@
 // up to kMostRows rows of x every row has the bits that it has alone.
 #include <ATen/Parallel.h>
 #include <ATen/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -22,8 +25,8 @@ using namespace compress;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMostRows = 16;         // of x, in one pass over the weight; beyond, torch multiplies
-constexpr int64_t kPanel = 4 << 20;       // bytes of the weight that are dense at once for it
+constexpr int64_t kMostRows = 32;         // of x, in one pass over the weight; beyond, torch multiplies
+constexpr int64_t kPanel = 8 << 20;       // bytes of the weight that are dense at once for it
 constexpr int64_t kGrain = 128 << 10;     // bytes of weight that are worth a thread
 
 int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -105,7 +108,7 @@ void check_bias(const OptionalTensor& bias, int64_t out_features, at::ScalarType
   if (bias) check("bias", *bias, {out_features}, dtype);
 }
 
-// A 2:4 weight: values [ceil(out / 4), ceil(in / 64), 4, 32], positions int16 [ceil(out / 4), ceil(in / 64), 4, 4].
+// A 2:4 weight: values [ceil(out / 4), ceil(in / 64), 4, 32], positions uint8 [ceil(out / 4), ceil(in / 64), 4, 8].
 struct Weight {
   Tensor values, positions;
   int64_t out_features, in_features;
@@ -114,7 +117,7 @@ struct Weight {
     TORCH_CHECK_VALUE(out_features > 0 && in_features > 0, "a weight of ", out_features, " x ", in_features);
     const int64_t rows = divup(out_features, kRows), columns = divup(in_features, kColumns);
     check("values", values, {rows, columns, kRows, kColumns / 2}, values.scalar_type());
-    check("positions", positions, {rows, columns, kRows, 4}, at::kShort);
+    check("positions", positions, {rows, columns, kRows, 8}, at::kByte);
   }
   int64_t rows() const { return values.size(0); }
   int64_t columns() const { return values.size(1); }
@@ -155,14 +158,18 @@ void expand(const Weight& weight, int64_t begin, int64_t end, V* panel) {
 void many_rows(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor& y) {
   const int64_t each = std::max<int64_t>(1, kPanel / (weight.in_features * x.element_size() * kRows));  // rows of tiles
   const Tensor rows = y.view({-1, weight.out_features});
-  const Tensor panel = at::empty({std::min(each * kRows, weight.out_features), weight.in_features}, x.options());
+  const int64_t most = std::min(each * kRows, weight.out_features);
+  char* memory = scratch(0, most * weight.in_features * x.element_size());
+  const Tensor panel = at::from_blob(memory, {most, weight.in_features}, x.options());
   for (int64_t t = 0; t < weight.rows(); t += each) {
     const int64_t begin = t * kRows, end = std::min(weight.out_features, begin + each * kRows);
     by_dtype(x.scalar_type(), [&](auto v) {
       expand<decltype(v)>(weight, t, divup(end, kRows), data<decltype(v)>(panel));
     });
-    const OptionalTensor part = bias ? OptionalTensor(bias->slice(0, begin, end)) : OptionalTensor();
-    rows.slice(1, begin, end).copy_(at::linear(x, panel.slice(0, 0, end - begin), part));
+    const Tensor part = panel.slice(0, 0, end - begin).t();
+    Tensor columns = rows.slice(1, begin, end);
+    if (bias) at::addmm_out(columns, bias->slice(0, begin, end), x, part);
+    else at::mm_out(columns, x, part);
   }
 }
 
