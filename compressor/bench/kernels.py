@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor.bench.timing import copies, measure
-from compressor.formats import FORMATS
+from compressor.formats import FORMATS, PACKED
 
 SHAPES = (
     (4096, 4096),
@@ -26,8 +26,7 @@ SHAPES = (
     (28672, 8192),
 )
 ROWS = (1, 4, 16, 32, 64, 96, 256, 2048)
-OPS = tuple(name for name in FORMATS if name != "dense")
-"""The forms that are timed, where one has an example of the shape."""
+OPS = PACKED  # that are timed, where one has an example of the shape
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,7 +70,9 @@ def module(op: str, weight: Tensor) -> Any:
 def nbytes(made: Any) -> int:
     """Bytes of the weight that one call reads."""
     tensors = (*made.parameters(), *made.buffers())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not made.semaphore)
+    return sum(
+        tensor.nbytes for tensor in tensors if tensor is not getattr(made, "semaphore", None)
+    )
 
 
 @torch.no_grad()

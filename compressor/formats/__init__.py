@@ -7,11 +7,11 @@ from __future__ import annotations
 from compressor.errors import CheckpointError
 from compressor.formats.armor import Armor
 from compressor.formats.dense import Dense
-from compressor.formats.form import Form, Spec
+from compressor.formats.form import Form, Spec, notes
 from compressor.formats.lowrank import LowRank
 from compressor.formats.sparse24 import Sparse24
 
-__all__ = ["FORMATS", "Form", "Spec", "form_class"]
+__all__ = ["FORMATS", "PACKED", "Form", "Spec", "form_class", "notes"]
 
 FORMATS: dict[str, type[Form]] = {
     "dense": Dense,
@@ -20,6 +20,9 @@ FORMATS: dict[str, type[Form]] = {
     "lowrank": LowRank,
 }
 """Every form by its name in config.json."""
+
+PACKED = tuple(name for name, form in FORMATS.items() if form is not Dense)
+"""Those that config.json lists: all but the plain weight."""
 
 
 def form_class(name: str) -> type[Form]:

@@ -114,12 +114,8 @@ class Armor(Form):
             **{name: factor.to(wide) for name, factor in self.factors().items()}
         ).to(self.values.dtype)
 
-    def pack(self) -> dict[str, Tensor]:
-        parts = (self.values, self.metadata, self.a, self.b)
-        return dict(zip(self.SUFFIXES, parts, strict=True))
-
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor]) -> Self:
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Raises ValueError where shapes, dtypes or metadata do not belong together."""
         from compressor_kernels.packing import check24
 

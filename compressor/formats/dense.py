@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressor.formats.form import Form, Spec, matrix, zeros
@@ -19,6 +19,8 @@ class Dense(Form):
     FORMAT: ClassVar[str] = "dense"
     SUFFIXES: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Tensor
+    note: str = field(default="", compare=False)
+    losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @staticmethod
     def dense_spec(stored: Mapping[str, Spec]) -> Spec:
@@ -40,9 +42,9 @@ class Dense(Form):
 
         return nn.Linear(in_features, out_features, **common)
 
-    @property
-    def entry(self) -> dict[str, Any]:
-        return {"format": self.FORMAT}
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> Self:
+        return cls(weight)
 
     @property
     def sparsity(self) -> float:
@@ -51,20 +53,6 @@ class Dense(Form):
     def dense(self) -> Tensor:
         return self.weight
 
-    def pack(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor]) -> Self:
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["weight"])
-
-    def factors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
-    @staticmethod
-    def product(weight: Tensor) -> Tensor:
-        return weight
-
-    @classmethod
-    def from_factors(cls, weight: Tensor) -> Self:
-        return cls(weight)

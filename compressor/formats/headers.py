@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressor.errors import CheckpointError
-from compressor.formats import FORMATS, form_class
+from compressor.formats import FORMATS, PACKED, form_class
 from compressor.formats.form import Spec
 
-_PACKED = "weight_"  # how the suffixes of all packed forms begin
+_BEGIN = "weight_"  # how the suffixes of all packed forms begin
 
 
 def packed_headers(tensors: Mapping[str, Any]) -> dict[str, dict[str, Spec]]:
@@ -22,14 +22,14 @@ def packed_headers(tensors: Mapping[str, Any]) -> dict[str, dict[str, Spec]]:
     found: dict[str, dict[str, Spec]] = {}
     for name, tensor in tensors.items():
         linear, _, suffix = name.rpartition(".")
-        if suffix.startswith(_PACKED):
+        if suffix.startswith(_BEGIN):
             found.setdefault(linear, {})[suffix] = Spec(tensor.dtype, tuple(tensor.shape))
     return found
 
 
 def unlisted(tensors: Iterable[str], modules: Mapping[str, Any]) -> list[str]:
     """Names that end as those of some packed form do, but belong to no linear of `modules`."""
-    known = {suffix for form in FORMATS.values() for suffix in form.SUFFIXES} - {"weight"}
+    known = {suffix for name in PACKED for suffix in FORMATS[name].SUFFIXES}
     return [
         name
         for name in tensors

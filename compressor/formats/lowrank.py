@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressor.formats.form import Form, Shape, Spec, matrix, weights
@@ -24,6 +24,7 @@ class LowRank(Form):
     TRAINABLE: ClassVar[tuple[str, ...]] = SUFFIXES
     u: Tensor
     v: Tensor
+    note: str = field(default="", compare=False)
 
     @staticmethod
     def dense_spec(stored: Mapping[str, Spec]) -> Spec:
@@ -93,11 +94,8 @@ class LowRank(Form):
         u, v = (factor if factor.itemsize >= 4 else factor.float() for factor in (self.u, self.v))
         return (u @ v).to(self.u.dtype)
 
-    def pack(self) -> dict[str, Tensor]:
-        return {"weight_u": self.u, "weight_v": self.v}
-
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor]) -> Self:
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Raises ValueError where shapes or dtypes do not belong together."""
         u, v = tensors["weight_u"], tensors["weight_v"]
         if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or not len(v):

@@ -64,10 +64,6 @@ class Sparse24(Form):
         return cls(*pack24(weight))
 
     @property
-    def entry(self) -> dict[str, Any]:
-        return {"format": self.FORMAT}
-
-    @property
     def sparsity(self) -> float:
         return 1 - int(self.values.count_nonzero()) / (2 * self.values.numel())
 
@@ -76,11 +72,8 @@ class Sparse24(Form):
 
         return unpack24(self.values, self.metadata)
 
-    def pack(self) -> dict[str, Tensor]:
-        return {"weight_values": self.values, "weight_metadata": self.metadata}
-
     @classmethod
-    def unpack(cls, tensors: dict[str, Tensor]) -> Self:
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
         from compressor_kernels.packing import check24
 
         check24(tensors["weight_values"], tensors["weight_metadata"])
@@ -88,17 +81,6 @@ class Sparse24(Form):
 
     def check_canonical(self) -> None:
         check_canonical24(self.values, self.metadata)
-
-    def factors(self) -> dict[str, Tensor]:
-        return {"weight": self.dense()}
-
-    @staticmethod
-    def product(weight: Tensor) -> Tensor:
-        return weight
-
-    @classmethod
-    def from_factors(cls, weight: Tensor) -> Self:
-        return cls.from_dense(weight)
 
 
 def check_canonical24(values: Tensor, metadata: Tensor) -> None:

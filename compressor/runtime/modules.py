@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError
-from compressor.formats import FORMATS
-from compressor.formats.dense import Dense
+from compressor.formats import PACKED, form_class
 
 
 def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module:
@@ -25,13 +24,12 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
         if hasattr(module, "in_features")
         else weight.shape
     )
-    form = FORMATS.get(entry["format"], Dense)
-    if form is Dense:
-        known = [known for known in FORMATS if known != Dense.FORMAT]
+    if entry["format"] not in PACKED:
         raise CheckpointError(
             f"{name} is stored as {entry['format']!r}; this version of compress-llm knows "
-            f"{', '.join(known[:-1])} and {known[-1]}: update it"
+            f"{', '.join(PACKED[:-1])} and {PACKED[-1]}: update it"
         )
+    form = form_class(entry["format"])
     try:
         form.check_entry(entry, (out_features, in_features))
     except ValueError as error:

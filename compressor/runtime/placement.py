@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
-from compressor_kernels import backend, kernel_config
+from compressor_kernels import kernel_config
 from compressor_kernels.cpu.build import kernels as cpu_kernels
 from compressor_kernels.fused_projections import fuse
-from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, kernel_layout
-from compressor_kernels.linear import ArmorLinear, PackedLinear, Sparse24Linear, moves_tensors
+from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
+from compressor_kernels.linear import PackedLinear, Sparse24Linear, moves_tensors
 
 RUNTIMES = ("auto", "packed", "dense")
 # names of linears that read one tensor
@@ -79,19 +79,16 @@ def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str,
 
 
 def _place_one(module: Any, runtime: str) -> str:
-    core = isinstance(module, PackedLinear)
-    if core:
-        module.freeze_()
+    module.freeze_()
     if moves_tensors(module):
         return "packed, unpacked at every call: accelerate moves its tensors"
-    if core:
+    if isinstance(module, PackedLinear):
         layout, how = _choose(module, runtime)
         module.place_(layout)
         return how
-    if runtime == "dense" or not (
-        backend.runs(module.weight_u) or InTiles.runs_on(module.weight_u)
-    ):
-        return "two thin factors, multiplied by torch"
+    if runtime == "dense" or not module.kernels_run():
+        module.unpack_()
+        return module.without_kernels
     module.prepare_()
     return "packed"
 
@@ -131,9 +128,10 @@ def _slower(module: PackedLinear, weight: torch.Tensor) -> float | None:
     """The best speedup measured at a few rows, if it is below 1 and the dense weight fits into free
     memory thrice.
     """
-    op = "armor" if isinstance(module, ArmorLinear) else "fragments"
     rows = (
-        kernel_config.measured(op, weight.device, module.out_features, module.in_features, count)
+        kernel_config.measured(
+            module.op, weight.device, module.out_features, module.in_features, count
+        )
         for count in DECODING
     )
     speedups = [row["speedup"] for row in rows if row is not None and "speedup" in row]

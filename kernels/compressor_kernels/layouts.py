@@ -53,7 +53,10 @@ class Layout:
     __slots__ = ("in_features", "out_features", "tensors")
 
     def __init__(self, out_features: int, in_features: int, *tensors: Any) -> None:
-        self.out_features, self.in_features, self.tensors = out_features, in_features, tensors
+        self.out_features, self.in_features = out_features, in_features
+        self.tensors: tuple[Any, ...] = tuple(
+            [t.detach() if t is not None and t.requires_grad else t for t in tensors]
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,17 +108,15 @@ class Layout:
 
     def armor(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = A (S (B x)) + bias, as `linear`; a `[out / bA, bA, bA]` and b `[in / bB, bB, bB]` are
-        frozen too.
+        in the dtype of the core.
         """
-        inner = reference.block_diagonal(x, b.detach())
-        y = reference.block_diagonal(self.linear(inner), a.detach())
+        inner = reference.block_diagonal(x, b)
+        y = reference.block_diagonal(self.linear(inner), a)
         return y if bias is None else y + bias
 
     def cast(self, dtype: torch.dtype) -> Self:
         """The same core with values of another dtype, as autocast casts a weight."""
-        tensors = (
-            t if t is None or not t.is_floating_point() else t.to(dtype) for t in self.tensors
-        )
+        tensors = (t if t is None else cast(t, dtype) for t in self.tensors)
         return type(self)(self.out_features, self.in_features, *tensors)
 
     @classmethod
@@ -169,7 +170,7 @@ class Stored(Layout):
         values, metadata, semaphore = self.tensors
         check_input(x, self.in_features, values)
         if differentiable(x, bias):
-            return reference.sparse24(x, values.detach(), metadata.view(torch.int16), bias)
+            return reference.sparse24(x, values, metadata.view(torch.int16), bias)
         return stored_op(x, values, metadata, bias, semaphore)
 
 
@@ -203,7 +204,7 @@ class InFragments(Layout):
         values, words, semaphore = self.tensors
         check_input(x, self.in_features, values)
         if differentiable(x, bias):
-            return linear(x, self.dense().detach(), bias)
+            return linear(x, self.dense(), bias)
         return fragments_op(x, values, words, self.out_features, bias, semaphore)
 
     def armor(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -252,7 +253,7 @@ class InTiles(Layout):
         values, positions = self.tensors
         check_input(x, self.in_features, values)
         if differentiable(x, bias) or not self._kernels_read(values):
-            return linear(x, self.dense().detach(), bias)
+            return linear(x, self.dense(), bias)
         return cpu_ops.sparse24(x, values, positions, bias, self.out_features, self.in_features)
 
     def armor(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -304,10 +305,16 @@ class Dense(Layout):
         return pack24(core)
 
     def dense(self) -> Tensor:
-        return self.tensors[0].detach()
+        return self.tensors[0]
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, self.dense(), bias)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts an operand of a product: integers and float64 stay as they are."""
+    plain = not tensor.is_floating_point() or tensor.dtype == torch.float64
+    return tensor if plain else tensor.to(dtype)
 
 
 LAYOUTS: tuple[type[Layout], ...] = (

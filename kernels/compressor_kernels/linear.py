@@ -15,25 +15,26 @@ from torch import Tensor, nn
 from compressor_kernels import backend, reference
 from compressor_kernels.cpu import ops as cpu_ops
 from compressor_kernels.fused_projections import FusedProjections
-from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, kernel_layout
+from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, cast, kernel_layout
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
+from compressor_kernels.stored_linear import StoredLinear
 
 STORED = ("weight_values", "weight_metadata")  # a core in the state
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredLinear):
     """What the linears with a 2:4 core share: the tensors of its layout are their own parameters
     and buffers.
 
     Attributes:
         layout: the class of the layout that holds the core.
-        bias: `[out]` or None.
+        op: what kernel_config.py calls the product in the order of fragments.
     """
 
     layout: type[Layout]
-    bias: Any
+    op: str
 
     def __init__(
         self,
@@ -74,6 +75,10 @@ class PackedLinear(nn.Module):
         """
         self.hold(layout.prepare(*self.core.stored()))
 
+    def kernels_run(self) -> bool:
+        """Whether there is a layout that a kernel computes from."""
+        return kernel_layout(self.core.stored()[0]) is not None
+
     def prepare_(self) -> None:
         """Hold the core in the layout from which its device computes fastest. Where no kernel runs
         nothing changes.
@@ -84,12 +89,6 @@ class PackedLinear(nn.Module):
     def unpack_(self) -> None:
         """Hold the core dense. Raises ValueError as `place_`."""
         self.place_(Dense)
-
-    def freeze_(self) -> None:
-        """Mark what is packed as frozen: no gradient would reach it."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("weight_"):
-                parameter.requires_grad_(False)
 
     def _register(self, core: Layout) -> None:
         self.layout = type(core)
@@ -186,6 +185,7 @@ class Sparse24Linear(PackedLinear):
     `weight_metadata` (and `bias`).
     """
 
+    op = "fragments"
     fused: FusedProjections | None = None  # computes for this module too
     place: int  # among the linears that it computes for
 
@@ -246,6 +246,8 @@ class ArmorLinear(PackedLinear):
     to be factored again to be saved.
     """
 
+    op = "armor"
+
     def __init__(
         self,
         in_features: int,
@@ -280,7 +282,7 @@ class ArmorLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         x, core, bias = self._operands(x)
-        a, b = self.weight_a.to(core.dtype), self.weight_b.to(core.dtype)
+        a, b = (t.detach().to(core.dtype) for t in (self.weight_a, self.weight_b))
         return core.armor(x, a, b, bias)
 
     def extra_repr(self) -> str:
@@ -289,12 +291,14 @@ class ArmorLinear(PackedLinear):
         return f"{_features(self)}, 2:4 between {blocks}"
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(StoredLinear):
     """A linear stored as the product of two thin factors: y = U (V x) + bias.
 
     Its state is `weight_u` and `weight_v` (and `bias`), plain parameters that train like those of
     two linears.
     """
+
+    without_kernels = "two thin factors, multiplied by torch"
 
     def __init__(
         self,
@@ -335,18 +339,23 @@ class LowRankLinear(nn.Module):
             return cpu_ops.lowrank(x, u.contiguous(), v.contiguous(), bias)
         return lowrank_op(x, u, v, bias, self.semaphore)
 
+    def kernels_run(self) -> bool:
+        """Whether the kernels for thin products run."""
+        return backend.runs(self.weight_u) or InTiles.runs_on(self.weight_u)
+
     def prepare_(self) -> None:
         """Let the kernels of its device compute, where there are any; on a GPU they split K with a
         semaphore.
         """
         u = self.weight_u
+        self.cpu_kernels = not backend.runs(u) and InTiles.runs_on(u)
         if backend.runs(u):
             self.semaphore = new_semaphore(max(self.out_features, self.rank), u.device)
-        else:
-            self.cpu_kernels = InTiles.runs_on(u)
 
-    def unpack_(self) -> None:
-        """Nothing to do: two thin products are faster than the dense one anywhere."""
+    def freeze_(self) -> None:
+        """Nothing to do: the factors train. Nor for `unpack_`: two thin products are faster than
+        the dense one anywhere.
+        """
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
@@ -359,11 +368,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts the operands of a product: float64 stays as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def moves_tensors(module: nn.Module) -> bool:
