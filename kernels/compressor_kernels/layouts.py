@@ -247,7 +247,8 @@ class InTiles(Layout):
         return cls(len(values), 2 * values.shape[1], *to_tiles(values, metadata))
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        return from_tiles(*self.tensors, self.out_features, self.in_features)
+        values, positions = self.tensors
+        return from_tiles(values, positions, self.out_features, self.in_features)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         values, positions = self.tensors

@@ -88,8 +88,9 @@ def _tried() -> Kernels:
 
 
 def find_or_compile(compiling: bool = True) -> Kernels:
-    """The compiled library, not loaded. Raises NoKernelsError or OSError where it cannot be had, or, not
-    `compiling`, where it is not there yet.
+    """The compiled library, not loaded.
+
+    Raises NoKernelsError or OSError where it cannot be had, or, not `compiling`, is not there yet.
     """
     cpu = _cpu()
     compiler = _compiler()
