@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-printf '#!/bin/sh\nexec g++ -fsanitize=address -fno-omit-frame-pointer -g "$@"\n' > "$folder/g++"
+printf '#!/bin/sh\nexec g++ -fsanitize=address -fno-omit-frame-pointer "$@" -O1\n' > "$folder/g++"
 chmod +x "$folder/g++"
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 # Python frees nothing at its end, so that leaks say nothing; torch's allocations are watched too
