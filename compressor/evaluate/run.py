@@ -27,6 +27,7 @@ from compressor.evaluate.speed import measure_speed
 from compressor.evaluate.windows import DIVERGENCE, METRIC, Sums, score_windows
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
+from compressor.text import home_path
 
 _SCHEME = 1  # of what is cached; counts up when the meaning of a number changes
 
@@ -154,7 +155,7 @@ def evaluate_all(
         if before is not None and candidate.name == baseline:
             continue
         found = _evaluate(candidate, original, asked)
-        if Path(candidate.name).expanduser().is_dir():
+        if home_path(candidate.name).is_dir():
             _store(candidate, found, before, asked)
         yield candidate.name, found
         candidate.free()
