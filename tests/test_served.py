@@ -1,6 +1,7 @@
 """`compress eval --server` against a server of one's own, which answers as vLLM does."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +12,12 @@ from compressor.errors import UsageError
 from compressor.evaluate.served import connect
 
 ROWS = [[1, 5, 9, 40, 7, 300, 12, 8], [1, 77, 3, 2, 900, 4, 4, 4], [1, 8, 15, 16, 23, 42, 7, 7]]
+
+
+@pytest.fixture
+def folder(demo_model, tmp_path):
+    """A copy, for scores are stored beside what is scored."""
+    return shutil.copytree(demo_model, tmp_path / "model")
 
 
 @pytest.fixture
@@ -67,23 +74,13 @@ def server(demo_model):
     http.server_close()
 
 
-def arguments(demo_model, text, url, *more):
-    return [
-        "eval",
-        demo_model,
-        "--dataset",
-        text,
-        "--dtype",
-        "float32",
-        "--server",
-        url,
-        "-q",
-        *more,
-    ]
+def arguments(folder, text, url, *more):
+    given = ["--dataset", text, "--dtype", "float32", "--server", url, "-q"]
+    return ["eval", folder, *given, *more]
 
 
-def test_a_server_of_the_same_model_has_the_same_perplexity(cli, demo_model, text, server):
-    shown = json.loads(cli(*arguments(demo_model, text, server["url"] + "/v1/", "--json")).stdout)
+def test_a_server_of_the_same_model_has_the_same_perplexity(cli, folder, text, server):
+    shown = json.loads(cli(*arguments(folder, text, server["url"] + "/v1/", "--json")).stdout)
     served = shown["served"]["results"]["rows"]["token_perplexity,none"]
     assert shown["served"]["model"] == "books"
     assert served == pytest.approx(shown["results"]["rows"]["token_perplexity,none"], rel=1e-5)
@@ -92,51 +89,38 @@ def test_a_server_of_the_same_model_has_the_same_perplexity(cli, demo_model, tex
     assert (asked["max_tokens"], asked["echo"], asked["model"]) == (0, True, "books")
 
 
-def test_the_table_has_both(cli, demo_model, text, server):
-    lines = cli(*arguments(demo_model, text, server["url"])).stdout.splitlines()
+def test_the_table_has_both(cli, folder, text, server):
+    lines = cli(*arguments(folder, text, server["url"])).stdout.splitlines()
     own, served = (line for line in lines if "token perplexity" in line)
     assert "rows token perplexity of the server" in served
     assert own.split("|")[2] == served.split("|")[2]
 
 
-def test_another_model_shows(cli, demo_model, text, server, tmp_path):
+def test_another_model_shows(cli, folder, text, server, tmp_path):
     """A number that the server makes up is shown as it is."""
     server["wrong"] = {"choices": [
         {"index": i, "logprobs": {"token_logprobs": [None] + [-2.0] * 7}} for i in range(3)
     ]}  # fmt: skip
-    shown = json.loads(cli(*arguments(demo_model, text, server["url"], "--json")).stdout)
+    shown = json.loads(cli(*arguments(folder, text, server["url"], "--json")).stdout)
     served = shown["served"]["results"]["rows"]["token_perplexity,none"]
     assert served == pytest.approx(torch.tensor(2.0).exp().item())
 
 
-def test_the_served_number_is_not_stored_with_the_scores(cli, demo_model, text, server, tmp_path):
-    import shutil
-
-    folder = shutil.copytree(demo_model, tmp_path / "model")
+def test_the_served_number_is_not_stored_with_the_scores(cli, folder, text, server, tmp_path):
     cli(*arguments(folder, text, server["url"]))
     assert "served" not in json.loads((tmp_path / "model.eval.json").read_text())
 
 
-def test_limits_of_the_server_are_seen_before_anything_is_scored(cli, demo_model, tmp_path, server):
+def test_limits_of_the_server_are_seen_before_anything_is_scored(cli, folder, tmp_path, server):
     long = tmp_path / "long.txt"
     long.write_text("word " * 2000)
-    said = cli(*arguments(demo_model, long, server["url"]), code=2).stderr
+    said = cli(*arguments(folder, long, server["url"]), code=2).stderr
     assert "takes 64 tokens, a window of long has 512: give --seq-len 64" in " ".join(said.split())
     assert not server["asked"]
 
 
-def test_one_model_and_a_text_are_needed(cli, demo_model, text, server):
-    both = cli(
-        "eval",
-        demo_model,
-        demo_model.parent / "books-1m",
-        "x",
-        "--dataset",
-        text,
-        "--server",
-        server["url"],
-        code=2,
-    )
+def test_one_model_and_a_text_are_needed(cli, folder, text, server):
+    both = cli("eval", folder, "other", "--dataset", text, "--server", server["url"], code=2)
     assert "one MODEL and --dataset" in " ".join(both.stderr.split())
 
 
@@ -191,8 +175,8 @@ def test_nobody_answers(server):
     ],
 )
 def test_answers_without_log_probabilities_are_refused(
-    cli, demo_model, text, server, wrong, code, reason
+    cli, folder, text, server, wrong, code, reason
 ):
     server |= {"wrong": wrong, "code": code}
-    said = cli(*arguments(demo_model, text, server["url"]), code=2).stderr
+    said = cli(*arguments(folder, text, server["url"]), code=2).stderr
     assert reason in " ".join(said.split())

@@ -54,7 +54,7 @@ def report(
     record = read_record(folder)
     text = render(record)
     if png is not None:
-        from compressor.page.picture import write_pictures
+        from compressor.plots.picture import write_pictures
 
         write_pictures(draw(record), png)
     # names from a file may hold halves of a surrogate pair

@@ -324,21 +324,30 @@ def _finished(
     Raises:
         NumericalError: it is not finite, whatever made it: method, refinement, factors or tuning.
     """
-    if not plan.packed and not isinstance(form, Dense):
-        form = Dense(form.dense(), **notes(form))
-    if plan.packs(task) and isinstance(form, Dense):
-        form = replace(Sparse24.from_dense(form.weight), **notes(form))
-    stored = form.dense()
-    if not bool(torch.isfinite(stored).all()):
+    weight_now = form.dense()
+    if not bool(torch.isfinite(weight_now).all()):
         method = task.method.__name__.rpartition(".")[2]
         raise NumericalError(
             f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
-            f"{str(stored.dtype).removeprefix('torch.')}: try another method or other options, or "
-            f"leave it dense with --ignore {task.linear.name!r}"
+            f"{str(weight_now.dtype).removeprefix('torch.')}: try another method or other options, "
+            f"or leave it dense with --ignore {task.linear.name!r}"
         )
+    if not plan.packed and not isinstance(form, Dense):
+        form = _multiplied(form)
+    if plan.packs(task) and isinstance(form, Dense):
+        form = replace(Sparse24.from_dense(form.weight), **notes(form))
     if stats is None:
         return form, None
-    return form, Seen(stats.tokens, output_error(weight, stored, stats), stats.note)
+    return form, Seen(stats.tokens, output_error(weight, weight_now, stats), stats.note)
+
+
+def _multiplied(form: Form) -> Dense:
+    """The weight that a form stands for, as every tool reads it."""
+    carried = notes(form)
+    if len(form.factors()) > 1:
+        said = [carried.get("note", ""), "format dense: its factors are multiplied"]
+        carried["note"] = "; ".join(filter(None, said))
+    return Dense(form.dense(), **carried)
 
 
 def _tune(block: _Block, forms: Mapping[str, Form], states: States) -> dict[str, Form]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
 from compressor.stats import SAMPLE_TOKENS
+from compressor.text import size
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +87,9 @@ def choose_home(
         return host if needed < _free() / 2 else folder
     room = _left(plan, device, limit)
     if room < 0:
-        used = (parse_size(limit) - room) / 1e9
+        used = size(parse_size(limit) - room)
         raise UsageError(
-            f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} "
-            f"GB"
+            f"max-memory {limit} is too little: one block and the libraries take about {used}"
         )
     grams = (
         max(sum(map(gram_bytes, tasks)) for tasks in plan.tasks)

@@ -27,7 +27,7 @@ from compressor.evaluate.speed import measure_speed
 from compressor.evaluate.windows import DIVERGENCE, METRIC, Sums, score_windows
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
-from compressor.text import home_path
+from compressor.text import home_path, size
 
 _SCHEME = 1  # of what is cached; counts up when the meaning of a number changes
 
@@ -364,10 +364,7 @@ def _comparable(
         )
         if needed * 1.1 > free:
             original.free()
-            reason = (
-                f"both models in memory take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
-                f"free"
-            )
+            reason = f"both models in memory take {size(needed)} more, {size(free)} are free"
     if reason:
         asked.note(f"no KL divergence of {candidate.name} on {asked.name_of(dataset)}: {reason}")
     return not reason

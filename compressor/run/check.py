@@ -4,6 +4,7 @@ linear, dataset, lengths.
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +25,15 @@ from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
 from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
-from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
+from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton, require_finite
 from compressor.pattern import Pattern, parse_fraction
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.run import plan_file
 from compressor.run.preflight import rehearse, rehearse_rank, rehearse_ranks
 from compressor.text import home_path
+
+_CHECKED_AT_ONCE = 1 << 24  # numbers of a tensor: a vocabulary is not in memory whole
 
 
 def plan_run(recipe: Recipe, output: Path | None) -> Plan:
@@ -76,7 +79,9 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
     if isinstance(choice, ShareRanks):  # every choice of ranks begins with these
         shapes = {task.linear.name: task.linear.shape for task in plan.every}
         uniform.of_shapes(shapes, choice.keep, choice.align)
-    return _as_planned(plan, entries, recipe.plan) if entries else plan.check_experts()
+    plan = _as_planned(plan, entries, recipe.plan) if entries else plan.check_experts()
+    _check_finite(skeleton)
+    return plan
 
 
 def _as_planned(plan: Plan, entries: plan_file.Entries, file: str) -> Plan:
@@ -120,6 +125,30 @@ def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern 
                 f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be "
                 f"compressed"
             )
+
+
+def _check_finite(skeleton: Skeleton) -> None:
+    """Read what no block is loaded with, and the norms and biases of the blocks: all that is copied
+    as it is, and small. The matrices of a block are checked when it is loaded.
+
+    Raises:
+        NumericalError: a number is not finite.
+    """
+    reader, prefix = skeleton.reader, f"{skeleton.path}."
+    loaded = {
+        tensor
+        for parameter, _ in skeleton.model.named_parameters()
+        if parameter.startswith(prefix)
+        for tensor in skeleton.on_disk.get(parameter, ())
+        if len(reader.tensors[tensor].shape) > 1
+    }
+    with reader.opened() as lazy:
+        for name, entry in reader.tensors.items():
+            if name in loaded or entry.dtype not in (*WEIGHT_DTYPES, "F64") or 0 in entry.shape:
+                continue
+            rows = max(1, _CHECKED_AT_ONCE // math.prod(entry.shape[1:]))
+            for start in range(0, entry.shape[0], rows) if entry.shape else ():
+                require_finite(name, lazy(name)[start : start + rows])
 
 
 def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:

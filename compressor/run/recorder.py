@@ -156,7 +156,7 @@ class Recorder:
                 tokens=seen.tokens if seen else None,
                 note="; ".join(note for note in notes if note),
                 losses=losses,
-                pattern=_pattern(task),
+                pattern=_pattern(task, form),
             )
         )
 
@@ -255,9 +255,12 @@ def _why_not_packed(plan: Plan, task: Task, form: Form) -> str:
     return "zeros in place: other experts of the block are not packed"
 
 
-def _pattern(task: Task) -> str:
-    """The n:m of a task, empty where it has none."""
-    return str(task.target) if isinstance(task.target, Pattern) and task.target.m else ""
+def _pattern(task: Task, form: Form) -> str:
+    """The n:m of a linear, empty where it has none: a product of factors has no zeros."""
+    pattern = task.target
+    if not isinstance(pattern, Pattern) or not pattern.m:
+        return ""
+    return str(pattern) if form.sparsity >= float(pattern.sparsity) else ""
 
 
 def _finite(losses: tuple[float, float] | None) -> tuple[tuple[float, float] | None, str]:

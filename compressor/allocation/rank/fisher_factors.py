@@ -34,6 +34,7 @@ from compressor.engine.plan import Plan
 from compressor.engine.task import Task
 from compressor.errors import about
 from compressor.formats.lowrank import LowRank
+from compressor.methods.factor import UNUSED
 from compressor.progress import Progress
 
 TOKENS = 32_768  # of the calibration, if there are so many
@@ -106,8 +107,4 @@ def _without_gradient(tap: Taps, outputs: Tensor) -> tuple[Tensor, Tensor, str]:
     assert isinstance(gram, Tensor)
     if bool(gram.any()):
         return gram, identity, "no gradient of the loss reaches it: factored by its inputs alone"
-    return (
-        torch.eye(len(gram), device=gram.device),
-        identity,
-        "its inputs are all zero: factored by its weight alone",
-    )
+    return torch.eye(len(gram), device=gram.device), identity, UNUSED
