@@ -24,6 +24,7 @@ PLAN = """version = 1
             [
                 "packed 2:4 between block-diagonal factors (50.0% zeros in the 2:4 core)",
                 "by compress-llm",
+                "pip install vllm compress-llm\nvllm serve ",
             ],
         ),
         (
