@@ -37,11 +37,11 @@ import torch
 from compressor.bench import check, decode, kernels, report, timing, tune
 from compressor.cli.bench import numbers, out_in
 from compressor.errors import CompressError
-from compressor_kernels import backend, choice
-from compressor_kernels.siblings import join
+from compressor_kernels import backend, kernel_config
+from compressor_kernels.fused_projections import fuse
 
 PARTS = ("check", "tune", "kernels", "decode")
-TABLE = Path(choice.__file__).with_name("table.json")
+TABLE = Path(kernel_config.__file__).with_name("table.json")
 CHECKED_SHAPES = ((128, 256), (40, 132), (1000, 2052), (4096, 4096))
 CHECKED_ROWS = (1, 3, 7, 16, 17, 63, 96)
 TUNED_ROWS = (1, 4, 8, 16, 32, 64)
@@ -98,7 +98,8 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     kept = {tuple(row[name] for name in key): row for row in json.loads(TABLE.read_text()) + rows}
     lines = ",\n".join(json.dumps(kept[place]) for place in sorted(kept))
     TABLE.write_text(f"[\n{lines}\n]\n")
-    choice.table.cache_clear()
+    kernel_config.table.cache_clear()
+    kernel_config.choose.cache_clear()
 
 
 @torch.no_grad()
@@ -124,8 +125,8 @@ def decode_random(device: torch.device, layers: int) -> list[dict[str, Any]]:
                             "sparse24", kernels.random24(n, k, linear.weight.dtype, device)
                         ),
                     )
-        join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
-        join([layer.mlp.gate_proj, layer.mlp.up_proj])
+        fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+        fuse([layer.mlp.gate_proj, layer.mlp.up_proj])
     gc.collect()
     torch.cuda.empty_cache()
     return rows + decode.measure_model(model, "2:4")

@@ -63,7 +63,7 @@ def run(model: str, method: str, keep: str) -> dict[str, Any]:
     started = time.process_time()
     data = SHARED / "data" / "canary"
     with TemporaryDirectory() as folder:
-        report = compressor.prune(
+        report = compressor.lowrank(
             SHARED / "models" / model, Path(folder) / "out", keep=keep,
             dataset=data / f"{model}-calib.jsonl",
             num_samples=128, dtype="float32", device="cpu", **METHODS[method],

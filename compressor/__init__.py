@@ -3,16 +3,23 @@
     compressor.prune("org/model", "out", method="sparsegpt", pattern="2:4")
     model = compressor.load("out")
 
+Each function does what the command of its name does; docs/library.md shows them. Whatever a user
+can cause is a `compressor.errors.CompressError` of one line; a keyword that a function does not
+have is a TypeError.
+
 Importing this package is cheap: torch and transformers are imported by the functions that need
-them.
-`import compressor.runtime` makes transformers' own `from_pretrained` understand compressed folders.
+them. `import compressor.runtime` makes transformers' own `from_pretrained` understand compressed
+folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
+
+from compressor.config.keywords import as_path, as_text, check_kinds, with_settings
+from compressor.config.recipe import LowrankSettings, PlanSettings, PruneSettings
 
 if TYPE_CHECKING:
     import torch
@@ -20,89 +27,36 @@ if TYPE_CHECKING:
 
     from compressor.progress import Progress
     from compressor.records.report import Report
+    from compressor.run.plan_file import Plan
 
-__all__ = ["load", "prune"]
+__all__ = ["load", "lowrank", "plan", "prune"]
 
 
+@with_settings("prune", PruneSettings)
 def prune(
     model: str | Path,
     output: str | Path,
     *,
     recipe: str | Path | None = None,
-    revision: str | None = None,
-    method: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    refine: str | None = None,
-    refine_options: Mapping[str, Any] | None = None,
-    refine_only: Sequence[str] | None = None,
-    tune: int | None = None,
-    pattern: str | None = None,
-    ratios: str | None = None,
-    dense_fraction: str | None = None,
-    ratio_options: Mapping[str, Any] | None = None,
-    keep: str | None = None,
-    ranks: str | None = None,
-    rank_options: Mapping[str, Any] | None = None,
-    plan: str | Path | None = None,
-    format: str | None = None,
-    dataset: str | Path | None = None,
-    num_samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int | None = None,
-    dtype: str | None = None,
-    expert_tokens: str | None = None,
-    ignore: Sequence[str] | None = None,
-    trust_remote_code: bool | None = None,
     device: str = "auto",
     max_memory: str = "",
     progress: Progress | None = None,
+    **settings: Unpack[PruneSettings],
 ) -> Report:
-    """Compress the checkpoint `model` into the new folder `output`; what `compress prune` and
-    `compress lowrank` do.
+    """Prune the checkpoint `model` into the new folder `output`.
 
-    A run that was cut off goes on where it was when the same is asked for again.
-
-    A setting that is None is that of the `recipe`, or the default where the recipe does not have it
-    either.
+    A run that was cut off goes on where it was when the same is asked for again. A setting that is
+    None is that of the `recipe`, or the default where the recipe does not have it either.
 
     Args:
         model: folder or Hub id.
         output: folder to be made; it must not exist. `<output>.report.json` is written beside it.
         recipe: TOML file, or the name of a bundled recipe such as "armor-24".
-        revision: branch, tag or commit of a Hub id.
-        method: "magnitude", "wanda" (default), "nowag", "sparsegpt" or "armor"; with `keep` "kfac",
-            "svd_llm", "asvd", "welore" or "svd".
-        options: of the method, such as {"damp": 0.05}.
-        refine: "dsnot", "lsq", "swap" or "admm"; nothing by default.
-        refine_options: of the refinement, such as {"damping": 0.1}.
-        refine_only: globs over the names of linears that the refinement is for; all by default.
-        tune: epochs of training the kept weights, block by block; default 0.
-        pattern: n:m (n of every m weights are kept) or a sparsity such as "50%"; default "2:4".
-        ratios: "uniform", "ecoflap", "owl" or "curve": shares out the zeros of a sparsity; nothing
-            by default.
-        dense_fraction: such as "10%": of the weights, may stay dense under n:m.
-        ratio_options: of either, such as {"max_sparsity": 0.8}.
-        keep: such as "70%": of the linears' parameters, by thin factors in place of a pattern.
-        ranks: "uniform", "welore" or "threshold": shares them out; by default what suits the
-            method.
-        rank_options: of the ranks, such as {"align": 16}.
-        plan: file that says what every linear becomes, in place of `pattern`.
-        format: "packed" (default), or "dense" for zeros in place.
-        dataset: calibration text: a .txt, .jsonl or .parquet file, a Hub data set, or "self"
-            (default), text the model writes.
-        num_samples: calibration sequences; default 128.
-        seq_len: tokens in each; default min(2048, the model's limit).
-        seed: of the calibration and of everything random after it; default 0.
-        dtype: of the forward passes: "auto" (default, the checkpoint's), "float32", "bfloat16",
-            "float16".
-        expert_tokens: what calibrates the experts of a mixture: the tokens "routed" to each
-            (default) or "all" of them.
-        ignore: globs over the names of linears that stay dense.
-        trust_remote_code: run Python code that the checkpoint brings; default False.
         device: "auto", "cpu", "cuda", "cuda:1", …
         max_memory: of the host, such as "8GB": hidden states that do not fit rest on disk, Gram
-            matrices are built in groups.
+            matrices are built in groups. Default: half of what is free.
         progress: called after each step, see `compressor.progress.Progress`.
+        settings:
 
     Returns:
         The report that is also in the folder, with the cost of this run under `run`.
@@ -111,32 +65,106 @@ def prune(
         compressor.errors.CompressError: one clear line; nothing is left behind but what a run can
         go on from.
     """
-    from compressor.config.bundled_recipes import find
-    from compressor.config.recipe import load, merge
+    return _compress("prune", model, output, recipe, device, max_memory, progress, settings)
 
-    settings: dict[str, Any] = {
-        "model": str(model), "revision": revision, "method": method, "options": options,
-        "refine": refine,
-        "refine_options": refine_options, "refine_only": refine_only, "tune": tune,
-        "pattern": pattern, "ratios": ratios,
-        "dense_fraction": dense_fraction, "ratio_options": ratio_options, "keep": keep,
-        "ranks": ranks,
-        "rank_options": rank_options, "plan": plan and str(plan), "format": format,
-        "dataset": dataset and str(dataset), "num_samples": num_samples, "seq_len": seq_len,
-        "seed": seed, "dtype": dtype,
-        "expert_tokens": expert_tokens, "ignore": ignore, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
-    for name in ("options", "refine_options", "ratio_options", "rank_options"):
-        settings[name] = dict(settings[name]) if settings[name] else None
-    for name in ("refine_only", "ignore"):
-        settings[name] = None if settings[name] is None else list(settings[name])
-    merged = merge(load(find(recipe)) if recipe else {}, settings, [])
+
+@with_settings("lowrank", LowrankSettings)
+def lowrank(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    device: str = "auto",
+    max_memory: str = "",
+    progress: Progress | None = None,
+    **settings: Unpack[LowrankSettings],
+) -> Report:
+    """Replace linears of the checkpoint `model` by products of two thin factors, in the new folder
+    `output`. Everything else is as for `prune`.
+
+    Args:
+        model: folder or Hub id.
+        output: folder to be made; it must not exist. `<output>.report.json` is written beside it.
+        recipe: TOML file, or the name of a bundled recipe such as "lowrank-70".
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        max_memory: of the host, such as "8GB". Default: half of what is free.
+        progress: called after each step, see `compressor.progress.Progress`.
+        settings:
+
+    Returns:
+        The report that is also in the folder, with the cost of this run under `run`.
+
+    Raises:
+        compressor.errors.CompressError: one clear line; nothing is left behind but what a run can
+        go on from.
+    """
+    return _compress("lowrank", model, output, recipe, device, max_memory, progress, settings)
+
+
+def _compress(
+    command: str,
+    model: str | Path,
+    output: str | Path,
+    recipe: str | Path | None,
+    device: str,
+    max_memory: str,
+    progress: Progress | None,
+    settings: Mapping[str, Any],
+) -> Report:
+    from compressor.config.read import ask
+
+    folder = as_path("output", output)
+    check_kinds(str, device=device, max_memory=max_memory)
+    asked = ask(command, as_text("model", model), recipe, settings)
     from compressor.progress import silent
     from compressor.run.pipeline import prune as run
 
-    return run(
-        merged, Path(output), device=device, max_memory=max_memory, progress=progress or silent
-    )
+    return run(asked, folder, device=device, max_memory=max_memory, progress=progress or silent)
+
+
+@with_settings("plan", PlanSettings)
+def plan(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **settings: Unpack[PlanSettings],
+) -> Plan:
+    """Choose what every linear of the checkpoint `model` becomes; nothing is compressed.
+
+    Args:
+        model: folder or Hub id.
+        output: file to be made, for `plan=` of `prune` or `lowrank`; it must not exist. Without it
+            nothing is written.
+        recipe: TOML file, or the name of a bundled recipe.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        progress: called after each step, see `compressor.progress.Progress`.
+        settings:
+
+    Returns:
+        The plan: `linears` by name, what was `measured`, and the `text` of the file.
+
+    Raises:
+        compressor.errors.CompressError: one clear line.
+    """
+    from compressor.config.read import ask
+
+    check_kinds(str, device=device)
+    asked = ask("plan", as_text("model", model), recipe, settings)
+    file = None if output is None else as_path("output", output)
+    from compressor.run.plan_file import Plan, check_new_file
+
+    if file:
+        check_new_file(file)
+    from compressor.progress import silent
+    from compressor.run.pipeline import make_plan
+
+    chosen = Plan.of(make_plan(asked, device=device, progress=progress or silent))
+    if file:
+        chosen.save(file)
+    return chosen
 
 
 def load(

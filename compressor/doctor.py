@@ -174,8 +174,7 @@ def _kernel(kind: str) -> tuple[str, str]:
     """State and text: a packed 2:4 linear on `kind` against the dense product, in bfloat16."""
     import torch
 
-    from compressor_kernels.linear import Sparse24Linear
-    from compressor_kernels.packing import pack24
+    from compressor.formats.sparse24 import Sparse24
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
@@ -183,9 +182,9 @@ def _kernel(kind: str) -> tuple[str, str]:
         2, weight.view(64, 32, 4).abs().topk(2, dim=-1, largest=False).indices, 0
     )
     weight, x = weight.bfloat16(), torch.randn(3, 128, generator=generator).bfloat16()
-    module = Sparse24Linear(128, 64, bias=False, dtype=torch.bfloat16)
-    values, metadata = pack24(weight)
-    module.load_state_dict({"weight_values": values, "weight_metadata": metadata})
+    form = Sparse24.from_dense(weight)
+    module = form.module(form.entry, 128, 64, bias=False, dtype=torch.bfloat16)
+    module.load_state_dict(form.pack())
     with torch.no_grad():
         y = module.to(kind)(x.to(kind)).float().cpu()
     exact = x.double() @ weight.double().T

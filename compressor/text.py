@@ -1,8 +1,11 @@
-"""Numbers and names as people read them."""
+"""Numbers and names as people read them, and paths as they write them."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from compressor.errors import UsageError
 
 _IN_BLOCK = re.compile(r".*?\.(\d{1,6})\.(.+)")
 
@@ -47,3 +50,20 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def home_path(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~user` as that home folder, as a shell gives it.
+
+    A shell leaves it to us in quotes and after `--option=`.
+
+    Raises:
+        UsageError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        name = Path(path).parts[0]
+        raise UsageError(
+            f"{path} begins with {name}, but there is no such user; ./{path} is a file of that name"
+        ) from None

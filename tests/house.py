@@ -21,13 +21,15 @@ Graph = Mapping[str, set[str]]
 
 LAYERS = """
 compressor_kernels
-errors text
-pattern stats formats config checkpoint
+errors
+text
+pattern stats formats checkpoint
 methods refine records model
 progress calibration runtime
-engine tools publish bench
+engine tools publish bench runtime.vllm_plugin
 allocation plots evaluate
 allocation.sparsity allocation.rank page
+config
 run doctor
 .
 cli

@@ -98,4 +98,6 @@ def edit_config(folder: Path, change: Any) -> None:
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder."""
-    return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
+    return {
+        n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()
+    }

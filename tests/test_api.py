@@ -4,21 +4,48 @@ line.
 
 import inspect
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
+from typer.main import get_command
 
 import compressor
-from compressor.config.recipe import Recipe
+from compressor.cli import app
+from compressor.cli.options import flag
+from compressor.config.recipe import (
+    SETTINGS,
+    LowrankSettings,
+    PlanSettings,
+    PruneSettings,
+    Recipe,
+)
 from compressor.errors import UsageError
 
+COMMANDS = get_command(app).commands
 
-def test_prune_has_a_keyword_for_every_setting():
-    parameters = inspect.signature(compressor.prune).parameters
-    assert {entry.name for entry in fields(Recipe)} <= set(parameters)
+
+@pytest.mark.parametrize("command", SETTINGS)
+def test_a_keyword_and_an_option_for_every_setting_of_a_command(command):
+    function = getattr(compressor, command)
+    parameters = inspect.signature(function).parameters
+    assert set(SETTINGS[command]) <= set(parameters)
     for name, parameter in parameters.items():
         assert parameter.kind is not parameter.VAR_KEYWORD
         assert parameter.annotation is not parameter.empty
-        assert f"{name}:" in (compressor.prune.__doc__ or "")
+        assert f"{name}: " in (function.__doc__ or "")
+    options = {name for part in COMMANDS[command].params for name in part.opts}
+    assert {flag(name) for name in SETTINGS[command]} <= options
+
+
+def test_every_setting_is_one_of_a_command_and_of_the_type_that_its_keyword_takes():
+    taken = {name for names in SETTINGS.values() for name in names}
+    assert taken == {entry.name for entry in fields(Recipe)} - {"model"}
+    for kinds in (PruneSettings, LowrankSettings, PlanSettings):
+        for name, kind in get_type_hints(kinds).items():
+            assert str in get_args(kind) or not isinstance(getattr(Recipe, name, None), str)
+            for kept in (int, bool):
+                same = type(getattr(Recipe, name, None)) is kept
+                assert same == (kept in get_args(kind)), name
 
 
 def test_prune_gives_the_bytes_of_the_command_line(cli, demo_model, rows, tmp_path):

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from compressor_kernels import expand, gemv, mma, skinny, wrapped  # noqa: E402
+from compressor_kernels import decompress, fused_armor, gemv, mma, skinny  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -238,7 +238,7 @@ def test_mma_in_float16_with_a_last_tile_that_is_not_full(compiled, target):
 def test_armor(compiled, target):
     shared = dict(TILES=1, BM=16, SIZE=128, WIDE=False, PDL=target == 90)
     constants = dict(ARRANGED, STACK=4, ROWS=2, PIECE=128 if target == 90 else 16, **shared)
-    made = compiled(wrapped.product, BF16, constants, target, 8, num_stages=1)
+    made = compiled(fused_armor.product, BF16, constants, target, 8, num_stages=1)
     assert made.spilled <= (
         0 if target == 90 else 16
     )  # what lets another program run is worth it at the very end
@@ -253,7 +253,7 @@ def test_armor(compiled, target):
     assert under_way(made, 8) >= NEEDED[target]
     check_operands(made.ttgir)
     assert ("ACQBULK" in made.code) == (target == 90)
-    made = compiled(wrapped.apply_b, X16, dict(ROWS=32, **shared), target, 4)
+    made = compiled(fused_armor.apply_b, X16, dict(ROWS=32, **shared), target, 4)
     assert not made.spilled
     assert "HMMA.16816" in made.code
 
@@ -271,7 +271,9 @@ def test_gemv(compiled, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_dot(compiled, target):
     shared = dict(BM=16, BN=32, BK=128, PARTS=4, BIAS=True, WIDE=False)
-    made = compiled(expand.product, X16 | {"v_ptr": "*i32"}, dict(ASM=True, **shared), target, 2)
+    made = compiled(
+        decompress.product, X16 | {"v_ptr": "*i32"}, dict(ASM=True, **shared), target, 2
+    )
     assert not made.spilled
     body = loop(made.code, "MMA")
     assert any("PRMT" in name for name in operations(body))
@@ -286,9 +288,9 @@ def test_dot(compiled, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_layouts(compiled, target):
     stored = compiled(
-        expand.unpack_stored, {"m_ptr": "*i16"}, dict(BN=16, BK=256, ASM=True), target, 4
+        decompress.unpack_stored, {"m_ptr": "*i16"}, dict(BN=16, BK=256, ASM=True), target, 4
     )
-    fragments = compiled(expand.unpack_fragments, {}, dict(ASM=True), target, 2)
+    fragments = compiled(decompress.unpack_fragments, {}, dict(ASM=True), target, 2)
     order = compiled(mma.order, {}, dict(TILES=2, PDL=False), target, 2)
     assert not any(made.spilled for made in (stored, fragments, order))
     assert any("STG.E.128" in name for name in stored.operations)

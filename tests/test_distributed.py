@@ -235,10 +235,11 @@ def test_one_dies_the_others_say_so_and_the_same_command_goes_on(
 
 KILLED = """
 import os, signal
-from compressor import calibration, pipeline
+from compressor.calibration import capture
+from compressor.run import pipeline
 from compressor.cli import main
 
-calibration._BATCH_TOKENS, real = 64, pipeline.compress_blocks
+capture._BATCH_TOKENS, real = 64, pipeline.compress_blocks
 
 def blocks(*arguments, **options):
     for row in real(*arguments, **options):

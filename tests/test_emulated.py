@@ -1,4 +1,4 @@
-"""Every kernel as it was compiled: its PTX executed without a GPU (tests/emulated) against float64.
+"""Every kernel as it was compiled: its PTX executed without a GPU (ptx_emulator) against float64.
 
 What the interpreter cannot show is here as it will run: the layouts that the compiler chose,
 operands of inline assembly, conversions through shared memory, bfloat16, and the protocol between
@@ -18,12 +18,12 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 
 from compressor.bench.ahead import compile_ahead  # noqa: E402
 from compressor_kernels import armor as armor_ops  # noqa: E402
-from compressor_kernels import choice  # noqa: E402
+from compressor_kernels import kernel_config  # noqa: E402
 from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
 from compressor_kernels.fragments import to_fragments  # noqa: E402
 from compressor_kernels.packing import pack24  # noqa: E402
-from tests.emulated.launch import Device, emulated  # noqa: E402
+from ptx_emulator.launch import Device, emulated  # noqa: E402
 from tests.interpreted.armor import problem as armor_problem  # noqa: E402
 from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem  # noqa: E402
 from tests.interpreted.tolerance import assert_close  # noqa: E402
@@ -227,7 +227,7 @@ def test_the_weight_is_read_once_and_coalesced(device, rows):
 def test_shared_memory_without_bank_conflicts(device, rows):
     """With the arrangement for a large weight, whose warps share out K."""
     x, weight, bias = problem(rows, (128, 256), BF16)
-    config = {**choice.rule("fragments", 4096, 4096, rows, 132), "split": 2}
+    config = {**kernel_config.rule("fragments", 4096, 4096, rows, 132), "split": 2}
     check(
         x,
         weight,

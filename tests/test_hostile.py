@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules
 from compressor.checkpoint.reader import INDEX, Reader, check_sizes, read_header
-from compressor.config.recipe import Recipe, load, merge
+from compressor.config.read import load, merge
+from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError, UsageError
 from compressor.tools.import_bitmask import decode
 from compressor_kernels.packing import check24, unpack24

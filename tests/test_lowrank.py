@@ -2,7 +2,7 @@
 
 import torch
 
-from compressor.runtime.placement import arrange
+from compressor.runtime.placement import place
 from compressor_kernels.linear import LowRankLinear
 from compressor_kernels.reference import lowrank
 
@@ -29,5 +29,5 @@ def test_any_runtime_keeps_the_factors():
     model = torch.nn.Sequential()
     model.add_module("a", LowRankLinear(8, 4, rank=2, bias=False, dtype=torch.bfloat16))
     for runtime in ("auto", "packed", "dense"):
-        assert arrange(model, {"a": "a"}, runtime) == {"a": "two thin factors, multiplied by torch"}
+        assert place(model, {"a": "a"}, runtime) == {"a": "two thin factors, multiplied by torch"}
     assert set(model.state_dict()) == {"a.weight_u", "a.weight_v"}

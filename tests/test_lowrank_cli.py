@@ -195,15 +195,15 @@ def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_
     settings = dict(
         method="kfac", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu"
     )
-    compressor.prune(demo_model, tmp_path / "a", **settings)
+    compressor.lowrank(demo_model, tmp_path / "a", **settings)
 
     def stop(step, done, total, block=None, **_):
         if step == "blocks" and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compressor.prune(demo_model, tmp_path / "b", progress=stop, **settings)
-    report = compressor.prune(demo_model, tmp_path / "b", **settings)
+        compressor.lowrank(demo_model, tmp_path / "b", progress=stop, **settings)
+    report = compressor.lowrank(demo_model, tmp_path / "b", **settings)
     assert report.run["resumed_at_block"] == 2
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         path.name for path in (tmp_path / "b").iterdir()

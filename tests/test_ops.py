@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor_kernels import backend, choice, reference
+from compressor_kernels import backend, kernel_config, layouts, reference
 from compressor_kernels.armor import armor
 from compressor_kernels.fragments import from_fragments, to_fragments
+from compressor_kernels.fused_projections import fuse
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.lowrank import lowrank
 from compressor_kernels.packing import pack24
-from compressor_kernels.siblings import join
 from compressor_kernels.sparse24 import new_semaphore, sparse24, sparse24_fragments
 from tests.test_packing import sparse
 
@@ -175,7 +175,7 @@ def linears(monkeypatch, bias=True, prepared=True):
         if prepared:
             with monkeypatch.context() as patch:
                 patch.setattr(backend, "runs", lambda x: True)
-                patch.setattr(backend, "sparse_tensor_cores", lambda device: True)
+                patch.setattr(layouts, "sparse_tensor_cores", lambda device: True)
                 module.prepare_()
     return made
 
@@ -215,31 +215,32 @@ def three(monkeypatch):
         module.load_state_dict({**state, "bias": torch.randn(size).to(BF16)} if bias else state)
         with monkeypatch.context() as patch:
             patch.setattr(backend, "runs", lambda x: True)
-            patch.setattr(backend, "sparse_tensor_cores", lambda device: True)
+            patch.setattr(layouts, "sparse_tensor_cores", lambda device: True)
             module.prepare_()
         made.append(module)
     return torch.nn.ModuleList(made)
 
 
-def test_siblings_compute_once_for_one_input(monkeypatch):
+def test_fused_projections_compute_once_for_one_input(monkeypatch):
     group = three(monkeypatch)
     x, other = torch.randn(2, 132).to(BF16), torch.randn(2, 132).to(BF16)
     expected = {id(t): [module(t) for module in group] for t in (x, other)}
     state = {name: tensor.clone() for name, tensor in group.state_dict().items()}
-    assert join(list(group))
+    assert fuse(list(group))
     assert all(torch.equal(tensor, state[name]) for name, tensor in group.state_dict().items())
     launches = []
-    plain = torch.ops.compressor_kernels.sparse24_fragments
+    plain = layouts.fragments_op
     monkeypatch.setattr(
-        "compressor_kernels.siblings.sparse24_fragments",
-        lambda x, w, n, *rest: (launches.append(n), plain(x, *w, n, *rest))[1],
+        layouts,
+        "fragments_op",
+        lambda x, v, w, n, *rest: (launches.append(n), plain(x, v, w, n, *rest))[1],
     )
     for t in (x, other, x):
         assert all(
             torch.equal(module(t), y) for module, y in zip(group, expected[id(t)], strict=True)
         )
     assert launches == [88, 88, 88]
-    assert group[0].siblings.x is None, "no input is kept once all have been served"
+    assert not vars(x), "nothing is kept once all have been served"
     # any order and number of calls
     assert torch.equal(group[1](x), expected[id(x)][1])
     assert torch.equal(group[1](x), expected[id(x)][1])
@@ -248,18 +249,18 @@ def test_siblings_compute_once_for_one_input(monkeypatch):
     assert torch.equal(group[2](other), expected[id(other)][2])
     changed = x.clone()
     group[0](x)
-    x -= 1  # in place, between two siblings
+    x -= 1  # in place, between two projections
     assert torch.equal(group[1](x), group[1].alone(x))
     assert not torch.equal(changed, x)
     with torch.inference_mode():
         inner = x.clone()
         assert torch.equal(group[0](inner), group[0].alone(inner))
     group.to(torch.float16)  # moving or casting parts them
-    assert all(module.siblings is None for module in group)
+    assert all(module.fused is None for module in group)
     assert group[0](x.half()).dtype == torch.float16
 
 
-def test_siblings_compile_into_one_graph(monkeypatch):
+def test_fused_projections_compile_into_one_graph(monkeypatch):
     group = three(monkeypatch)
 
     def run(x):
@@ -267,7 +268,7 @@ def test_siblings_compile_into_one_graph(monkeypatch):
 
     x = torch.randn(2, 132).to(BF16)
     expected = run(x)
-    assert join(list(group))
+    assert fuse(list(group))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert all(map(torch.equal, compiled(x), expected))
@@ -275,17 +276,17 @@ def test_siblings_compile_into_one_graph(monkeypatch):
 
 def test_linears_that_do_not_fit_stay_apart(monkeypatch):
     q, k, v = three(monkeypatch)
-    assert not join([v, q])  # 24 rows are no full tiles
+    assert not fuse([v, q])  # 24 rows are no full tiles
     k.unpack_()
-    assert not join([q, k, v])
-    assert q.siblings is None
+    assert not fuse([q, k, v])
+    assert q.fused is None
 
 
 def test_import_touches_neither_triton_nor_cuda():
     code = (
-        "import sys, torch, compressor_kernels.linear, compressor_kernels.siblings\n"
+        "import sys, torch, compressor_kernels.linear, compressor_kernels.fused_projections\n"
         "assert not [n for n in sys.modules if n.startswith('compressor_kernels.') and "
-        "n.split('.')[1] in ('mma', 'expand')]\n"
+        "n.split('.')[1] in ('mma', 'decompress')]\n"
         "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -313,17 +314,21 @@ def test_the_table_is_asked_first(monkeypatch):
         "speedup": 1.5,
     }
     rows = [{**row, "rows": 4, "split": 9}, {**row, "rows": 16, "split": 7}]
-    monkeypatch.setattr(choice, "table", lambda: {("interpreter", "fragments", 64, 128): rows})
+    monkeypatch.setattr(
+        kernel_config, "table", lambda: {("interpreter", "fragments", 64, 128): rows}
+    )
+    kernel_config.choose.cache_clear()
     cpu = torch.device("cpu")
-    assert choice.choose("fragments", cpu, 64, 128, 3)["split"] == 9
-    assert choice.choose("fragments", cpu, 64, 128, 5)["split"] == 7
-    assert choice.choose("fragments", cpu, 64, 128, 17)["kernel"] == "mma"
-    assert choice.measured("fragments", cpu, 64, 128, 17) is None
-    assert choice.choose("fragments", cpu, 64, 128, 200) == {"kernel": "dense"}
+    assert kernel_config.choose("fragments", cpu, 64, 128, 3)["split"] == 9
+    assert kernel_config.choose("fragments", cpu, 64, 128, 5)["split"] == 7
+    assert kernel_config.choose("fragments", cpu, 64, 128, 17)["kernel"] == "mma"
+    assert kernel_config.measured("fragments", cpu, 64, 128, 17) is None
+    assert kernel_config.choose("fragments", cpu, 64, 128, 200) == {"kernel": "dense"}
+    kernel_config.choose.cache_clear()
 
 
 def test_the_shipped_table_is_well_formed():
-    for (_, op, _, _), rows in choice.table().items():
+    for (_, op, _, _), rows in kernel_config.table().items():
         assert op in ("fragments", "stored", "armor", "skinny")
         assert all(
             row["kernel"] in ("mma", "gemv", "dot", "dense") and row["rows"] > 0 for row in rows
@@ -337,7 +342,7 @@ def test_the_shipped_table_is_well_formed():
     st.integers(1, 96),
 )
 def test_the_rule_fits_every_shape(op, out_features, in_features, rows):
-    config = choice.rule(op, out_features, in_features, rows, 132)
+    config = kernel_config.rule(op, out_features, in_features, rows, 132)
     if config["kernel"] != "dense":
         assert 1 <= config["split"] <= max(1, in_features // 256)
         assert config["kernel"] == ("mma" if op in ("fragments", "armor") else "dot")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from compressor.config.bundled_recipes import bundled, description, find
-from compressor.config.recipe import load
+from compressor.config.read import load
 from compressor.errors import UsageError
 from compressor.methods import command
 

@@ -272,14 +272,16 @@ def test_scores_of_another_checkpoint_and_the_run_of_another_are_left_out(folder
 def test_a_map_of_one_colour_is_a_sentence(folder):
     found = facts(3)
     assert "Zeros by linear: 50.0% everywhere." in render(read_record(folder(found)))
-    found["linears"][0]["entry"] = {"format": "lowrank", "rank": 4}
+    factors = {"format": "lowrank", "entry": {"format": "lowrank", "rank": 4}}
+    pruned = {"format": "sparse24", "entry": {"format": "sparse24"}}
+    found["linears"][0] |= factors
     assert "Zeros by linear: 50.0%, or left dense, or of low rank." in render(
         read_record(folder(found))
     )
     assert "Rank by linear: 4, or not of low rank." in render(read_record(folder(found)))
-    found["linears"][0]["entry"] = {"format": "sparse24"}
+    found["linears"][0] |= pruned
     found["linears"][1]["sparsity"] = 0.7
-    found["linears"][2]["entry"] = {"format": "lowrank", "rank": 4}
+    found["linears"][2] |= factors
     names = [chart.name for chart in draw(read_record(folder(found)))]
     assert names == ["sizes", "block-error", "error", "sparsity"]
 

@@ -20,6 +20,7 @@ from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
 from compressor.run.pipeline import prune
 from compressor.tools.unpack import unpack
+from compressor_kernels.layouts import Stored
 
 IDS = torch.arange(4, 40)[None]
 OFFLOAD = {
@@ -76,7 +77,7 @@ def test_runtime_packed_keeps_the_packed_weights_on_the_cpu_too(packed, logits):
     assert set(compressor.runtime.runtimes(model).values()) == {
         "packed, unpacked at every call: no kernel runs here"
     }
-    assert model.model.layers[0].mlp.up_proj.weight_core is None
+    assert model.model.layers[0].mlp.up_proj.layout is Stored
     assert torch.equal(score(model), logits)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.bench.ahead import compile_ahead
 from compressor.bench.kernels import random24
 from compressor.bench.tune import describe, dot_configs
-from compressor_kernels import backend, choice
+from compressor_kernels import backend, kernel_config
 from compressor_kernels import sparse24 as sparse
 from compressor_kernels.armor import run_armor
 from compressor_kernels.fragments import Fragments, to_fragments
@@ -95,12 +95,12 @@ def _cases(
             else []
         ),
         *([{"kernel": "gemv", "warps": 4, "split": 2}] if m == 1 else []),
-        choice.rule("fragments", n, k, m, backend.multiprocessors(device)),
+        kernel_config.rule("fragments", n, k, m, backend.multiprocessors(device)),
     ):
         run = partial(sparse.run_fragments, x, fragments, n, bias, semaphore, config)
         found.append(Case(describe(config), m, run, expected, semaphore))
     for config in (
-        choice.rule("stored", n, k, m, backend.multiprocessors(device)),
+        kernel_config.rule("stored", n, k, m, backend.multiprocessors(device)),
         {**dot_configs(m)[0], "split": 2},
     ):
         run = partial(sparse.run_stored, x, *packed, bias, semaphore, config)
@@ -126,7 +126,7 @@ def _factored(x: Tensor, fragments: Fragments, weight: Tensor, bias: Tensor) -> 
         outer = (
             (inner @ weight.double().T).view(m, -1, 1, 128) @ a.double().transpose(1, 2)
         ).reshape(m, n) + bias.double()
-        usual = choice.rule("armor", n, k, m, backend.multiprocessors(device))
+        usual = kernel_config.rule("armor", n, k, m, backend.multiprocessors(device))
         for config, pdl in itertools.product(
             (usual, {**usual, "stack": 4, "row_tiles": 2, "split": 4}), (False, True)
         ):

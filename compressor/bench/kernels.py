@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor.bench.timing import copies, measure
-from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
-from compressor_kernels.packing import pack24
+from compressor.formats import FORMATS, PACKED
 
 SHAPES = (
     (4096, 4096),
@@ -27,7 +26,7 @@ SHAPES = (
     (28672, 8192),
 )
 ROWS = (1, 4, 16, 32, 64, 96, 256, 2048)
-OPS = ("sparse24", "armor", "lowrank")
+OPS = PACKED  # that are timed, where one has an example of the shape
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -55,24 +54,15 @@ def random24(
 
 
 def module(op: str, weight: Tensor) -> Any:
-    """A prepared module for `op` of the shape of the 2:4 `weight`: ARMOR with blocks of 128, low
-    rank at half the weights.
+    """A prepared module of the form `op` and of the shape of the 2:4 `weight`, or None: see
+    `Form.example`.
     """
-    (n, k), common = weight.shape, {"bias": False, "dtype": weight.dtype, "device": weight.device}
-    if op == "lowrank":
-        made: Any = LowRankLinear(k, n, rank=max(16, n * k // (2 * (n + k)) // 16 * 16), **common)
-        made.weight_u.data.normal_(std=made.rank**-0.5)
-        made.weight_v.data.normal_(std=k**-0.5)
-    else:
-        made = (
-            Sparse24Linear(k, n, **common)
-            if op == "sparse24"
-            else ArmorLinear(k, n, block_a=128, block_b=128, **common)
-        )
-        made.weight_values.data, made.weight_metadata = pack24(weight)
-        if op == "armor":
-            made.weight_a.data.normal_(std=128**-0.5)
-            made.weight_b.data.normal_(std=128**-0.5)
+    form = FORMATS[op].example(weight)
+    if form is None:
+        return None
+    common = {"bias": False, "dtype": weight.dtype, "device": weight.device}
+    made: Any = form.module(form.entry, weight.shape[1], weight.shape[0], **common)
+    made.load_state_dict(form.pack())
     made.prepare_()
     return made
 
@@ -80,7 +70,9 @@ def module(op: str, weight: Tensor) -> Any:
 def nbytes(made: Any) -> int:
     """Bytes of the weight that one call reads."""
     tensors = (*made.parameters(), *made.buffers())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not made.semaphore)
+    return sum(
+        tensor.nbytes for tensor in tensors if tensor is not getattr(made, "semaphore", None)
+    )
 
 
 @torch.no_grad()
@@ -98,9 +90,9 @@ def measure_shape(
     count = copies(weight.nbytes // 2, device)
     dense = [weight.clone() for _ in range(count)]
     packed = {
-        op: [module(op, weight) for _ in range(count)]
+        op: modules
         for op in ops
-        if op != "armor" or (n % 128 == 0 and k % 128 == 0)
+        if None not in (modules := [module(op, weight) for _ in range(count)])
     }
     inputs = {m: random(m, k, dtype=dtype, device=device) for m in rows}
     found, times = [], {}

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compressor.formats import PACKED
+
 COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#7b4ea3", "#b8860b", "#2a9d8f", "#555555", "#d1495b")
 
 
@@ -36,11 +38,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     there is none.
     """
     said = []
-    ours = [
-        row
-        for row in result.get("kernels", [])
-        if row["op"] in ("sparse24", "armor", "lowrank") and "ratio" in row
-    ]
+    ours = [row for row in result.get("kernels", []) if row["op"] in PACKED and "ratio" in row]
     for op, n, k in dict.fromkeys((row["op"], row["out"], row["in"]) for row in ours):
         rows = [row for row in ours if (row["op"], row["out"], row["in"]) == (op, n, k)]
         best = max(rows, key=lambda row: row["ratio"])

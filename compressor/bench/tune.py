@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.bench import timing
 from compressor.bench.ahead import compile_ahead
 from compressor.bench.kernels import OPS, module, random, random24
-from compressor_kernels import backend, choice
+from compressor_kernels import backend, kernel_config
 from compressor_kernels import sparse24 as sparse
 from compressor_kernels.armor import run_armor
 from compressor_kernels.lowrank import run_skinny
@@ -175,7 +175,7 @@ def _candidates(
         backend.multiprocessors(x.device),
         random(m, rank, dtype=x.dtype, device=x.device),
     )
-    usual = choice.rule("fragments", n, k, m, processors)
+    usual = kernel_config.rule("fragments", n, k, m, processors)
     high = usual["stack"] * usual["row_tiles"]
     heights = tuple(tall for tall in (high // 2, high, 2 * high) if 1 <= tall <= 8)
     mma = mma_configs(
@@ -188,13 +188,17 @@ def _candidates(
     )
 
     def armor(made: Any, config: dict[str, Any]) -> Tensor:
-        return run_armor(x, made.packed, made.weight_a, made.weight_b, None, made.semaphore, config)
+        core, a, b = made.core.fragments, made.weight_a, made.weight_b
+        return run_armor(x, core, a, b, None, made.semaphore, config)
+
+    def fragments(made: Any, config: dict[str, Any]) -> Tensor:
+        return sparse.run_fragments(x, made.core.fragments, n, None, made.semaphore, config)
 
     found = [
         (
             "fragments",
             (n, k),
-            lambda made, c: sparse.run_fragments(x, made.packed, n, None, made.semaphore, c),
+            fragments,
             mma + gemv,
         ),
         (
@@ -216,6 +220,6 @@ def _candidates(
             ("armor", (n, k), armor, [config for config in wrapped if config["warps"] == 8])
         )
     return [
-        (op, size, run, [choice.rule(op, size[0], size[1], m, processors), *configs])
+        (op, size, run, [kernel_config.rule(op, size[0], size[1], m, processors), *configs])
         for op, size, run, configs in found
     ]

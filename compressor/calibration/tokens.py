@@ -1,139 +1,38 @@
-"""Token rows for calibration and evaluation, from text or ready token ids.
-
-A dataset is named by
-    a file      .txt, .jsonl or .parquet; records have a `text` field, or `input_ids` rows that are
-                taken as they are
-    a Hub id    org/name, optionally org/name:config:split; its `text` field is streamed
-    self        text sampled from the model itself, seeded: needs no file and no network
-"""
+"""Token rows for calibration and evaluation, from the records of a dataset or the model itself."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import DataError, did_you_mean
+from compressor.calibration import chat
+from compressor.calibration.dataset import Record, on_hub, records
+from compressor.calibration.dataset import check_dataset as check_dataset
+from compressor.checkpoint.side_files import lfs_pointer, side_files
+from compressor.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PIECE = 1 << 16  # characters of a .txt file that make one document
-_MOST_DOCUMENTS = 100_000  # read at most; a calibration set needs a few hundred
-_ACCEPTED = (
-    "accepted: a .txt, .jsonl or .parquet file, a Hub dataset id such as org/name, or 'self'"
-)
-
-
-def check_dataset(dataset: str) -> None:
-    """Everything about a dataset's name that can be known without reading it. Raises DataError."""
-    if dataset == "self":
-        return
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        if path.suffix not in (".txt", ".jsonl", ".parquet"):
-            raise DataError(f"dataset {dataset} is a {path.suffix or 'nameless'} file; {_ACCEPTED}")
-        if not path.stat().st_size:
-            raise DataError(f"dataset {dataset} is empty")
-    elif (
-        path.exists()
-        or not re.fullmatch(r"[\w.\-]+/[\w.\-]+(:[\w.\-]*){0,2}", dataset)
-        or path.suffix in (".txt", ".jsonl", ".parquet")
-    ):
-        raise DataError(
-            f"dataset {dataset} does not exist{did_you_mean(dataset, ['self'])}; {_ACCEPTED}"
-        )
-
-
-def records(dataset: str) -> Iterator[dict[str, Any]]:
-    """The records of a file or a Hub dataset, each with `text` or `input_ids`. Raises DataError."""
-    check_dataset(dataset)
-    path = Path(dataset).expanduser()
-    if not path.is_file():
-        yield from _hub_records(dataset)
-    elif path.suffix == ".txt":
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is no UTF-8 text: byte {error.start} cannot be decoded"
-            ) from None
-        yield from ({"text": text[start : start + _PIECE]} for start in range(0, len(text), _PIECE))
-    elif path.suffix == ".jsonl":
-        yield from _jsonl_records(path)
-    else:
-        yield from _parquet_records(path)
-
-
-def _jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError):
-                    record = None
-                if not isinstance(record, dict) or not ("text" in record or "input_ids" in record):
-                    raise DataError(
-                        f"{path} line {number} is no JSON object with a `text` or `input_ids` field"
-                    )
-                yield record
-
-
-def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(
-            f"reading {path} needs pyarrow: pip install 'compress-llm[parquet]'"
-        ) from None
-    try:
-        file = parquet.ParquetFile(path)
-        columns = [name for name in ("input_ids", "text") if name in file.schema_arrow.names][:1]
-        if not columns:
-            raise DataError(
-                f"{path} has no `text` or `input_ids` column; it has "
-                f"{', '.join(file.schema_arrow.names)[:200]}"
-            )
-        for batch in file.iter_batches(columns=columns):
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}"
-        ) from None
-
-
-def _hub_records(dataset: str) -> Iterator[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise DataError(
-            f"reading {dataset} from the Hub needs the datasets package: pip install "
-            f"'compress-llm[eval]'"
-        ) from None
-    name, config, split = [*dataset.split(":"), "", ""][:3]
-    try:
-        yield from load_dataset(name, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # the datasets and Hub clients raise dozens of kinds
-        raise DataError(
-            f"dataset {dataset} could not be read from the Hub: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
+MOST_RECORDS = 100_000  # of a Hub dataset that are read; of a file that are in memory at once
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer. Raises DataError where there is none."""
     from transformers import AutoTokenizer
 
+    pointers = (lfs_pointer(folder / name) for name in side_files(folder, code=False))
+    if pointer := next(filter(None, pointers), ""):
+        raise DataError(pointer)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        said = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{folder} has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}; "
-            f"give rows of `input_ids`"
+            f"{folder} has no tokenizer that can be loaded: {said}; give rows of `input_ids`"
         ) from None
 
 
@@ -145,111 +44,168 @@ def calibration_rows(
     num_samples: int,
     seq_len: int,
     seed: int,
+    text_column: str = "",
     trust_remote_code: bool = False,
 ) -> Tensor:
     """Token ids int64 `[num_samples, seq_len]` from a file or a Hub dataset.
 
-    Rows of `input_ids` are taken in order, the first `seq_len` ids of each. Texts are shuffled by
-    `seed`, tokenised, joined and cut into consecutive rows, so that no token is padding.
+    Rows of `input_ids` are taken in order, the first `seq_len` ids of each that has as many without
+    its padding. Texts and chats of the whole file (of a Hub dataset, of its first 100,000 records)
+    are shuffled by `seed`, tokenised, joined and cut into consecutive rows, so that no token is
+    padding; those without any text are left out.
 
     Raises:
         DataError: fewer tokens than asked for, ids outside the vocabulary, records without text.
     """
     import torch
 
-    documents = _first(records(dataset))
-    if "input_ids" in documents[0]:
-        rows = [_ids(dataset, record, vocab_size) for record in documents[:num_samples]]
-        if short := next((row for row in rows if len(row) < seq_len), None):
-            raise DataError(
-                f"{dataset} has rows of {len(short)} input_ids, --seq-len asks for {seq_len}"
-            )
-        ids = torch.tensor([row[:seq_len] for row in rows])
-    else:
-        order = torch.randperm(
-            len(documents), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        wanted = num_samples * seq_len
-        stream = _tokenize(
-            dataset, (documents[index] for index in order), tokenizer, vocab_size, wanted
-        )
-        ids = torch.tensor(stream[: len(stream) // seq_len * seq_len]).reshape(-1, seq_len)
+    first, every = _opened(dataset, text_column)
+    if first.ids is not None:
+        return torch.tensor(_whole_rows(dataset, every, vocab_size, num_samples, seq_len))
+    shuffled = _shuffled(every, lambda: records(dataset, text_column), seed)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    wanted = num_samples * seq_len
+    stream = _stream(dataset, shuffled, tokenizer, vocab_size, wanted)
+    ids = torch.tensor(stream[: len(stream) // seq_len * seq_len]).reshape(-1, seq_len)
     if len(ids) < num_samples:
-        raise DataError(
-            f"{dataset} gives {len(ids)} samples of {seq_len} tokens, {num_samples} were asked "
-            f"for: "
-            "lower --num-samples or --seq-len, or give more text"
-        )
+        raise _too_few(dataset, len(ids), seq_len, num_samples)
     return ids[:num_samples]
 
 
 def evaluation_rows(
-    dataset: str, folder: Path, vocab_size: int, *, seq_len: int, trust_remote_code: bool = False
+    dataset: str,
+    folder: Path,
+    vocab_size: int,
+    *,
+    seq_len: int,
+    text_column: str = "",
+    trust_remote_code: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Tensor]:
-    """Token rows to score: `input_ids` as they are; text joined, tokenised once and cut into
-    windows of `seq_len`.
+    """Token rows to score, int64 `[seq]` each.
 
-    As in the papers the records of a text set are joined by blank lines and the last, shorter
-    window is dropped.
+    Rows of `input_ids` as they are, without padding. Texts are joined, tokenised once and cut into
+    windows of `seq_len`: as in the papers the records are joined by blank lines and the last,
+    shorter window is dropped. Chats are tokenised each by its template, joined and cut. A file is
+    read whole, of a Hub dataset the first 100,000 records; `note` is told where that is not all.
+
+    Raises:
+        DataError: fewer tokens than one window, ids outside the vocabulary, records without text.
     """
     import torch
 
-    documents = _first(records(dataset))
-    if "input_ids" in documents[0]:
-        return [torch.tensor(_ids(dataset, record, vocab_size)) for record in documents]
-    joint = "" if dataset.endswith(".txt") else "\n\n"
-    text = {"text": joint.join(_text(dataset, record) for record in documents)}
-    ids = _tokenize(
-        dataset,
-        [text],
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
-        vocab_size,
-        None,
-    )
-    if len(ids) < seq_len:
-        raise DataError(
-            f"{dataset} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len "
-            f"or give more text"
+    first, every = _opened(dataset, text_column)
+    documents = list(every)
+    if on_hub(dataset) and len(documents) > MOST_RECORDS:
+        documents = documents[:MOST_RECORDS]
+        note(
+            f"{dataset} has more than {MOST_RECORDS:,} records: the first {MOST_RECORDS:,} are "
+            "scored; a file is scored whole"
         )
+    if first.ids is not None:
+        return [torch.tensor(_ids(record, vocab_size)) for record in documents]
+    if first.messages is not None:
+        parts: Iterable[Record] = documents
+    else:
+        joint = "" if dataset.endswith(".txt") else "\n\n"
+        parts = [Record(dataset, text=joint.join(_text(record) for record in documents))]
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    ids = _stream(dataset, parts, tokenizer, vocab_size, None)
+    if len(ids) < seq_len:
+        short = f"{len(ids)} tokens, fewer than one window of {seq_len}"
+        raise DataError(f"{dataset} has {short}: lower --seq-len or give more text")
     return list(torch.tensor(ids[: len(ids) // seq_len * seq_len]).split(seq_len))
 
 
-def _first(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    from itertools import islice
+def _opened(dataset: str, text_column: str) -> tuple[Record, Iterator[Record]]:
+    """The first record, and all of them: of a Hub dataset one more than are read, to know of it."""
+    every = records(dataset, text_column)
+    if on_hub(dataset):
+        every = islice(every, MOST_RECORDS + 1)
+    first = next(every, None)
+    if first is None:
+        raise DataError(f"dataset {dataset} holds no records")
+    return first, chain([first], every)
 
-    documents = list(islice(found, _MOST_DOCUMENTS))
-    if not documents:
-        raise DataError("the dataset holds no records")
-    return documents
+
+def _shuffled(
+    every: Iterator[Record], again: Callable[[], Iterator[Record]], seed: int
+) -> Iterator[Record]:
+    """All records in an order drawn by `seed`; so many at a time are in memory.
+
+    Args:
+        every: the records.
+        again: reads them once more, for a file that has more than are held.
+        seed: of the order.
+    """
+    import torch
+
+    held = list(islice(every, MOST_RECORDS))
+    total = len(held) + sum(1 for _ in every)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    if total == len(held):
+        yield from (held[index] for index in order.tolist())
+        return
+    del held
+    for part in order.split(MOST_RECORDS):
+        places = part.tolist()
+        wanted = set(places)
+        chosen = {place: record for place, record in enumerate(again()) if place in wanted}
+        yield from (chosen[place] for place in places)
 
 
-def _ids(dataset: str, record: dict[str, Any], vocab_size: int) -> list[int]:
-    row = record.get("input_ids")
-    if (
-        not isinstance(row, list)
-        or len(row) < 2
-        or not all(type(token) is int and 0 <= token < vocab_size for token in row)
-    ):
+def _whole_rows(
+    dataset: str, every: Iterable[Record], vocab_size: int, num_samples: int, seq_len: int
+) -> list[list[int]]:
+    """The first `seq_len` ids of the first `num_samples` rows that have as many."""
+    rows: list[list[int]] = []
+    short, longest = 0, 0
+    for record in every:
+        row = _ids(record, vocab_size)
+        if len(row) >= seq_len:
+            rows.append(row[:seq_len])
+        else:
+            short, longest = short + 1, max(longest, len(row))
+        if len(rows) == num_samples:
+            return rows
+    if not short:
+        raise _too_few(dataset, len(rows), seq_len, num_samples)
+    raise DataError(
+        f"{dataset} has rows of {longest} input_ids, --seq-len asks for {seq_len}: {len(rows)} of "
+        f"{len(rows) + short} rows have as many without padding, {num_samples} were asked for; "
+        "lower --seq-len or --num-samples"
+    )
+
+
+def _too_few(dataset: str, found: int, seq_len: int, num_samples: int) -> DataError:
+    return DataError(
+        f"{dataset} gives {found} samples of {seq_len} tokens, {num_samples} were asked for: "
+        "lower --num-samples or --seq-len, or give more text"
+    )
+
+
+def _ids(record: Record, vocab_size: int) -> list[int]:
+    row = record.ids
+    if row is None:
+        raise DataError(f"{record.where} has no `input_ids`, the records before it do")
+    if len(row) < 2 or not all(0 <= token < vocab_size for token in row):
         raise DataError(
-            f"{dataset}: input_ids must be rows of two or more integers in 0..{vocab_size - 1}, "
-            f"the model's vocabulary"
+            f"{record.where}: input_ids must be rows of two or more integers in "
+            f"0..{vocab_size - 1}, the model's vocabulary; what attention_mask leaves out is no "
+            "part of them"
         )
     return row
 
 
-def _text(dataset: str, record: dict[str, Any]) -> str:
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise DataError(
-            f"{dataset}: a record has no `text`; its fields are {', '.join(map(str, record))[:200]}"
-        )
-    return text
+def _text(record: Record) -> str:
+    if record.text is None:
+        raise DataError(f"{record.where} is no text, the records before it are")
+    return record.text
 
 
-def _tokenize(
+def _stream(
     dataset: str,
-    documents: Iterable[dict[str, Any]],
+    documents: Iterable[Record],
     tokenizer: Any,
     vocab_size: int,
     wanted: int | None,
@@ -257,17 +213,41 @@ def _tokenize(
     """Joined token ids of `documents`, at least `wanted` where there are as many."""
     stream: list[int] = []
     for record in documents:
-        stream += tokenizer(_text(dataset, record), verbose=False)["input_ids"]
+        if record.messages is not None:
+            stream += chat.token_ids(tokenizer, record.messages, record.tools, record.where)
+        elif (text := _text(record)).strip():
+            stream += tokenizer(text, verbose=False)["input_ids"]
         if wanted is not None and len(stream) >= wanted:
             break
-    if not stream:
-        raise DataError(f"{dataset} is empty: its text has no tokens")
+    if set(stream) <= set(tokenizer.all_special_ids):
+        raise DataError(f"{dataset} is empty: its text has no tokens, or only special ones")
     if max(stream) >= vocab_size:
         raise DataError(
             f"the tokenizer gives id {max(stream)}, the model's vocabulary ends at "
             f"{vocab_size - 1}: they do not belong together"
         )
     return stream
+
+
+def first_token(config: Any, folder: Path) -> int:
+    """The token that texts of the model begin with, 0 where its config names none.
+
+    Raises:
+        DataError: it is outside the vocabulary.
+    """
+    text = config.get_text_config(decoder=True)
+    start = text.bos_token_id
+    if isinstance(start, list) and start:
+        start = start[0]
+    if type(start) is not int:
+        return 0
+    if not 0 <= start < text.vocab_size:
+        raise DataError(
+            f"{folder}/config.json has bos_token_id {start}, the model's vocabulary is "
+            f"0..{text.vocab_size - 1}: correct it (null begins with token 0), or give a text "
+            "with --dataset"
+        )
+    return start
 
 
 @lru_cache(maxsize=1)
@@ -284,23 +264,27 @@ def sample_from_model(
     temperature 1.
 
     Raises:
-        DataError: the model does not fit into free memory, so that sampling would take days.
+        DataError: the model does not fit into free memory, so that sampling would take days, or
+            its first token is outside its vocabulary.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     _require_memory(folder, device)
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        start = first_token(config, folder)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=trust_remote_code
         )
+    except DataError:
+        raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
         raise DataError(
             f"{folder} cannot be loaded to sample from it: {' '.join(str(error).split())[:200]}"
         ) from None
     model = model.to(device).eval()
-    start = model.config.get_text_config().bos_token_id
-    first = torch.full((num_samples, 1), start if isinstance(start, int) else 0, device=device)
+    first = torch.full((num_samples, 1), start, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     return torch.cat(
         [

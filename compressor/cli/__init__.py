@@ -21,6 +21,7 @@ from compressor.cli.export import export
 from compressor.cli.import_legacy import import_legacy
 from compressor.cli.inspect import inspect
 from compressor.cli.lowrank import lowrank
+from compressor.cli.options import FLAGS, as_flags
 from compressor.cli.pack import pack
 from compressor.cli.plan import plan
 from compressor.cli.prune import prune
@@ -77,6 +78,17 @@ def root(
     """Make a Hugging Face language model smaller, after training, in one shot."""
 
 
+def _flags() -> dict[str, str]:
+    """Keyword of Python -> option, of all commands: a function names its keywords as its command
+    its options.
+    """
+    commands = typer.main.get_group(app).commands.values()
+    own = [
+        each for command in commands for each in command.params if each.param_type_name == "option"
+    ]
+    return {str(each.name): max(each.opts, key=len) for each in own} | dict(FLAGS)
+
+
 def main() -> None:
     """Entry point: one clear line for every expected error, and the exit code."""
     # threads that spin while they wait for each other made a run ten times as long on two busy
@@ -96,8 +108,10 @@ def main() -> None:
             isinstance(error, ProcessError) and os.environ.get("RANK") == "1"
         )  # the first may be the one that is gone
         if speaks() or second:
+            message = as_flags(str(error), _flags())
             print(
-                error if isinstance(error, InterruptedRun) else f"error: {error}", file=sys.stderr
+                message if isinstance(error, InterruptedRun) else f"error: {message}",
+                file=sys.stderr,
             )
         sys.exit(error.exit_code)
     except SystemExit as end:

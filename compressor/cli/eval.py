@@ -35,6 +35,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    text_column: options.TextColumn = None,
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval tasks, separated by commas.", show_default=False)
     ] = None,
@@ -120,7 +121,8 @@ def evaluate(
 
     where = str(choose_device(device))
     settings: dict[str, Any] = {
-        "datasets": dataset or [], "tasks": names, "divergence": kl, "include_path": include_path,
+        "datasets": dataset or [], "text_column": text_column or "",
+        "tasks": names, "divergence": kl, "include_path": include_path,
         "seq_len": seq_len,
         "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot,
         "batch_size": batch_size,

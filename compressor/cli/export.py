@@ -25,12 +25,17 @@ def export(
     from compressor.checkpoint.packed_config import packed_modules
     from compressor.checkpoint.reader import Reader, resolve
     from compressor.errors import CheckpointError, UsageError
+    from compressor.formats import form_class
 
     if trainable != "lrc":
         raise UsageError(f"trainable is {trainable!r}; accepted: lrc")
     modules = packed_modules(Reader(resolve(model)).config)
-    names = [name for name, entry in modules.items() if entry["format"] == "lowrank"]
+    names = [
+        f"{name}.{suffix}"
+        for name, entry in modules.items()
+        for suffix in form_class(entry["format"]).TRAINABLE
+    ]
     if not names:
         raise CheckpointError(f"{model} holds no low-rank linears: make some with compress lowrank")
     for name in names:
-        print(f"{name}.weight_u\n{name}.weight_v")
+        print(name)

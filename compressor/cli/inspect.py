@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compressor.cli.show import out, size, table
+
+if TYPE_CHECKING:
+    from compressor.checkpoint.reader import Reader
+    from compressor.formats import Spec
 
 
 def inspect(
@@ -32,68 +38,19 @@ def inspect(
         _show(found)
 
 
-def describe(reader: Any) -> dict[str, Any]:
-    """What the headers, config.json and report.json of a checkpoint say. Sparsity is known where a
-    report is; factors have none.
+def describe(reader: Reader) -> dict[str, Any]:
+    """What the headers, config.json and report.json of a checkpoint say, as `--json` prints it.
+    Sparsity is known where a report is; factors have none. Raises CheckpointError where they do not
+    belong together.
     """
     from compressor.checkpoint.packed_config import packed_modules
-    from compressor.checkpoint.reader import ITEM_BITS, read_json
-    from compressor.errors import CheckpointError
 
     modules = packed_modules(reader.config)
-    report = reader.folder / "report.json"
-    try:
-        rows = read_json(report).get("linears", []) if report.is_file() else []
-        sparsity = {row["name"]: float(row["sparsity"]) for row in rows}
-    except (TypeError, KeyError, ValueError, AttributeError):
-        raise CheckpointError(f"{report} is no report of this package") from None
-    linears = []
-    for name, entry in modules.items():
-        parts = {
-            tensor: reader.tensors[tensor]
-            for tensor in reader.tensors
-            if tensor.startswith(f"{name}.weight_")
-        }
-        low_rank = entry["format"] == "lowrank"
-        needed = [f"{name}.weight_{part}" for part in (("u", "v") if low_rank else ("values",))]
-        if not all(tensor in parts for tensor in needed):
-            raise CheckpointError(
-                f"{reader.folder}: config.json names the packed linear {name!r}, but its tensors "
-                f"are not there"
-            )
-        first, last = parts[needed[0]], parts[needed[-1]]
-        for tensor in needed:
-            if len(parts[tensor].shape) != 2:
-                raise CheckpointError(
-                    f"{reader.folder}: {tensor} has shape {list(parts[tensor].shape)}, a matrix is "
-                    f"expected"
-                )
-        shape = [first.shape[0], last.shape[1] * (1 if low_rank else 2)]
-        form = f"lowrank {last.shape[0]}" if low_rank else entry["format"]
-        zeros = None if low_rank else sparsity.get(name)
-        linears.append(
-            _row(
-                name,
-                shape,
-                form,
-                zeros,
-                sum(part.nbytes for part in parts.values()),
-                ITEM_BITS[first.dtype],
-            )
-        )
-    for tensor, entry in reader.tensors.items():
-        name = tensor.removesuffix(".weight")
-        if tensor.endswith(".weight") and len(entry.shape) == 2 and name not in modules:
-            linears.append(
-                _row(
-                    name,
-                    list(entry.shape),
-                    "dense",
-                    sparsity.get(name),
-                    entry.nbytes,
-                    ITEM_BITS[entry.dtype],
-                )
-            )
+    zeros = _reported_zeros(reader.folder / "report.json")
+    linears = [
+        *_packed_linears(reader, modules, zeros),
+        *_plain_linears(reader, modules, zeros),
+    ]
     shards = [
         {"name": shard, "bytes": (reader.folder / shard).stat().st_size} for shard in reader.shards
     ]
@@ -110,19 +67,62 @@ def describe(reader: Any) -> dict[str, Any]:
     }
 
 
+def _reported_zeros(report: Path) -> dict[str, float]:
+    """Fraction of zeros by linear; empty without a report."""
+    from compressor.checkpoint.reader import read_json
+    from compressor.errors import CheckpointError
+
+    try:
+        rows = read_json(report).get("linears", []) if report.is_file() else []
+        return {row["name"]: float(row["sparsity"]) for row in rows}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise CheckpointError(f"{report} is no report of this package") from None
+
+
+def _packed_linears(
+    reader: Reader, modules: Mapping[str, Mapping[str, Any]], zeros: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    from compressor.errors import CheckpointError
+    from compressor.formats import form_class
+    from compressor.formats.headers import check_headers, packed_headers
+
+    stored = packed_headers(reader.tensors)
+    for name, entry in modules.items():
+        try:
+            dense = check_headers(name, entry, stored.get(name, {}))
+        except CheckpointError as error:
+            raise CheckpointError(f"{reader.folder}: {error}") from None
+        form = form_class(entry["format"])
+        size = sum(reader.tensors[f"{name}.{suffix}"].nbytes for suffix in form.SUFFIXES)
+        yield _row(name, dense, form.label(entry), zeros.get(name) if form.SPARSE else None, size)
+
+
+def _plain_linears(
+    reader: Reader, modules: Mapping[str, Any], zeros: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    from compressor.formats.dense import Dense
+    from compressor.formats.form import Spec
+
+    for tensor, header in reader.tensors.items():
+        name = tensor.removesuffix(".weight")
+        if tensor.endswith(".weight") and len(header.shape) == 2 and name not in modules:
+            spec = Spec(header.dtype, header.shape)
+            yield _row(name, spec, Dense.FORMAT, zeros.get(name), header.nbytes)
+
+
 def _architecture(config: dict[str, Any]) -> str | None:
     named = config.get("architectures")
     found = named[0] if isinstance(named, list) and named else config.get("model_type")
     return found if isinstance(found, str) and found.isprintable() else None
 
 
-def _row(
-    name: str, shape: list[int], form: str, sparsity: float | None, stored: int, bits: int
-) -> dict[str, Any]:
-    dense = math.prod(shape) * bits // 8
+def _row(name: str, weight: Spec, form: str, sparsity: float | None, stored: int) -> dict[str, Any]:
+    from compressor.checkpoint.reader import ITEM_BITS
+
+    dense = math.prod(weight.shape) * ITEM_BITS[weight.dtype] // 8
     return {
         "name": name,
-        "shape": shape,
+        "shape": list(weight.shape),
         "format": form,
         "sparsity": sparsity,
         "bytes": stored,

@@ -1,15 +1,27 @@
-"""Options that several commands take: each means one thing, and says it in one way. And the check
-that prune and lowrank share.
+"""The options of the commands. Settings come from their table (compressor/config/recipe.py); what
+several commands take beside them means one thing, and is said in one way.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.", show_default=False)]
+from compressor.config.recipe import SETTINGS, Recipe, said
+
+_KINDS = {entry.name: str(entry.type) for entry in fields(Recipe)}
+_TYPES: Mapping[str, Any] = {"str": str | None, "int": int | None, "list[str]": list[str] | None}
+_COMMANDS = {"evaluate": "eval"}  # functions of another name than their command
+_QUOTES = "'\""
+
+Model = Annotated[str, typer.Argument(help=said("model", "").help, show_default=False)]
 OutputFolder = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False),
@@ -17,17 +29,6 @@ OutputFolder = Annotated[
 NewFolder = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to make; must not exist.", show_default=False)
 ]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        help="Calibration: .txt, .jsonl or .parquet file, Hub id, or self.", show_default="self"
-    ),
-]
-NumSamples = Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")]
-SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens in each.", show_default="min(2048, the model's limit)")
-]
-Seed = Annotated[int | None, typer.Option(help="Of the calibration samples.", show_default="0")]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -36,42 +37,21 @@ RecipeName = Annotated[
         show_default=False,
     ),
 ]
-Keep = Annotated[
-    str | None,
-    typer.Option(help="Part of the linears' parameters to keep, such as 70%.", show_default=False),
-]
-Ranks = Annotated[
-    str | None,
+Assign = Annotated[
+    list[str] | None,
     typer.Option(
-        help="uniform, welore or threshold: how ranks are shared out.",
-        show_default="the method's own",
-    ),
-]
-Ratios = Annotated[
-    str | None,
-    typer.Option(
-        help="uniform, ecoflap, owl or curve: share the zeros of a sparsity out.",
-        show_default="none",
+        "--set",
+        metavar="NAME=VALUE",
+        help=(
+            "Option of the method, or of the refinement (lsq.damping=0.1), the ratios "
+            "(ratios.tokens=4096) or the ranks (ranks.align=32); repeatable."
+        ),
+        show_default=False,
     ),
 ]
 MaxSparsity = Annotated[
     str | None,
     typer.Option(help="Of any block or linear, with --ratios.", show_default="the allocator's own"),
-]
-DenseFraction = Annotated[
-    str | None,
-    typer.Option(help="Of the weights, stay dense where n:m hurts most: 10%.", show_default="none"),
-]
-Plan = Annotated[
-    Path | None,
-    typer.Option(
-        help="What every linear becomes: a file of `compress plan`, or the plan.toml of a folder.",
-        show_default=False,
-    ),
-]
-Ignore = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Linears that stay dense; repeatable.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 MaxMemory = Annotated[
@@ -84,43 +64,91 @@ MaxMemory = Annotated[
         show_default="half of what is free",
     ),
 ]
-Dtype = Annotated[
+TextColumn = Annotated[
     str | None,
-    typer.Option(help="Of the forward passes; stored dtypes never change.", show_default="auto"),
+    typer.Option(help=said("text_column", "").help, show_default=said("text_column", "").default),
 ]
-ExpertTokens = Annotated[
-    str | None,
-    typer.Option(
-        help=(
-            "What calibrates the experts of a mixture: the tokens routed to each (all where those "
-            "are few), or all."
-        ),
-        show_default="routed",
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Of a Hub id.", show_default=False)]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
+    bool, typer.Option("--trust-remote-code", help=said("trust_remote_code", "").help)
 ]
 ReportJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Let the libraries speak too.")]
 
 
-def check_method(method: str, own: str, recipe: str | None) -> None:
-    """Raise UsageError where the other one of prune and lowrank runs the method; `recipe` is what
-    named it, if one did.
+def takes_settings(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The function gets the settings of `command` in place of its `**given`, None where an option
+    was not given; Typer sees an option for each, before the function's own keywords.
     """
-    from compressor.errors import UsageError
-    from compressor.methods import FACTORIZATIONS, METHODS
 
-    right, does, theirs, ours = (
-        ("lowrank", "makes factors", FACTORIZATIONS, METHODS)
-        if own == "prune"
-        else ("prune", "prunes", METHODS, FACTORIZATIONS)
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(function, eval_str=True).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        first = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
+        options = [
+            _parameter(command, name)
+            for name in SETTINGS[command]
+            if not _KINDS[name].startswith("dict")
+        ]
+        signature = inspect.Signature([*first, *options, *own[len(first) :]])
+        function.__signature__ = signature  # type: ignore[attr-defined]  # what inspect reads first
+        return function
+
+    return decorate
+
+
+def _parameter(command: str, name: str) -> inspect.Parameter:
+    """The option of one setting."""
+    kind, (text, default) = _KINDS[name], said(name, command)
+    many = kind == "list[str]"
+    option = typer.Option(
+        flag(name),
+        metavar="GLOB" if many else None,
+        help=as_flags(f"{text.removesuffix('.')}; repeatable." if many else text),
+        show_default=as_flags(default) if default and kind != "bool" else False,
     )
-    if method in theirs:
-        how = f" --recipe {recipe}" if recipe else " --keep 70%" if right == "lowrank" else ""
-        raise UsageError(
-            f"method {method} {does}: use compress {right}{how}; accepted here: {', '.join(ours)}"
-        )
+    of = Path | None if name == "plan" else bool | None if kind == "bool" else _TYPES[kind]
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[of, option],
+    )
+
+
+def assignments(assign: list[str] | None, max_sparsity: str | None = None) -> list[str]:
+    """All that `--set` says; `--max-sparsity` is one such assignment."""
+    from compressor.pattern import parse_fraction
+
+    if not max_sparsity:
+        return assign or []
+    most = float(parse_fraction("max_sparsity", max_sparsity))
+    return [*(assign or []), f"ratios.max_sparsity={most}"]
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return "--set" if _KINDS[name].startswith("dict") else f"--{name.replace('_', '-')}"
+
+
+FLAGS: Mapping[str, str] = {name: flag(name) for name in _KINDS if name != "model"}
+"""Keyword of Python -> option, of every setting."""
+
+
+def as_flags(message: str, flags: Mapping[str, str] = FLAGS) -> str:
+    """A message of the library in the words of the command line: it names keywords of Python as
+    `seq_len` or `keep='70%'`, and functions as `compressor.lowrank`.
+    """
+
+    def spoken(found: re.Match[str]) -> str:
+        function, name, value = found.groups()
+        if function:
+            return f"compress {_COMMANDS.get(function, function)}"
+        if name not in flags:
+            return found[0]
+        return flags[name] + (f" {shlex.quote(value.strip(_QUOTES))}" if value else "")
+
+    return re.sub(r"`(?:compressor\.([a-z]+)|([a-z_]+)(?:=([^`]+))?)`", spoken, message)

@@ -6,125 +6,72 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from compressor.cli import options
-from compressor.cli.prune import most, show_allocation
+from compressor.cli.compress import show_allocation
 from compressor.cli.show import begin, out, pruning_progress, table
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
     from compressor.engine.task import Job
 
-_EXAMPLES = """[bold]Examples[/bold]
 
-compress plan org/model -o plan.toml --pattern 60% --ratios curve --dataset t.jsonl --plot plan.png
-
-compress prune org/model -o out --plan plan.toml --method sparsegpt --dataset text.jsonl
-
-compress plan org/model -o plan.toml --keep 70% --dataset text.jsonl
-
-compress lowrank org/model -o out --plan plan.toml --dataset text.jsonl"""
-
-
+@options.takes_settings("plan")
 def plan(
     model: options.Model,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="File to make; must not exist.", show_default=False),
     ],
+    *,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw it too: a .png, .svg or .pdf file.", show_default=False),
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="As for prune or lowrank: plans are measured with it.",
-            show_default="wanda, or kfac with --keep",
-        ),
-    ] = None,
-    refine: Annotated[
-        str | None, typer.Option(help="As for prune: plans are tried with it.", show_default="none")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="n:m, or a sparsity such as 60%.", show_default="2:4")
-    ] = None,
-    keep: options.Keep = None,
-    ranks: options.Ranks = None,
-    ratios: options.Ratios = None,
     max_sparsity: options.MaxSparsity = None,
-    dense_fraction: options.DenseFraction = None,
-    dataset: options.Dataset = None,
-    num_samples: options.NumSamples = None,
-    seq_len: options.SeqLen = None,
-    seed: options.Seed = None,
     recipe: options.RecipeName = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="As for prune or lowrank: ratios.tokens=4096.",
-            show_default=False,
-        ),
-    ] = None,
-    ignore: options.Ignore = None,
+    assign: options.Assign = None,
     device: options.Device = "auto",
-    dtype: options.Dtype = None,
-    expert_tokens: options.ExpertTokens = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was measured as JSON.")
     ] = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
-    """Choose what every linear becomes and write it to a file; the checkpoint is only read."""
-    from compressor.config.bundled_recipes import find
-    from compressor.config.recipe import load, merge
-    from compressor.errors import OutputError, UsageError
+    """Choose what every linear becomes and write it to a file; the checkpoint is only read.
 
-    settings = load(find(recipe)) if recipe else {}
-    if keep and not method and "method" not in settings:
-        method = "kfac"
-    given = {
-        "model": model, "revision": revision, "method": method and method.replace("-", "_"),
-        "refine": refine,
-        "pattern": pattern, "keep": keep, "ranks": ranks, "ratios": ratios,
-        "dense_fraction": dense_fraction, "dataset": dataset, "num_samples": num_samples,
-        "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "expert_tokens": expert_tokens, "ignore": ignore,
-        "trust_remote_code": trust_remote_code or None,
-    }  # fmt: skip
-    merged = merge(settings, given, [*(assign or []), *most(max_sparsity)])
-    if merged.keep and pattern:
-        raise UsageError(
-            f"--keep {merged.keep} is for factors, --pattern {pattern} for zeros: give one of them"
-        )
+    [bold]Examples[/bold]
+
+    compress plan org/model -o plan.toml --pattern 60% --ratios curve --dataset t.jsonl --plot p.png
+
+    compress prune org/model -o out --plan plan.toml --method sparsegpt --dataset text.jsonl
+
+    compress plan org/model -o plan.toml --keep 70% --dataset text.jsonl
+
+    compress lowrank org/model -o out --plan plan.toml --dataset text.jsonl
+    """
+    from compressor.config.read import ask
+
+    merged = ask("plan", model, recipe, given, options.assignments(assign, max_sparsity))
+    from compressor.run.plan_file import Plan, check_new_file
+
     for path in (output, plot):
-        if path and (path.exists() or not path.resolve().parent.is_dir()):
-            raise OutputError(
-                f"{path} exists already"
-                if path.exists()
-                else f"the folder of {path} does not exist"
-            )
+        if path:
+            check_new_file(path)
     begin(quiet, verbose)
     from compressor.plots import heatmap
     from compressor.run.pipeline import make_plan
-    from compressor.run.plan_file import dumps
 
     if plot:
         heatmap.check_drawing(plot)
     with pruning_progress(quiet) as progress:
         job = make_plan(merged, device=device, progress=progress)
-    part = output.with_name(f"{output.name}.part")
-    part.write_text(dumps(job), encoding="utf-8")
-    part.replace(output)
+    Plan.of(job).save(output)
     if plot:
         heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", _what_goes(job))
     if as_json:
@@ -133,9 +80,6 @@ def plan(
     if not quiet:
         _show(job)
     print(output)
-
-
-plan.__doc__ = f"{plan.__doc__}\n\n{_EXAMPLES}"
 
 
 def _chosen(recipe: Recipe) -> str:

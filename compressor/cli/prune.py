@@ -2,301 +2,47 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from compressor.cli import options
-from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
-
-if TYPE_CHECKING:
-    from compressor.config.recipe import Recipe
-    from compressor.engine.task import Job, Task
-    from compressor.records.report import Report
-
-_EXAMPLES = """[bold]Examples[/bold]
-
-compress prune org/model -o out --method sparsegpt --pattern 2:4 --dataset text.jsonl
-
-compress prune ./model -o out --pattern 50% --format dense --ignore '*down_proj'
-
-compress prune ./model -o out --pattern 60% --ratios curve --dataset text.jsonl
-
-compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
-
-compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run"""
+from compressor.cli.compress import compress
 
 
+@options.takes_settings("prune")
 def prune(
     model: options.Model,
     output: options.OutputFolder = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="magnitude, wanda, nowag, sparsegpt or armor.", show_default="wanda"),
-    ] = None,
-    refine: Annotated[
-        str | None,
-        typer.Option(
-            help="dsnot, lsq, swap or admm: improve it at no extra bytes.", show_default="none"
-        ),
-    ] = None,
-    refine_only: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="Linears to refine, such as '*attn*'; repeatable.",
-            show_default="all",
-        ),
-    ] = None,
-    tune: Annotated[
-        int | None,
-        typer.Option(help="Epochs of training the kept weights, block by block.", show_default="0"),
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            help="n:m (n of every m weights are kept) or a sparsity such as 50%.",
-            show_default="2:4",
-        ),
-    ] = None,
-    ratios: options.Ratios = None,
+    *,
     max_sparsity: options.MaxSparsity = None,
-    dense_fraction: options.DenseFraction = None,
-    plan: options.Plan = None,
-    format: Annotated[
-        str | None,
-        typer.Option(help="packed (smaller) or dense (zeros in place).", show_default="packed"),
-    ] = None,
-    dataset: options.Dataset = None,
-    num_samples: options.NumSamples = None,
-    seq_len: options.SeqLen = None,
-    seed: options.Seed = None,
     recipe: options.RecipeName = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help=(
-                "Option of the method, or of the refinement (lsq.damping=0.1) or the ratios; "
-                "repeatable."
-            ),
-            show_default=False,
-        ),
-    ] = None,
-    ignore: options.Ignore = None,
+    assign: options.Assign = None,
     device: options.Device = "auto",
     max_memory: options.MaxMemory = "",
-    dtype: options.Dtype = None,
-    expert_tokens: options.ExpertTokens = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")
     ] = False,
     as_json: options.ReportJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:
-    """Prune a checkpoint, one decoder block in memory at a time."""
-    from compressor.config.bundled_recipes import find
-    from compressor.config.recipe import load, merge
-    from compressor.errors import UsageError
+    """Prune a checkpoint, one decoder block in memory at a time.
 
-    given = {
-        "model": model, "revision": revision, "method": method, "refine": refine,
-        "refine_only": refine_only, "tune": tune, "pattern": pattern,
-        "ratios": ratios, "dense_fraction": dense_fraction,
-        "plan": str(plan) if plan else None, "format": format,
-        "dataset": dataset, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype,
-        "expert_tokens": expert_tokens, "ignore": ignore,
-        "trust_remote_code": trust_remote_code or None,
-    }  # fmt: skip
-    assign = [*(assign or []), *most(max_sparsity)]
-    merged = merge(load(find(recipe)) if recipe else {}, given, assign)
-    options.check_method(merged.method, "prune", None if method else recipe)
-    if plan and pattern:
-        raise UsageError(
-            f"--plan says what every linear becomes; --pattern {pattern} would not be used: give "
-            f"one of them"
-        )
-    if output is None and not dry_run:
-        raise UsageError("give the folder to make with -o/--output, or --dry-run to see the plan")
-    begin(quiet, verbose)
-    if output is None or dry_run:
-        from compressor.run.check import make_job
+    [bold]Examples[/bold]
 
-        job = make_job(merged, output)
-        if as_json:
-            print(json.dumps(job_facts(job, merged), indent=1))
-        else:
-            _show_job(job)
-        return
-    run_and_show(merged, output, device, max_memory, quiet=quiet, as_json=as_json)
+    compress prune org/model -o out --method sparsegpt --pattern 2:4 --dataset text.jsonl
 
+    compress prune ./model -o out --pattern 50% --format dense --ignore '*down_proj'
 
-def run_and_show(
-    recipe: Recipe, output: Path, device: str, max_memory: str, *, quiet: bool, as_json: bool
-) -> None:
-    """Prune and print the result; of several processes the first one speaks."""
-    import compressor
-    from compressor.errors import InterruptedRun, ProcessError
-    from compressor.run.journal import describe
+    compress prune ./model -o out --pattern 60% --ratios curve --dataset text.jsonl
 
-    try:
-        with pruning_progress(quiet or not speaks()) as progress:
-            report = compressor.prune(
-                output=output,
-                device=device,
-                max_memory=max_memory,
-                progress=progress,
-                **asdict(recipe),
-            )
-    except (KeyboardInterrupt, SystemExit) as end:
-        code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
-        raise InterruptedRun(
-            f"interrupted: {describe(output) or 'nothing was written'}", code
-        ) from None
-    except ProcessError as error:
-        raise ProcessError(f"{error}; {describe(output) or 'nothing was written'}") from None
-    if not speaks():
-        return
-    if as_json:
-        print(json.dumps(report.everything(), indent=1))
-    elif not quiet:
-        _show_report(report)
-    if not as_json:
-        print(output)
+    compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
 
-
-prune.__doc__ = f"{prune.__doc__}\n\n{_EXAMPLES}"
-
-
-def most(max_sparsity: str | None) -> list[str]:
-    """`--max-sparsity` as an assignment, if it was given."""
-    from compressor.pattern import parse_fraction
-
-    return (
-        [f"ratios.max_sparsity={float(parse_fraction('max-sparsity', max_sparsity))}"]
-        if max_sparsity
-        else []
-    )
-
-
-def show_allocation(found: dict[str, Any]) -> None:
-    """What the allocation measured, a line each."""
-    if found.get("warning"):
-        err.print(f"warning: {found['warning']}")
-    if "budget" in found:
-        kept = found["parameters"] / found["dense_parameters"]
-        cut = f"ranks reduced by {found['rank_reduction']:.1%}"
-        out.print(
-            f"{found['parameters']:,} of {found['dense_parameters']:,} parameters kept "
-            f"({kept:.2%}), {cut}, by {found['by']}"
-        )
-    if "divergence" in found:
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in found["divergence"].items())
-        out.print(
-            f"KL to the dense model on {found['tokens']} calibration tokens: {numbers}; taken: "
-            f"{found['taken']}"
-        )
-
-
-def show_left(job: Job) -> None:
-    """The weights that stay dense, a line each."""
-    for left in job.left_dense:
-        out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
-
-
-def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the
-    parameters is kept.
+    compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run
     """
-    asked = (
-        {"keep": recipe.keep}
-        if job.keep
-        else {"plan": recipe.plan}
-        if recipe.plan
-        else {"pattern": recipe.pattern}
-    )
-    return {
-        "model": recipe.model, "method": recipe.method, **asked, "seq_len": job.seq_len,
-        "blocks": len(job.tasks),
-        "linears": [
-            {"name": task.linear.name, "shape": list(task.linear.shape),
-            "goal": f"keep {recipe.keep}" if job.keep else _goal(task)}
-            for task in job.every
-        ],
-        "left_dense": [{"name": left.name, "shape": left.shape,
-        "reason": left.reason} for left in job.left_dense],
-    }  # fmt: skip
+    from compressor.config.read import ask
 
-
-def _goal(task: Task) -> str:
-    return f"rank {task.goal}" if isinstance(task.goal, int) else str(task.goal)
-
-
-def show_tasks(job: Job) -> None:
-    """What every linear becomes and by which method, a line each."""
-    for task in job.every:
-        method = task.method.__name__.rpartition(".")[2]
-        out.print(f"{method} {_goal(task)}  {task.linear.name}  {list(task.linear.shape)}")
-
-
-def _show_job(job: Job) -> None:
-    show_tasks(job)
-    show_left(job)
-    packed = sum(map(job.packs, job.every))
-    stored = f"{packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
-    out.print(
-        f"{len(job.every)} linears in {len(job.tasks)} blocks would be pruned, {stored}; nothing "
-        f"was written"
-    )
-
-
-def _show_report(report: Report) -> None:
-    found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
-    for row in report.linears:
-        error = "-" if row.error is None else f"{row.error:.4f}"
-        factored = "rank" in row.entry
-        form, zeros = (
-            (f"{row.format} {row.entry['rank']}", "-")
-            if factored
-            else (row.format, f"{row.sparsity:.1%}")
-        )
-        found.add_row(row.name, "×".join(map(str, row.shape)), form, zeros, error, size(row.bytes))
-    out.print(found)
-    show_allocation(report.allocation)
-    totals = report.totals()
-    inside = sum(left.reason != "outside the decoder blocks" for left in report.left_dense)
-    out.print(
-        f"left dense: {len(report.left_dense)} ({inside} inside the blocks); report.json says "
-        f"which and why"
-    )
-    for note, count in Counter(row.note for row in report.linears if row.note).items():
-        out.print(f"note: {count} linears: {note}")
-    out.print(
-        f"compressed linears {size(totals['dense_bytes'])} → {size(totals['bytes'])} "
-        f"({totals['ratio']:.4f} of dense)"
-    )
-    out.print(f"checkpoint {size(report.input_bytes)} → {size(report.output_bytes)}")
-    peak = " + ".join(
-        f"{size(value)} {name.removesuffix('_bytes')}"
-        for name, value in report.run["peak_memory"].items()
-    )
-    resumed = (
-        f" from block {report.run['resumed_at_block']} on" if report.run["resumed_at_block"] else ""
-    )
-    out.print(
-        f"{report.run['seconds']:.0f} s{resumed} on {report.run['device']}, peak memory {peak}"
-    )
-    if report.recipe["format"] == "packed" and totals["bytes"] == totals["dense_bytes"]:
-        goals = "the plan" if report.recipe["plan"] else f"pattern {report.recipe['pattern']}"
-        out.print(
-            f"note: {goals} has no packed form: zeros are stored in place, the size stays the same"
-        )
+    asked = ask("prune", model, recipe, given, options.assignments(assign, max_sparsity))
+    compress(asked, output, device, max_memory, dry_run, as_json, quiet, verbose)

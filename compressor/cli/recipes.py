@@ -86,7 +86,8 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """What the file says, each value of its kind."""
-    from compressor.config.recipe import Recipe, load
+    from compressor.config.read import load
+    from compressor.config.recipe import Recipe
 
     settings = load(path)
     Recipe(**{"model": "any", **settings})

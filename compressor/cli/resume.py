@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli import options
-from compressor.cli.prune import run_and_show
+from compressor.cli.compress import run_and_show
 from compressor.cli.show import begin
 from compressor.errors import CheckpointError
 

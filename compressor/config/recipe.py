@@ -1,235 +1,254 @@
-"""What a run was asked to do: a TOML file, command-line values over it, defaults under it.
+"""The table of settings: what a run can be asked for, each setting once.
 
-Recipes are TOML because YAML 1.1 reads `2:4` as the number 124. The complete recipe is written into
-every output, so that any output can be made again from itself.
+`Recipe` has one field for each: its name, type, default and what is said of it. Recipe files, the
+options of the command line, the keywords of the Python functions and their help come from here.
+Which command takes which setting, and of what type from Python, say the dictionaries below it.
+
+A new setting: a field of `Recipe`, a line in one of the dictionaries.
 """
 
 from __future__ import annotations
 
-import inspect
-import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
-from compressor.config.bundled_recipes import find_plan
+from compressor.allocation.rank import ALLOCATORS as RANKS
+from compressor.allocation.sparsity import ALLOCATORS as RATIOS
 from compressor.errors import UsageError, did_you_mean
+from compressor.methods import DEFAULT_FACTORIZATION, FACTORIZATIONS, METHODS
+from compressor.refine import NAMES as REFINEMENTS
+
+FORMATS = ["packed", "dense"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+EXPERT_TOKENS = ["routed", "all"]
+
+
+class Said(NamedTuple):
+    """What help says of a setting: a sentence, and its default in words."""
+
+    help: str
+    default: str = ""
+
+
+def notes(help: str, default: str = "", **commands: Said) -> dict[str, Said]:
+    """The metadata of a field: the sentence that help shows, which names other settings as `name`,
+    and the default in words where the value does not say it. `commands`: what one says instead.
+    """
+    return {"": Said(help, default), **commands}
+
+
+def said(name: str, command: str) -> Said:
+    """What the help of `command` says of the setting `name`."""
+    entry = next(entry for entry in fields(Recipe) if entry.name == name)
+    text, default = entry.metadata.get(command, entry.metadata[""])
+    return Said(text, default or ("" if entry.default in (MISSING, "") else str(entry.default)))
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that decide the output; the device is not among them.
-
-    Attributes:
-        model: folder or Hub id; `revision` of the latter.
-        method: name of a file in `compressor/methods`; `options` are its keyword-only parameters.
-        refine: name of a file in `compressor/refine`, or nothing; `refine_options` are its
-            keyword-only parameters.
-        refine_only: globs over linear names that it is for; all of them if there are none.
-        tune: epochs of training the kept weights of each block towards the dense model's outputs; 0
-            for none.
-        pattern: `n:m` (n of every m are kept) or a sparsity such as `50%`.
-        ratios: name of an allocator in `compressor/ratios`, or nothing; `ratio_options` are its
-            keyword-only parameters.
-        dense_fraction: such as `10%`: of the weights, may stay dense under n:m; its options are in
-            `ratio_options` too.
-        keep: such as `70%`: of the parameters of the linears, for a method that makes thin factors;
-            `pattern` is not used then.
-        ranks: name of an allocator in `compressor/ranks`, nothing for the method's own;
-            `rank_options` are its keyword-only parameters.
-        plan: file that says what every linear becomes; `pattern` is not used then. In a recipe file
-            its path is relative to that file, and inside its folder.
-        format: `packed`, or `dense` for a plain checkpoint with zeros.
-        dataset, num_samples, seq_len, seed: calibration; `seq_len` 0 stands for min(2048, the
-            model's limit).
-        expert_tokens: what calibrates the experts of a mixture: the tokens `routed` to each, or
-            `all` of them.
-        ignore: globs over linear names that stay dense.
-        dtype: of the forward passes; `auto` is the checkpoint's. Stored dtypes never change.
+    """Settings that decide the output; the device is not among them. Raises UsageError for a value
+    that none can have.
     """
 
-    model: str
-    revision: str = ""
-    method: str = "wanda"
-    refine: str = ""
-    tune: int = 0
-    pattern: str = "2:4"
-    ratios: str = ""
-    dense_fraction: str = ""
-    keep: str = ""
-    ranks: str = ""
-    plan: str = ""
-    format: str = "packed"
-    dataset: str = "self"
-    num_samples: int = 128
-    seq_len: int = 0
-    seed: int = 0
-    dtype: str = "auto"
-    expert_tokens: str = "routed"
-    trust_remote_code: bool = False
-    ignore: list[str] = field(default_factory=list)
-    refine_only: list[str] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    refine_options: dict[str, Any] = field(default_factory=dict)
-    ratio_options: dict[str, Any] = field(default_factory=dict)
-    rank_options: dict[str, Any] = field(default_factory=dict)
+    model: str = field(metadata=notes("Checkpoint folder or Hub id."))
+    revision: str = field(default="", metadata=notes("Branch, tag or commit of a Hub id."))
+    method: str = field(
+        default="wanda",
+        metadata=notes(
+            f"{either(METHODS)}.",
+            lowrank=Said(f"{either(FACTORIZATIONS)}.", DEFAULT_FACTORIZATION),
+            plan=Said(
+                "As for prune or lowrank: plans are measured with it.",
+                f"wanda, or {DEFAULT_FACTORIZATION} with `keep`",
+            ),
+        ),
+    )
+    refine: str = field(
+        default="", metadata=notes(f"{either(REFINEMENTS)}: improve it at no extra bytes.", "none")
+    )
+    tune: int = field(
+        default=0, metadata=notes("Epochs of training what was kept, block by block.")
+    )
+    pattern: str = field(
+        default="2:4",
+        metadata=notes("n:m (n of every m weights are kept) or a sparsity such as 50%."),
+    )
+    ratios: str = field(
+        default="", metadata=notes(f"{either(RATIOS)}: share the zeros of a sparsity out.", "none")
+    )
+    dense_fraction: str = field(
+        default="", metadata=notes("Of the weights, stay dense where n:m hurts most: 10%.", "none")
+    )
+    keep: str = field(
+        default="", metadata=notes("Part of the linears' parameters to keep, such as 70%.")
+    )
+    ranks: str = field(
+        default="",
+        metadata=notes(f"{either(RANKS)}: how ranks are shared out.", "the method's own"),
+    )
+    plan: str = field(
+        default="",
+        metadata=notes(
+            "What every linear becomes: a file of `compress plan`, or the plan.toml of a folder.",
+        ),
+    )
+    format: str = field(
+        default="packed", metadata=notes("packed (smaller) or dense (zeros in place).")
+    )
+    dataset: str = field(
+        default="self",
+        metadata=notes(
+            "Calibration: .txt, .jsonl or .parquet file, Hub id, or self (the model writes it)."
+        ),
+    )
+    text_column: str = field(
+        default="",
+        metadata=notes(
+            "Field of the records that has the text, or a chat.", "text, messages or conversations"
+        ),
+    )
+    num_samples: int = field(default=128, metadata=notes("Calibration sequences."))
+    seq_len: int = field(
+        default=0, metadata=notes("Tokens in each.", "min(2048, the model's limit)")
+    )
+    seed: int = field(default=0, metadata=notes("Of the calibration samples."))
+    dtype: str = field(
+        default="auto", metadata=notes("Of the forward passes; stored dtypes never change.")
+    )
+    expert_tokens: str = field(
+        default="routed",
+        metadata=notes(
+            "What calibrates the experts of a mixture: the tokens routed to each (all where those "
+            "are few), or all.",
+        ),
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=notes("Run Python code that the checkpoint brings.")
+    )
+    ignore: list[str] = field(
+        default_factory=list,
+        metadata=notes("Globs over the names of linears that stay dense.", "none"),
+    )
+    refine_only: list[str] = field(
+        default_factory=list,
+        metadata=notes("Globs over the names of linears to refine, such as '*attn*'.", "all"),
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata=notes("Of the method, such as damp=0.05.")
+    )
+    refine_options: dict[str, Any] = field(
+        default_factory=dict, metadata=notes("Of the refinement.")
+    )
+    ratio_options: dict[str, Any] = field(
+        default_factory=dict, metadata=notes("Of `ratios` or `dense_fraction`.")
+    )
+    rank_options: dict[str, Any] = field(
+        default_factory=dict, metadata=notes("Of `ranks`, such as align=32.")
+    )
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), str(entry.type))
-        _one_of("format", self.format, ["packed", "dense"])
-        _one_of("expert-tokens", self.expert_tokens, ["routed", "all"])
-        _one_of("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
+        _one_of("format", self.format, FORMATS)
+        _one_of("expert_tokens", self.expert_tokens, EXPERT_TOKENS)
+        _one_of("dtype", self.dtype, DTYPES)
         if self.num_samples < 1:
-            raise UsageError(f"num-samples is {self.num_samples}; accepted: 1 or more")
+            raise UsageError(f"`num_samples` is {self.num_samples}; accepted: 1 or more")
         if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed is {self.seed}; accepted: 0 or more, below 2^63")
+            raise UsageError(f"`seed` is {self.seed}; accepted: 0 or more, below 2^63")
         if self.tune < 0:
-            raise UsageError(f"tune is {self.tune}; accepted: 0 or more epochs")
+            raise UsageError(f"`tune` is {self.tune}; accepted: 0 or more epochs")
         if self.seq_len and self.seq_len < 2:
-            raise UsageError(f"seq-len is {self.seq_len}; accepted: 2 or more")
+            raise UsageError(f"`seq_len` is {self.seq_len}; accepted: 2 or more")
 
     def to_toml(self) -> str:
-        """The recipe as a TOML document that `load` reads back."""
+        """The recipe as a TOML document that `read.load` reads back."""
         import tomli_w
 
         return tomli_w.dumps(asdict(self))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The settings of a recipe file, unknown keys refused. Raises UsageError."""
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"recipe {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"recipe {path} is not readable TOML: {str(error)[:200]}") from None
-    known = [entry.name for entry in fields(Recipe)]
-    for key in settings:
-        if key not in known:
-            raise UsageError(
-                f"recipe {path} has an unknown key {key!r}; known: "
-                f"{', '.join(known)}{did_you_mean(key, known)}"
-            )
-    if isinstance(plan := settings.get("plan"), str) and plan:
-        if Path(plan).is_absolute() or ".." in Path(plan).parts:
-            raise UsageError(
-                f"recipe {path} has the plan {plan[:200]!r}, which is not inside its folder; use "
-                f"--plan for another"
-            )
-        settings["plan"] = str(find_plan(plan, path))
-    return settings
+class _Method(TypedDict, total=False):
+    method: str | None
+    options: Mapping[str, Any] | None
 
 
-def merge(recipe: Mapping[str, Any], given: Mapping[str, Any], assignments: list[str]) -> Recipe:
-    """A Recipe from file settings, command-line values that are not None, and `--set` assignments.
-
-    `name=value` is an option of the method, `lsq.name=value` one of the refinement `lsq`,
-    `ratios.name=value` one of the ratios,
-    `ranks.name=value` one of the ranks.
-    """
-    asked = Recipe(
-        **{**recipe, **{key: value for key, value in given.items() if value is not None}}
-    )
-    options, refine_options, ratio_options = (
-        dict(asked.options),
-        dict(asked.refine_options),
-        dict(asked.ratio_options),
-    )
-    rank_options = dict(asked.rank_options)
-    owners = {"": options, "ratios": ratio_options, "ranks": rank_options} | (
-        {asked.refine: refine_options} if asked.refine else {}
-    )
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        owner, dot, own_name = name.strip().rpartition(".")
-        if not equals or not own_name:
-            raise UsageError(f"--set {assignment!r} is not of the form name=value")
-        if owner not in owners or (dot and not owner):
-            raise UsageError(
-                f"--set {assignment!r} is for {owner!r}, but --refine is "
-                f"{asked.refine or 'not given'}"
-            )
-        owners[owner][own_name] = text.strip()
-    return replace(
-        asked,
-        options=options,
-        refine_options=refine_options,
-        ratio_options=ratio_options,
-        rank_options=rank_options,
-    )
+class _Zeros(TypedDict, total=False):
+    refine: str | None
+    refine_options: Mapping[str, Any] | None
+    pattern: str | None
+    ratios: str | None
+    ratio_options: Mapping[str, Any] | None
+    dense_fraction: str | None
 
 
-def check_options(
-    owner: str, function: Callable[..., Any], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`options` checked against the keyword-only parameters of `function`, text turned into their
-    types.
-
-    Raises:
-        UsageError: unknown name or wrong type.
-    """
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    checked = {}
-    for name, value in options.items():
-        if name not in known:
-            names = ", ".join(known) or "none"
-            raise UsageError(
-                f"{owner} has no option {name!r}; its options: "
-                f"{names}{did_you_mean(name, list(known))}"
-            )
-        checked[name] = _typed(f"{owner} option {name}", value, known[name])
-    return checked
+class _Factors(TypedDict, total=False):
+    keep: str | None
+    ranks: str | None
+    rank_options: Mapping[str, Any] | None
 
 
-def _typed(what: str, value: Any, default: Any) -> Any:
-    """`value` in the type of `default`; numbers and booleans may be given as text."""
-    kind = type(default)
-    if kind is bool:
-        truth = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(value, str) and value.lower() in truth:
-            return truth[value.lower()]
-    elif (
-        kind in (int, float)
-        and not isinstance(value, bool)
-        and isinstance(value, str | int | float)
-    ):
-        try:
-            number = kind(value)
-        except ValueError:
-            number = None
-        if (
-            number is not None
-            and (isinstance(value, str) or number == value)
-            and number - number == 0
-        ):  # finite
-            return number
-    if type(value) is kind:
-        return value
-    raise UsageError(
-        f"{what} is {value!r}; a value of type {kind.__name__} is expected, such as {default!r}"
-    )
+class _Run(TypedDict, total=False):
+    tune: int | None
+    plan: str | Path | None
+
+
+class _Calibration(TypedDict, total=False):
+    dataset: str | Path | None
+    text_column: str | None
+    num_samples: int | None
+    seq_len: int | None
+    seed: int | None
+    ignore: str | Sequence[str] | None
+    dtype: str | None
+    expert_tokens: str | None
+    revision: str | None
+    trust_remote_code: bool | None
+
+
+class PruneSettings(_Method, _Zeros, _Run, _Calibration, total=False):
+    """Of `compress prune` and `compressor.prune`; None is as if it were not given."""
+
+    refine_only: str | Sequence[str] | None
+    format: str | None
+
+
+class LowrankSettings(_Method, _Factors, _Run, _Calibration, total=False):
+    """Of `compress lowrank` and `compressor.lowrank`."""
+
+
+class PlanSettings(_Method, _Zeros, _Factors, _Calibration, total=False):
+    """Of `compress plan` and `compressor.plan`."""
+
+
+SETTINGS: dict[str, list[str]] = {
+    "prune": list(PruneSettings.__annotations__),
+    "lowrank": list(LowrankSettings.__annotations__),
+    "plan": list(PlanSettings.__annotations__),
+}
+"""Names of the settings that each command takes, in the order in which help shows them."""
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
+    """Raise UsageError; the name is that of a key in a recipe file as well."""
     kinds = {"str": str, "int": int, "bool": bool, "list[str]": list, "dict[str, Any]": dict}
     kind = kinds[annotation]
-    right = type(value) is kind and (
-        kind is not list or all(isinstance(item, str) for item in value)
-    )
+    right = type(value) is kind
+    if right and kind in (list, dict):  # the keys of a dictionary
+        right = all(isinstance(item, str) for item in value)
     if not right:
-        raise UsageError(
-            f"{name.replace('_', '-')} is {value!r}; a value of type {annotation} is expected"
-        )
+        raise UsageError(f"{name} is {value!r}; a value of type {annotation} is expected")
 
 
 def _one_of(name: str, value: str, accepted: list[str]) -> None:
     if value not in accepted:
         raise UsageError(
-            f"{name} is {value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
+            f"`{name}` is {value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"
         )

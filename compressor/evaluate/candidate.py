@@ -8,6 +8,7 @@ import gc
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.packed_config import packed_modules
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.errors import CheckpointError, DataError, UsageError
+from compressor.formats import form_class
+from compressor.formats.headers import check_headers, packed_headers
 
 _BLOCK = re.compile(r"\.\d+\.")  # in the name of a tensor that belongs to a decoder block
 
@@ -131,11 +135,26 @@ class Candidate:
             )
         return seq_len or min(2048, self.limit or 2048)
 
-    def text(self, dataset: str, seq_len: int, limit: int | None) -> Text:
-        """The token rows of a file or Hub dataset for this model. Raises DataError."""
-        window, code = self.window(seq_len), self.trust_remote_code
+    def text(
+        self,
+        dataset: str,
+        seq_len: int,
+        limit: int | None,
+        *,
+        text_column: str = "",
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Text:
+        """The token rows of a file or Hub dataset for this model, at most `limit`; `note` is told
+        what of the dataset is not among them. Raises DataError.
+        """
         rows = tokens.evaluation_rows(
-            dataset, self.folder, self.vocab_size, seq_len=window, trust_remote_code=code
+            dataset,
+            self.folder,
+            self.vocab_size,
+            seq_len=self.window(seq_len),
+            text_column=text_column,
+            trust_remote_code=self.trust_remote_code,
+            note=note,
         )
         total, rows = len(rows), rows[:limit]
         if self.limit and max(map(len, rows)) > self.limit:
@@ -171,14 +190,17 @@ class Candidate:
             if self.dtype != "auto"
             else str(self.config.dtype or torch.float32).removeprefix("torch.")
         )
-        packed = sum(
-            entry.nbytes for name, entry in self.reader.tensors.items() if ".weight_values" in name
+        modules = packed_modules(self.reader.config)
+        stored = packed_headers(self.reader.tensors)
+        numbers = sum(
+            math.prod(entry.shape)
+            for name, entry in self.reader.tensors.items()
+            if name.rpartition(".")[0] not in modules or name.endswith(".bias")
         )
-        whole = (
-            sum(math.prod(entry.shape) for entry in self.reader.tensors.values())
-            * getattr(torch, kind).itemsize
-        )
-        return whole + packed  # the other half of a packed weight
+        for name, entry in modules.items():
+            rows, columns = check_headers(name, entry, stored.get(name, {})).shape
+            numbers += form_class(entry["format"]).parameters(entry, (rows, columns))
+        return numbers * getattr(torch, kind).itemsize
 
 
 @lru_cache(maxsize=1)

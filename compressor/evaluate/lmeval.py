@@ -106,7 +106,7 @@ def run_task(
     length = tokens.context_length(model.config)
     tokenizer = tokens.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     adapter = adapt(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
-    _count(adapter, progress)
+    _count(adapter, model.config.get_text_config().vocab_size, progress)
     with _readable(task):
         found = run(
             model=adapter,
@@ -123,8 +123,10 @@ def run_task(
     )
 
 
-def _count(adapter: Any, progress: Callable[[int, int], None]) -> None:
-    """Have an adapter of lm-eval's tell `progress` of every batch, in place of its own bars."""
+def _count(adapter: Any, vocab_size: int, progress: Callable[[int, int], None]) -> None:
+    """Have an adapter of lm-eval's tell `progress` of every batch, in place of its own bars, and
+    check the ids of every batch, those of padding and of beginnings among them.
+    """
     state = {"done": 0, "total": 1}
 
     def announced(ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,8 +138,14 @@ def _count(adapter: Any, progress: Callable[[int, int], None]) -> None:
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
         def run(ids: Any = None, *rest: Any, **options: Any) -> Any:
+            batch = options["context"] if ids is None else ids
+            if (last := int(batch.max())) >= vocab_size:
+                raise DataError(
+                    f"the tokenizer gives id {last}, the model's vocabulary ends at "
+                    f"{vocab_size - 1}: they do not belong together"
+                )
             found = call(*(() if ids is None else (ids,)), *rest, **options)
-            state["done"] += len(options["context"] if ids is None else ids)
+            state["done"] += len(batch)
             progress(
                 min(state["done"], state["total"]), state["total"]
             )  # requests of several windows count once for each

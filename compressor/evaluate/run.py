@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from compressor.calibration import tokens
+from compressor.calibration.dataset import check_dataset, has_columns
 from compressor.checkpoint import cache
 from compressor.errors import UsageError
 from compressor.evaluate import lmeval
@@ -43,8 +43,9 @@ class Settings:
     """What is measured and how, the same for all models.
 
     Attributes:
-        datasets: see `compressor.calibration.tokens`; `self` is text that the baseline (or the
+        datasets: see `compressor.calibration.dataset`; `self` is text that the baseline (or the
             model) writes with `seed`.
+        text_column: field that has the text or the chat, of those datasets that have fields.
         tasks: names of lm-eval tasks; `include_path` holds further task files and then no others
             are scanned for.
         divergence: whether the KL divergence from the baseline is taken where there is one.
@@ -57,6 +58,7 @@ class Settings:
     """
 
     datasets: Sequence[str] = ()
+    text_column: str = ""
     tasks: Sequence[str] = ()
     include_path: Path | None = None
     divergence: bool = True
@@ -85,7 +87,16 @@ class Settings:
             if value < least or value >= 1 << 63:
                 raise UsageError(f"{name} is {value}; accepted: {least} or more")
         for dataset in self.datasets:
-            tokens.check_dataset(dataset)
+            check_dataset(dataset, self.column_of(dataset))
+        if self.text_column and not any(map(has_columns, self.datasets)):
+            raise UsageError(
+                f"text-column {self.text_column!r} is for .jsonl, .parquet and Hub datasets; "
+                "--dataset names none"
+            )
+
+    def column_of(self, dataset: str) -> str:
+        """The text column of `dataset`, empty for the usual ones."""
+        return self.text_column if has_columns(dataset) else ""
 
     def name_of(self, dataset: str) -> str:
         """What a data set is called in the results: its file's name, or all of it where two have
@@ -301,7 +312,8 @@ def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked:
     they have to be scored.
     """
     if dataset != "self":
-        return candidate.text(dataset, asked.seq_len, asked.limit)
+        column, note = asked.column_of(dataset), asked.note
+        return candidate.text(dataset, asked.seq_len, asked.limit, text_column=column, note=note)
     writer, window = original or candidate, candidate.window(asked.seq_len)
     by = [
         writer.digest,

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor
+from compressor.formats.form import Form, Spec, matrix, zeros
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Form):
     """`weight` `[out, in]`, any dtype."""
 
     FORMAT: ClassVar[str] = "dense"
+    SUFFIXES: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Tensor
 
-    @property
-    def entry(self) -> dict[str, Any]:
-        return {"format": self.FORMAT}
+    @staticmethod
+    def dense_spec(stored: Mapping[str, Spec]) -> Spec:
+        return Spec(stored["weight"].dtype, matrix(stored, "weight"))
+
+    @staticmethod
+    def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
+        return {"weight": dense}
+
+    @staticmethod
+    def told(rows: Sequence[Mapping[str, Any]]) -> str:
+        return f"dense with zeros in place ({zeros(rows)})"
+
+    @classmethod
+    def module(
+        cls, entry: Mapping[str, Any], in_features: int, out_features: int, **common: Any
+    ) -> nn.Module:
+        from torch import nn
+
+        return nn.Linear(in_features, out_features, **common)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> Self:
+        return cls(weight)
 
     @property
     def sparsity(self) -> float:
@@ -26,20 +51,6 @@ class Dense:
     def dense(self) -> Tensor:
         return self.weight
 
-    def pack(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
-    def factors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
-    @staticmethod
-    def product(weight: Tensor) -> Tensor:
-        return weight
-
     @classmethod
-    def from_factors(cls, weight: Tensor) -> Self:
-        return cls(weight)
-
-    @classmethod
-    def unpack(cls, tensors: dict[str, Tensor]) -> Self:
+    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["weight"])

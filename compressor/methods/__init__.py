@@ -32,6 +32,7 @@ from compressor.errors import UsageError, did_you_mean
 
 METHODS = ["magnitude", "wanda", "nowag", "sparsegpt", "armor"]
 FACTORIZATIONS = ["svd", "welore", "asvd", "svd_llm", "kfac"]
+DEFAULT_FACTORIZATION = "kfac"
 
 
 def method_module(name: str) -> ModuleType:

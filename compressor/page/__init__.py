@@ -113,7 +113,7 @@ def _maps(record: Record) -> dict[str, tuple[str, Mapping[tuple[int, str], float
         return _cells(record.rows, value)
 
     share = cells(lambda row: row.bytes / row.dense_bytes if row.dense_bytes else None)
-    zeros = cells(lambda row: row.sparsity if row.rank is None else None)
+    zeros = cells(lambda row: row.sparsity)
     return {
         "error": ("Error by linear", cells(lambda row: row.error), text.number, "left dense"),
         "loss": (
@@ -176,9 +176,11 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
         found.append(
             ("parameters kept", f"{record.kept:.2%}", "of those of all linears in the blocks")
         )
-    pruned = [row for row in record.rows if row.rank is None]  # there are no zeros in factors
-    if weights := sum(math.prod(row.shape[:2]) for row in pruned):
-        zeros = sum(row.sparsity * math.prod(row.shape[:2]) for row in pruned) / weights
+    pruned = [
+        (row.sparsity, math.prod(row.shape[:2])) for row in record.rows if row.sparsity is not None
+    ]
+    if weights := sum(size for _, size in pruned):
+        zeros = sum(sparsity * size for sparsity, size in pruned) / weights
         which = (
             "these linears"
             if len(pruned) == len(record.rows)

@@ -9,12 +9,12 @@ its newer form, for data sets that the Hub knows by their id.
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor.formats import form_class
 from compressor.methods import command, counterpart
 from compressor.publish.licence import Licence
 from compressor.records.scores import arrow, label, metrics
@@ -112,8 +112,7 @@ def _metadata(facts: Facts) -> Any:
 
     pattern, method = str(facts.recipe["pattern"]), str(facts.recipe["method"])
     given: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    forms = {row["format"] for row in facts.report["linears"]}
-    factored, pruned = "lowrank" in forms, bool(forms - {"lowrank"})
+    factored, pruned = _kinds(facts)
     given["tags"] = ["compress-llm", *["pruned"] * pruned, *["low-rank"] * factored, method]
     given["tags"] += ["2:4"] if pattern == "2:4" and pruned else []
     if facts.base:
@@ -177,12 +176,17 @@ def _introduction(facts: Facts) -> str:
     return f"{base}, {how}, by compress-llm {version}."
 
 
+def _kinds(facts: Facts) -> tuple[bool, bool]:
+    """Whether there are linears without zeros, which are factors, and linears with."""
+    sparse = {form_class(row["format"]).SPARSE for row in facts.report["linears"]}
+    return False in sparse, True in sparse
+
+
 def _methods(facts: Facts) -> list[str]:
     """What made the linears: the recipe's method, its counterpart where a plan asks for the other
     form, or both.
     """
-    method, forms = str(facts.recipe["method"]), {row["format"] for row in facts.report["linears"]}
-    factored, pruned = "lowrank" in forms, bool(forms - {"lowrank"})
+    method, (factored, pruned) = str(facts.recipe["method"]), _kinds(facts)
     own, other = (factored, pruned) if command(method) == "lowrank" else (pruned, factored)
     return [method] * own + [counterpart(method)] * other or [method]
 
@@ -225,26 +229,10 @@ def _forms(linears: list[Mapping[str, Any]]) -> str:
         found.setdefault(row["format"], []).append(row)
     count = _counted(len(linears), "linear")
     if len(found) == 1:
-        return f"{count}, {_form(*found.popitem())}"
-    return (
-        f"{count}: "
-        f"{'; '.join(f'{len(rows)} {_form(form, rows)}' for form, rows in sorted(found.items()))}"
-    )
-
-
-def _form(form: str, rows: list[Mapping[str, Any]]) -> str:
-    weights = sum(math.prod(row["shape"][:2]) for row in rows) or 1
-    if form == "lowrank":
-        ranks = sorted(row["entry"]["rank"] for row in rows)
-        span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-        kept = sum(row["entry"]["rank"] * sum(row["shape"]) for row in rows)
-        return f"of low rank ({span}, {kept / weights:.1%} of their parameters)"
-    zeros = (
-        f"{sum(row['sparsity'] * math.prod(row['shape'][:2]) for row in rows) / weights:.1%} zeros"
-    )
-    if form == "armor":
-        return f"packed 2:4 between block-diagonal factors ({zeros} in the 2:4 core)"
-    return f"packed 2:4 ({zeros})" if form == "sparse24" else f"dense with zeros in place ({zeros})"
+        name, rows = found.popitem()
+        return f"{count}, {form_class(name).told(rows)}"
+    each = [f"{len(rows)} {form_class(name).told(rows)}" for name, rows in sorted(found.items())]
+    return f"{count}: {'; '.join(each)}"
 
 
 def _counted(count: int, what: str) -> str:

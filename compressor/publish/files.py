@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.packed_config import packed_modules
 from compressor.checkpoint.reader import INDEX, Reader, read_json
@@ -104,7 +106,7 @@ def prepare(
         "model": base or Path(recipe["model"]).name,
         "dataset": _without_path(recipe["dataset"]),
     }
-    recipe_text = _to_toml(public)
+    recipe_text = tomli_w.dumps(public)
     facts = Facts(
         repo, base, public, report, bool(packed_modules(reader.config)), kept, scores, licence
     )
@@ -166,10 +168,9 @@ def _records(folder: Path) -> tuple[dict[str, Any], dict[str, Any], float | None
         report["versions"].get("compress-llm"), str
     )
     record = read_record(folder)  # checks every value
-    if not known or any(row.format == "lowrank" and row.rank is None for row in record.rows):
+    if not known:
         raise CheckpointError(
-            f"{folder / REPORT} is no report of this package: a version, a ratio or a rank is "
-            f"missing"
+            f"{folder / REPORT} is no report of this package: a version or a ratio is missing"
         )
     if not all(
         isinstance(recipe.get(key), str) for key in ("model", "method", "pattern", "dataset")
@@ -229,9 +230,3 @@ def _choose(reader: Reader, made: Mapping[str, str], *, code: bool) -> tuple[lis
 
 def _without_path(dataset: str) -> str:
     return Path(dataset).name if dataset.endswith((".txt", ".jsonl", ".parquet")) else dataset
-
-
-def _to_toml(recipe: Mapping[str, Any]) -> str:
-    import tomli_w
-
-    return tomli_w.dumps(dict(recipe))

@@ -14,6 +14,8 @@ from compressor import text
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError
+from compressor.formats import FORMATS
+from compressor.formats.dense import Dense
 from compressor.records.scores import arrow, metrics, read_scores, scores_path
 
 _LONGEST_RECIPE = 1 << 16
@@ -24,8 +26,8 @@ class Row:
     """One compressed linear. `block` is None outside the blocks; `part` is its name inside, numbers
     of experts as `*`.
 
-    `loss` is the relative loss its method arrived at as a fraction of that it started from, where
-    it says so.
+    `sparsity` is None where the form has no zeros. `loss` is the relative loss its method arrived
+    at as a fraction of that it started from, where it says so.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Row:
     part: str
     shape: list[int]
     format: str
-    sparsity: float
+    sparsity: float | None
     error: float | None
     loss: float | None
     rank: int | None
@@ -214,16 +216,21 @@ def is_number(value: Any) -> bool:
 
 
 def _row(entry: _Checked) -> Row:
-    name, described = entry.get("name", str), entry.found.get("entry")
-    rank = described.get("rank") if isinstance(described, dict) else None
+    name, shape, described = entry.get("name", str), entry.shape(), entry.get("entry", dict)
+    form = FORMATS.get(entry.get("format", str), Dense)  # of a newer version: shown as it is called
+    try:
+        form.check_entry(described, (shape[0], shape[1]))
+    except (ValueError, IndexError):
+        raise entry.refuse("entry") from None
+    zeros, rank = entry.real("sparsity"), described.get("rank")
     block, part = text.place(name)
     return Row(
         name=name,
         block=block,
         part=part,
-        shape=entry.shape(),
+        shape=shape,
         format=entry.get("format", str),
-        sparsity=entry.real("sparsity"),
+        sparsity=zeros if form.SPARSE else None,
         error=None if entry.found.get("error") is None else entry.real("error"),
         loss=_fraction(entry.found.get("losses")),
         rank=rank if type(rank) is int and 0 <= rank < 1 << 31 else None,

@@ -18,7 +18,8 @@ from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
-from compressor.config.recipe import Recipe, check_options
+from compressor.config.options import check_options
+from compressor.config.recipe import Recipe
 from compressor.engine.task import Job, Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
@@ -86,7 +87,7 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
         left_dense=left_dense, **allocation,
     )  # fmt: skip
     if job.needs_inputs:
-        tokens.check_dataset(recipe.dataset)
+        _check_dataset(recipe, skeleton)
     if job.keep:  # every choice of ranks begins with these
         uniform.of_shapes(
             {task.linear.name: task.linear.shape for task in job.every},
@@ -105,6 +106,13 @@ def make_job(recipe: Recipe, output: Path | None) -> Job:
             f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense"
         )
     return job.assign(goals, "the plan")
+
+
+def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
+    """What can be known of the calibration before it is read. Raises DataError."""
+    tokens.check_dataset(recipe.dataset, recipe.text_column)
+    if recipe.dataset == "self":
+        tokens.first_token(skeleton.config, skeleton.reader.folder)
 
 
 def _refined(recipe: Recipe, names: list[str]) -> set[str]:

@@ -412,7 +412,12 @@ def _samples(job: Job, recipe: Recipe, device: torch.device) -> Tensor:
     else:
         vocabulary = job.skeleton.config.get_text_config().vocab_size
         ids = tokens.calibration_rows(
-            recipe.dataset, folder, vocabulary, **asked, trust_remote_code=recipe.trust_remote_code
+            recipe.dataset,
+            folder,
+            vocabulary,
+            **asked,
+            text_column=recipe.text_column,
+            trust_remote_code=recipe.trust_remote_code,
         )
     if ids.shape != (recipe.num_samples, job.seq_len):
         raise DataError(

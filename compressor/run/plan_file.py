@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from compressor.allocation.rank import largest_rank, rank_keeping
-from compressor.errors import UsageError, did_you_mean
+from compressor.errors import OutputError, UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
 
 if TYPE_CHECKING:
@@ -39,6 +40,43 @@ _KINDS = (
 )
 
 Entries = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every linear becomes.
+
+    Attributes:
+        linears: entry of every linear of the decoder blocks, by name, as the file has it:
+            `{"pattern": "2:4"}`, `{"zeros": 8192}`, `{"rank": 32}` or `{"dense": True}`.
+        measured: what the choice was made by; empty where nothing was measured.
+        text: the file.
+    """
+
+    linears: Entries
+    measured: dict[str, Any]
+    text: str
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The plan of a job."""
+        text = dumps(job)
+        return cls(tomllib.loads(text)["linears"], job.allocation, text)
+
+    def save(self, path: Path) -> None:
+        """Write the file, which must not exist. Raises OutputError."""
+        check_new_file(path)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(self.text, encoding="utf-8")
+        part.replace(path)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise OutputError where a file of this name cannot be made."""
+    if path.exists():
+        raise OutputError(f"{path} exists already")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"the folder of {path} does not exist")
 
 
 def dumps(job: Job) -> str:

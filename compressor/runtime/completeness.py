@@ -11,9 +11,10 @@ from typing import Any
 
 from compressor.checkpoint.reader import Entry, read_header
 from compressor.errors import CheckpointError
+from compressor.formats import FORMATS, PACKED
 from compressor.model import hf_conversion
 
-_PACKED = re.compile(r".*\.weight_(values|metadata|a|b|u|v)")
+_SUFFIXES = {suffix for name in PACKED for suffix in FORMATS[name].SUFFIXES}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -54,7 +55,7 @@ def check_files(
     packed = {f"{path}.": name for name, path in paths.items()}
     for name, parameter in goes_to.items():
         owner = packed.get(f"{parameter.rpartition('.')[0]}.")
-        if parameter not in state and (_PACKED.fullmatch(name) or owner):
+        if parameter not in state and (owner or name.rpartition(".")[2] in _SUFFIXES):
             raise CheckpointError(
                 f"{folder}: config.json does not list {name} as it is stored: its weights cannot "
                 f"be trusted"

@@ -6,7 +6,7 @@ folders.
 
 It registers a quantiser that swaps each linear named in config.json for a module holding its packed
 form. On a GPU it then computes from the packed weight; without one the weights are unpacked once
-after loading and the model runs dense (arrange.py). Its state stays the packed one either way.
+after loading and the model runs dense (placement.py). Its state stays the packed one either way.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class CompressedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if not self.from_files:
             check_loaded(model)
-        model._compress_runtime = placement.arrange(model, self.paths, _RUNTIME.get())
+        model._compress_runtime = placement.place(model, self.paths, _RUNTIME.get())
         return model
 
     def is_serializable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
@@ -123,9 +123,8 @@ class CompressedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """Packed weights are frozen, but thin factors are plain matrices."""
-        return any(
-            entry["format"] == "lowrank" for entry in self.quantization_config.modules.values()
-        )
+        entries = self.quantization_config.modules.values()
+        return any(form_class(entry["format"]).TRAINABLE for entry in entries)
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -134,13 +133,12 @@ class CompressedQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """The plain model, in place: see `dequantize.make_plain`."""
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, None)
-        if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):
+        wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if wanted is not None and not getattr(wanted, "is_floating_point", False):
             raise UsageError(
                 f"dtype is {dtype!r}; accepted: a floating dtype of torch, or its name"
             )
-        make_plain(model, dtype)
+        make_plain(model, wanted)
         self.remove_quantization_config(model)
         for module in model.modules():  # some families look whether their config has it
             if config := vars(module).get("config"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError
-from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
+from compressor.formats import PACKED, form_class
 
 
 def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module:
@@ -24,29 +24,15 @@ def packed_module(name: str, module: Any, entry: Mapping[str, Any]) -> nn.Module
         if hasattr(module, "in_features")
         else weight.shape
     )
+    if entry["format"] not in PACKED:
+        raise CheckpointError(
+            f"{name} is stored as {entry['format']!r}; this version of compress-llm knows "
+            f"{', '.join(PACKED[:-1])} and {PACKED[-1]}: update it"
+        )
+    form = form_class(entry["format"])
+    try:
+        form.check_entry(entry, (out_features, in_features))
+    except ValueError as error:
+        raise CheckpointError(f"config.json gives {name} {error}") from None
     common = {"bias": bias is not None, "dtype": weight.dtype, "device": "meta"}
-    if entry["format"] == "sparse24":
-        return Sparse24Linear(in_features, out_features, **common)
-    if entry["format"] == "armor":
-        blocks = {key: entry.get(key) for key in ("block_a", "block_b")}
-        if all(
-            type(size) is int and size > 0 and features % size == 0
-            for size, features in zip(blocks.values(), (out_features, in_features), strict=True)
-        ):
-            return ArmorLinear(in_features, out_features, **blocks, **common)
-        raise CheckpointError(
-            f"config.json gives {name} wrappers of {blocks}, which do not divide "
-            f"{[out_features, in_features]}"
-        )
-    if entry["format"] == "lowrank":
-        rank = entry.get("rank")
-        if type(rank) is int and 0 < rank <= min(in_features, out_features):
-            return LowRankLinear(in_features, out_features, rank=rank, **common)
-        raise CheckpointError(
-            f"config.json gives {name} the rank {str(rank)[:50]}, its weight is "
-            f"{[out_features, in_features]}"
-        )
-    raise CheckpointError(
-        f"{name} is stored as {entry['format']!r}; this version of compress-llm knows sparse24, "
-        f"armor and lowrank: update it"
-    )
+    return form.module(entry, in_features, out_features, **common)

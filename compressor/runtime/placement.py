@@ -1,5 +1,5 @@
-"""How each packed linear of a loaded model computes: from the packed weight on our kernels, or from
-the dense one.
+"""The layout in which each packed linear of a loaded model is held: one that kernels compute from,
+or the dense matrix.
 
 `packed` always uses the kernels, `dense` unpacks everything, `auto` chooses for each linear: on the
 CPU dense, on a GPU packed unless the shipped table has measured it slower than dense and the memory
@@ -8,6 +8,7 @@ for the dense weight is there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,16 +16,14 @@ import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
-from compressor_kernels import backend, choice
-from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
-from compressor_kernels.siblings import join
+from compressor_kernels import kernel_config
+from compressor_kernels.fused_projections import fuse
+from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
+from compressor_kernels.linear import PackedLinear, Sparse24Linear, moves_tensors
 
 RUNTIMES = ("auto", "packed", "dense")
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)  # names of linears that read one tensor
+# names of linears that read one tensor
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 DECODING = (1, 4, 16)  # rows of x that `auto` looks up
 
 
@@ -34,8 +33,17 @@ def check(runtime: str) -> None:
         raise UsageError(f"runtime is {runtime!r}; accepted: {', '.join(RUNTIMES)}")
 
 
-def arrange(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str, str]:
-    """Prepare or unpack the packed linears of `model`; what became of each, by name.
+def asked_by_environment() -> str:
+    """What `COMPRESS_RUNTIME` asks an engine for, which has no such argument: one of RUNTIMES.
+    Raises UsageError.
+    """
+    runtime = os.environ.get("COMPRESS_RUNTIME") or "auto"
+    check(runtime)
+    return runtime
+
+
+def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str, str]:
+    """Choose a layout for every packed linear of `model`; what became of each, by name.
 
     Args:
         model: with its weights loaded.
@@ -48,68 +56,61 @@ def arrange(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[st
     chosen = {}
     for name, path in paths.items():
         try:
-            chosen[name] = _arrange_one(model.get_submodule(path), runtime)
+            chosen[name] = _place_one(model.get_submodule(path), runtime)
         except ValueError as error:
             raise CheckpointError(f"{name} is damaged: {error}") from None
-    alone = [
-        name for name, path in paths.items() if name == path
-    ]  # an expert's matrices are called one by one
+    # an expert's matrices are called one by one
+    alone = [name for name, path in paths.items() if name == path]
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in alone):
-        for family in SIBLINGS:
+        for family in FUSED:
             members = [f"{parent}.{child}".lstrip(".") for child in family]
             found = [model.get_submodule(member) for member in members if member in chosen]
             packed = [linear for linear in found if isinstance(linear, Sparse24Linear)]
-            if len(packed) == len(members) and join(packed):
-                chosen |= {
-                    member: f"{chosen[member]}; one launch for {', '.join(family)}"
-                    for member in members
-                }
+            if len(packed) == len(members) and fuse(packed):
+                together = f"one launch for {', '.join(family)}"
+                chosen |= {member: f"{chosen[member]}; {together}" for member in members}
     return chosen
 
 
-def _arrange_one(module: Any, runtime: str) -> str:
-    weight = module.weight_u if isinstance(module, LowRankLinear) else module.weight_values
-    if _moved(module, weight):
+def _place_one(module: Any, runtime: str) -> str:
+    module.freeze_()
+    if moves_tensors(module):
         return "packed, unpacked at every call: accelerate moves its tensors"
-    on_cpu = weight.device.type == "cpu"
-    if isinstance(module, LowRankLinear) and (runtime == "dense" or not backend.runs(weight)):
-        return "two thin factors, multiplied by torch"
-    if runtime == "dense" or (runtime == "auto" and on_cpu):
+    if isinstance(module, PackedLinear):
+        layout, how = _choose(module, runtime)
+        module.place_(layout)
+        return how
+    if runtime == "dense" or not module.kernels_run():
         module.unpack_()
-        return "dense" if not on_cpu else "dense: no kernels on the CPU"
-    if not backend.runs(weight):
-        if runtime == "packed":
-            return "packed, unpacked at every call: no kernel runs here"
-        module.unpack_()
-        return f"dense: no kernel for {weight.dtype} on {weight.device}"
-    if runtime == "auto" and (speedup := _slower(module, weight)) is not None:
-        module.unpack_()
-        return f"dense: packed measured {speedup:.2f}x"
+        return module.without_kernels
     module.prepare_()
     return "packed"
 
 
-def _moved(module: Any, weight: torch.Tensor) -> bool:
-    """accelerate brings the tensors from elsewhere for each call."""
-    hook = getattr(module, "_hf_hook", None)
-    return weight.device.type == "meta" or (hook is not None and getattr(hook, "offload", True))
+def _choose(module: PackedLinear, runtime: str) -> tuple[type[Layout], str]:
+    """The layout that a core is held in, and how that is told."""
+    values = module.weight_values
+    on_cpu = values.device.type == "cpu"
+    if runtime == "dense" or (runtime == "auto" and on_cpu):
+        return Dense, "dense" if not on_cpu else "dense: no kernels on the CPU"
+    layout = kernel_layout(values)
+    if layout is None:
+        if runtime == "packed":
+            return Stored, "packed, unpacked at every call: no kernel runs here"
+        return Dense, f"dense: no kernel for {values.dtype} on {values.device}"
+    if runtime == "auto" and (speedup := _slower(module, values)) is not None:
+        return Dense, f"dense: packed measured {speedup:.2f}x"
+    return layout, "packed"
 
 
-def _slower(module: Any, weight: torch.Tensor) -> float | None:
+def _slower(module: PackedLinear, weight: torch.Tensor) -> float | None:
     """The best speedup measured at a few rows, if it is below 1 and the dense weight fits into free
     memory thrice.
     """
-    op = (
-        "armor"
-        if isinstance(module, ArmorLinear)
-        else "fragments"
-        if isinstance(module, Sparse24Linear)
-        else None
-    )
-    if op is None:
-        return None
     rows = (
-        choice.measured(op, weight.device, module.out_features, module.in_features, count)
+        kernel_config.measured(
+            module.op, weight.device, module.out_features, module.in_features, count
+        )
         for count in DECODING
     )
     speedups = [row["speedup"] for row in rows if row is not None and "speedup" in row]

@@ -12,6 +12,7 @@ from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
+from compressor.formats import Form
 from compressor.formats.sparse24 import Sparse24
 from compressor.model.experts import only_stacks
 from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
@@ -28,9 +29,15 @@ class Packed:
     left_dense: list[LeftDense]
 
 
-def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Packed:
-    """Write `output` with every linear of `folder`'s decoder blocks packed that has at most two
-    non-zeros in each group of four.
+def pack(
+    folder: Path,
+    output: Path,
+    *,
+    form: type[Form] = Sparse24,
+    trust_remote_code: bool = False,
+) -> Packed:
+    """Write `output` with every linear of `folder`'s decoder blocks stored as `form` that can be:
+    for the packed 2:4 forms, those that have at most two non-zeros in each group of four.
 
     Raises:
         CheckpointError: no linear is 2:4, or the checkpoint is packed or quantised already.
@@ -46,7 +53,7 @@ def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Pack
         {linear.tensor for block in blocks for linear in block if _alone(reader, linear)},
     ) as writer:
         for index, block in enumerate(blocks):
-            _pack_block(reader, writer, block, done)
+            _pack_block(reader, writer, block, form, done)
             done.left_dense.extend(
                 LeftDense(name, list(shape), reason)
                 for name, shape, reason in skeleton.others(index)
@@ -62,8 +69,10 @@ def pack(folder: Path, output: Path, *, trust_remote_code: bool = False) -> Pack
     return done
 
 
-def _pack_block(reader: Reader, writer: Writer, block: list[Linear], done: Packed) -> None:
-    forms = {linear.name: _form(reader, linear) for linear in block}
+def _pack_block(
+    reader: Reader, writer: Writer, block: list[Linear], kind: type[Form], done: Packed
+) -> None:
+    forms = {linear.name: _form(reader, linear, kind) for linear in block}
     mixed = {linear.experts for linear in block if isinstance(forms[linear.name], str)} - {""}
     for linear in block:
         form = forms.pop(linear.name)
@@ -83,7 +92,7 @@ def _alone(reader: Reader, linear: Linear) -> bool:
     return linear.at is None and reader.tensors[linear.tensor].dtype in WEIGHT_DTYPES
 
 
-def _form(reader: Reader, linear: Linear) -> Sparse24 | str:
+def _form(reader: Reader, linear: Linear, kind: type[Form]) -> Form | str:
     """The packed weight, or what it has that keeps it from being packed."""
     if not _alone(reader, linear):
         return (
@@ -94,6 +103,6 @@ def _form(reader: Reader, linear: Linear) -> Sparse24 | str:
     if linear.experts and not only_stacks(linear.module.owner):
         return "experts with biases"
     try:
-        return Sparse24.from_dense(linear.read(reader))
+        return kind.from_dense(linear.read(reader))
     except ValueError as error:
         return str(error)

@@ -15,16 +15,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
 from compressor.formats import form_class
-
-
-def stored_suffixes(reader: Reader, name: str) -> list[str]:
-    """Suffixes of the tensors stored for the packed linear `name` in place of its weight, such as
-    `weight_values`.
-    """
-    prefix = f"{name}.weight_"
-    return [
-        tensor.removeprefix(f"{name}.") for tensor in reader.tensors if tensor.startswith(prefix)
-    ]
+from compressor.formats.headers import packed_headers, unlisted
 
 
 def unpack(folder: Path, output: Path) -> int:
@@ -39,21 +30,17 @@ def unpack(folder: Path, output: Path) -> int:
     if not modules:
         raise CheckpointError(f"{folder} holds no packed linears: it is a plain checkpoint already")
     check_output(output, reader)
-    suffixes = {name: stored_suffixes(reader, name) for name in modules}
+    stored = packed_headers(reader.tensors)
+    suffixes = {name: list(stored.get(name, ())) for name in modules}
     if missing := [name for name in modules if not suffixes[name]]:
         raise CheckpointError(
             f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are "
             f"not there"
         )
-    listed = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
-    if stray := [
-        tensor
-        for tensor in reader.tensors
-        if tensor.rpartition(".")[2].startswith("weight_v") and tensor not in listed
-    ]:
+    if stray := unlisted(reader.tensors, modules):
         raise CheckpointError(f"{folder}: {stray[0]} is packed, but config.json does not list it")
-    replaced = listed
-    with Writer(reader, output, replaced) as writer:
+    listed = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
+    with Writer(reader, output, listed) as writer:
         for name, entry in modules.items():
             _unpack_one(reader, writer, name, entry, suffixes[name])
         writer.finish(plain_config(reader.config), {})

@@ -6,11 +6,10 @@ One tensor is in memory at a time. Nothing is repaired: each problem is one line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compressor.checkpoint import manifest
@@ -19,8 +18,8 @@ from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CompressError, NumericalError
 from compressor.formats import Form, form_class
 from compressor.formats.dense import Dense
+from compressor.formats.headers import packed_headers, unlisted
 from compressor.pattern import Pattern
-from compressor_kernels.packing import pack24, unpack24
 
 
 def verify(
@@ -56,17 +55,13 @@ def verify(
     for number, name in enumerate(reader.tensors, 1):
         found["problems"] += _infinite(reader, name)
         progress(number, len(reader.tensors))
+    stored = packed_headers(reader.tensors)
     for name, entry in modules.items():
-        found["problems"] += _packed(reader, name, entry, rows.get(name))
+        found["problems"] += _packed(reader, name, entry, stored.get(name, ()), rows.get(name))
     dense = [row for name, row in rows.items() if name not in modules]
     for row in dense:
         found["problems"] += _plain(reader, row)
-    known = {f"{name}." for name in modules}
-    stray = [
-        name
-        for name in reader.tensors
-        if ".weight_" in name and f"{name.rpartition('.')[0]}." not in known
-    ]
+    stray = unlisted(reader.tensors, modules)
     found["problems"] += [f"{name} is packed, but config.json does not list it" for name in stray]
     return {**found, "tensors": len(reader.tensors), "linears": len(modules) + len(dense)}
 
@@ -89,40 +84,29 @@ def _infinite(reader: Reader, name: str) -> Iterator[str]:
 
 
 def _packed(
-    reader: Reader, name: str, entry: dict[str, Any], row: dict[str, Any] | None
+    reader: Reader,
+    name: str,
+    entry: dict[str, Any],
+    suffixes: Iterable[str],
+    row: dict[str, Any] | None,
 ) -> Iterator[str]:
     """A packed linear: tensors that belong together, are what config.json says, and are stored in
     the one way there is.
     """
-    prefix = f"{name}.weight_"
-    tensors = {
-        tensor.removeprefix(f"{name}."): reader.read(tensor)
-        for tensor in reader.tensors
-        if tensor.startswith(prefix)
-    }
+    tensors = {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}
     try:
         form = form_class(entry["format"]).unpack(tensors)
         if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
             raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
         if extra := set(tensors) - set(form.pack()):
             raise ValueError(f"{min(extra)} does not belong to the format {entry['format']}")
-        if "weight_metadata" in tensors:
-            _check_canonical(tensors["weight_values"], tensors["weight_metadata"])
+        form.check_canonical()
     except KeyError as error:
         yield f"{name} lacks {error.args[0]}"
     except (ValueError, CompressError) as error:
         yield f"{name} is damaged: {error}"
     else:
         yield from _as_reported(name, form, row)
-
-
-def _check_canonical(values: Tensor, metadata: Tensor) -> None:
-    """Raise ValueError unless packing what is unpacked gives the same: docs/format.md, 4 and 5."""
-    again = pack24(unpack24(values, metadata))
-    if not torch.equal(again[1], metadata) or not torch.equal(again[0], values):
-        raise ValueError(
-            "its metadata does not name the columns that the format prescribes for its values"
-        )
 
 
 def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """y = A (S (B x)) + bias for a packed 2:4 core between block-diagonal wrappers: the checked
 function, the op, the launches.
 
-Up to 64 rows of x it is two launches (wrapped.py), where S is in fragment order, its columns are a
-multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the product of
-sparse24.py between two of torch.
+Up to 64 rows of x it is two launches (fused_armor.py), where S is in fragment order, its columns
+are a multiple of 64 and both blocks are powers of two from 16 to 256. Everything else is the
+product of sparse24.py between two of torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from torch import Tensor
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch, words
-from compressor_kernels.choice import choose
 from compressor_kernels.fragments import Fragments, from_fragments
-from compressor_kernels.sparse24 import check_call, check_fragments, sparse24, sparse24_fragments
+from compressor_kernels.kernel_config import choose
+from compressor_kernels.library import define
+from compressor_kernels.sparse24 import (
+    check_call,
+    check_fragments,
+    differentiable,
+    sparse24,
+    sparse24_fragments,
+)
 
 _SIZES = (16, 32, 64, 128, 256)
 
@@ -52,13 +59,13 @@ def armor(
             raise ValueError(f"{name} is {tuple(blocks.shape)}, not a stack of square blocks")
     out_features, in_features = a.shape[0] * a.shape[1], b.shape[0] * b.shape[1]
     check_call(x, in_features, out_features, a.dtype, {"a": a, "b": b}, bias)
-    if not isinstance(core, Fragments) or (x.requires_grad and torch.is_grad_enabled()):
+    if not isinstance(core, Fragments) or differentiable(x, bias):
         inner = reference.block_diagonal(x, b)
         z = _core(inner, core, out_features, semaphore)
         y = reference.block_diagonal(z, a)
         return y if bias is None else y + bias
     check_fragments(x, core, out_features)
-    return torch.ops.compressor_kernels.armor(x, *core, a, b, bias, semaphore)
+    return armor_op(x, *core, a, b, bias, semaphore)
 
 
 def _core(
@@ -69,43 +76,45 @@ def _core(
     return sparse24(x, *core, None, semaphore)
 
 
-@torch.library.custom_op("compressor_kernels::armor", mutates_args=())
 def _armor(
     x: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    words: Tensor,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
-    core, n, k = Fragments(values, metadata), a.shape[0] * a.shape[1], x.shape[-1]
+    core, n, k = Fragments(values, words), a.shape[0] * a.shape[1], x.shape[-1]
     if not x.numel() or not backend.runs(x):
         return reference.armor(x, *from_fragments(core, n, k), a, b, bias)
+    a, b = a.contiguous(), b.contiguous()
     config = choose("armor", x.device, n, k, x.numel() // k)
-    if (
-        config["kernel"] == "dense"
-        or semaphore is None
-        or k % 64
-        or a.shape[1] not in _SIZES
-        or b.shape[1] not in _SIZES
-    ):
+    fits = k % 64 == 0 and a.shape[1] in _SIZES and b.shape[1] in _SIZES
+    if config["kernel"] == "dense" or semaphore is None or not fits:
         y = reference.block_diagonal(_core(reference.block_diagonal(x, b), core, n, semaphore), a)
         return y if bias is None else y + bias
     return run_armor(x, core, a, b, bias, semaphore, config)
 
 
-@_armor.register_fake
-def _(
+def _fake(
     x: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    words: Tensor,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[0] * a.shape[1])
+
+
+armor_op = define(
+    "armor(Tensor x, Tensor values, Tensor words, Tensor a, Tensor b, Tensor? bias,"
+    " Tensor(a!)? semaphore) -> Tensor",
+    _armor,
+    _fake,
+)
 
 
 def run_armor(
@@ -120,7 +129,7 @@ def run_armor(
     """One call with settings of one's own choosing, unchecked: for benchmarks and tests."""
     from triton import next_power_of_2
 
-    from compressor_kernels import wrapped
+    from compressor_kernels import fused_armor
 
     n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = core.words.shape[:2]
@@ -144,16 +153,16 @@ def run_armor(
         parts * programs * stack * rows * tiles * 128, dtype=torch.float32, device=x.device
     )
     y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
-    launch(wrapped.apply_b, (k // size_b, -(-size_b // 32)),
+    launch(fused_armor.apply_b, (k // size_b, -(-size_b // 32)),
         x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
     )  # fmt: skip
-    launch(wrapped.product, (programs, parts),
+    launch(fused_armor.product, (programs, parts),
         words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt,
         nt, WARPS=config["warps"],
         STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts, SIZE=size_a, PIECE=min(size_a,
         piece),
         BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **common,
         num_warps=config["warps"], num_stages=1,  # more would hold all blocks of A in shared memory
-        pdl=pdl,
+        pdl=pdl, counter=semaphore,
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)

@@ -35,7 +35,7 @@ def works(device: torch.device) -> bool:
     plain torch computes instead.
     """
     try:
-        from compressor_kernels.expand import unpack_stored
+        from compressor_kernels.decompress import unpack_stored
 
         values = torch.zeros(1, 8, dtype=torch.float16, device=device)
         dense = torch.empty(1, 16, dtype=torch.float16, device=device)
@@ -69,29 +69,6 @@ def nvidia() -> bool:
 
 
 @cache
-def sparse_tensor_cores(device: torch.device) -> bool:
-    """`mma.sp` exists (compute capability 8.0 and later) and gave the right result for a small
-    product, tried once.
-    """
-    if device.type != "cuda":
-        return interpreting()
-    if not nvidia() or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    from compressor_kernels.sparse24 import fragments_are_right
-
-    try:
-        right, reason = fragments_are_right(device), "a small product came out wrong"
-    except Exception as error:  # a Triton that cannot compile it
-        right, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
-    if not right:
-        warnings.warn(
-            f"the sparse tensor cores of {device} are not used, a slower kernel is: {reason}",
-            stacklevel=2,
-        )
-    return right
-
-
-@cache
 def hopper(device: torch.device) -> bool:
     """Compute capability 9.0 or later: launches may overlap, and the tensor cores take a matrix
     from shared memory.
@@ -116,15 +93,34 @@ def device_name(device: torch.device) -> str:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    counter: Tensor | None = None,
+    pdl: bool = False,
+    **settings: Any,
 ) -> None:
-    """Start a kernel on the device of its first argument; with `pdl` before the one ahead of it has
-    ended (it waits inside).
+    """Start a kernel on the device of its first argument.
+
+    Args:
+        kernel: a Triton function.
+        grid: how many programs, along each axis.
+        arguments: of the kernel.
+        counter: the semaphore among the arguments that its programs count in, if they do. A launch
+            that ends in an exception half way leaves it at zero: otherwise every later call would
+            take the wrong program for the last.
+        pdl: start before the kernel ahead of it has ended (it waits inside).
+        settings: constants of the kernel, and Triton's own.
     """
     if pdl:
         settings["launch_pdl"] = True
-    with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, **settings)
+    try:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **settings)
+    except BaseException:
+        if counter is not None:
+            counter.zero_()
+        raise
 
 
 def words(x: Tensor) -> Tensor:

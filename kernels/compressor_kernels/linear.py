@@ -1,7 +1,8 @@
 """nn.Modules that hold packed weights.
 
-A packed core is held in one of three ways: as it is stored, in the layout of the kernels
-(`prepare_`), or dense (`unpack_`). The state that is read and saved is the stored one, always.
+A 2:4 core is held in one layout at a time (layouts.py). Whatever it is, the state that is read,
+saved and loaded is the stored one. What is packed is frozen; biases and low-rank factors are
+parameters like any other.
 """
 
 from __future__ import annotations
@@ -10,116 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
-from compressor_kernels.armor import armor
-from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
-from compressor_kernels.lowrank import lowrank
-from compressor_kernels.packing import check24, pack24, unpack24
-from compressor_kernels.sparse24 import new_semaphore, sparse24, sparse24_fragments
+from compressor_kernels.fused_projections import FusedProjections
+from compressor_kernels.layouts import Dense, Layout, Stored, cast, kernel_layout
+from compressor_kernels.lowrank import lowrank_op
+from compressor_kernels.packing import fill_empty_groups
+from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
+from compressor_kernels.stored_linear import StoredLinear
+
+STORED = ("weight_values", "weight_metadata")  # a core in the state
 
 
-class _Packed(nn.Module):
-    """What the linears with a 2:4 core share: the three ways to hold it."""
+class PackedLinear(StoredLinear):
+    """What the linears with a 2:4 core share: the tensors of its layout are their own parameters
+    and buffers.
 
-    in_features: int
-    out_features: int
-    weight_values: Any  # parameter; None once unpacked or prepared
-    weight_metadata: Any  # buffer, likewise
-    weight_core: Any  # None until unpacked
-    weight_fragments: Any  # None until prepared
-    weight_words: Any  # None until prepared
-    semaphore: Any  # None until prepared
-
-    def _hold(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        rows, columns = self.out_features, self.in_features
-        self.weight_values = nn.Parameter(
-            torch.empty(rows, columns // 2, dtype=dtype, device=device), requires_grad=False
-        )
-        self.register_buffer(
-            "weight_metadata",
-            torch.empty(rows, -(-columns // 16), dtype=torch.int16, device=device),
-        )
-        self.register_parameter("weight_core", None)
-        self.register_parameter("weight_fragments", None)
-        self.register_buffer("weight_words", None)
-        self.register_buffer("semaphore", None, persistent=False)
-
-    @property
-    def packed(self) -> tuple[Tensor, Tensor] | Fragments:
-        """The core as the ops take it: values and metadata, or in fragment order. Not once it is
-        unpacked.
-        """
-        if self.weight_fragments is not None:
-            return Fragments(self.weight_fragments, self.weight_words)
-        return self.weight_values, self.weight_metadata
-
-    @property
-    def core(self) -> Tensor:
-        """The dense 2:4 core `[out, in]`, held or unpacked for the moment."""
-        return unpack24(*self._stored()) if self.weight_core is None else self.weight_core
-
-    def _stored(self) -> tuple[Tensor, Tensor]:
-        packed = self.packed
-        return (
-            from_fragments(packed, self.out_features, self.in_features)
-            if isinstance(packed, Fragments)
-            else packed
-        )
-
-    @torch.no_grad()
-    def prepare_(self) -> None:
-        """Hold the core in the layout that the kernels of its device read. Raises ValueError on
-        metadata that is not 2:4.
-
-        Where no kernel runs nothing changes.
-        """
-        if self.weight_values is None or not backend.runs(self.weight_values):
-            return
-        check24(self.weight_values, self.weight_metadata)
-        device = self.weight_values.device
-        self.semaphore = new_semaphore(self.out_features, device)
-        if backend.sparse_tensor_cores(device):
-            fragments, self.weight_words = to_fragments(self.weight_values, self.weight_metadata)
-            self.weight_fragments = nn.Parameter(fragments, requires_grad=False)
-            self.weight_values, self.weight_metadata = None, None
-
-    @torch.no_grad()
-    def unpack_(self) -> None:
-        """Hold the dense core instead of the packed one. Raises ValueError on metadata that is not
-        2:4.
-        """
-        if self.weight_core is None:
-            check24(*self._stored())
-            self.weight_core = nn.Parameter(self.core, requires_grad=False)
-            self.weight_values = self.weight_metadata = self.weight_fragments = (
-                self.weight_words
-            ) = self.semaphore = None
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_values is None:
-            for name in ("core", "fragments", "words"):
-                destination.pop(f"{prefix}weight_{name}", None)
-            core = self.weight_core
-            stored = self._stored() if core is None else pack24(core.detach())
-            destination[prefix + "weight_values"], destination[prefix + "weight_metadata"] = (
-                part.detach() for part in stored
-            )
-
-
-class Sparse24Linear(_Packed):
-    """A linear whose weight is stored packed 2:4.
-
-    Its state is always `weight_values` and `weight_metadata` (and `bias`). After `unpack_()` the
-    module computes with the dense weight instead, which is packed again whenever the state is read:
-    saving gives back the same bytes.
+    Attributes:
+        layout: the class of the layout that holds the core.
+        op: what kernel_config.py calls the product in the order of fragments.
     """
 
-    siblings: Any  # a `siblings.Siblings` that computes for this module too, or None
+    layout: type[Layout]
+    op: str
 
     def __init__(
         self,
@@ -132,68 +46,206 @@ class Sparse24Linear(_Packed):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._hold(dtype, device)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
-            if bias
-            else None
+        self._register(Stored.unwritten(out_features, in_features, dtype, device))
+        self.bias = _parameter(dtype, device, out_features) if bias else None
+        self._before_hooks: type[Layout] | None = None
+
+    @property
+    def core(self) -> Layout:
+        """The 2:4 core as it is held now."""
+        tensors = [getattr(self, name) for name in self.layout.names]
+        return self.layout(self.out_features, self.in_features, *tensors)
+
+    @property
+    def placed(self) -> bool:
+        """A layout was chosen for the core; it is no longer held as it was loaded."""
+        return self.layout is not Stored or self.weight_metadata.dtype != torch.int16
+
+    def hold(self, core: Layout) -> None:
+        """Let go of the core as it was held, and hold this one."""
+        for name in self.layout.names:
+            delattr(self, name)
+        self._register(core)
+
+    @torch.no_grad()
+    def place_(self, layout: type[Layout]) -> None:
+        """Hold the core in `layout`. Raises ValueError, and changes nothing, on metadata that is
+        not 2:4.
+        """
+        self.hold(layout.prepare(*self.core.stored()))
+
+    def kernels_run(self) -> bool:
+        """Whether there is a layout that a kernel computes from."""
+        return kernel_layout(self.core.stored()[0]) is not None
+
+    def prepare_(self) -> None:
+        """Hold the core in the layout from which its device computes fastest. Where no kernel runs
+        nothing changes.
+        """
+        if layout := kernel_layout(self.core.stored()[0]):
+            self.place_(layout)
+
+    def unpack_(self) -> None:
+        """Hold the core dense. Raises ValueError as `place_`."""
+        self.place_(Dense)
+
+    def _register(self, core: Layout) -> None:
+        self.layout = type(core)
+        for name, tensor in zip(core.names, core.tensors, strict=True):
+            if tensor is not None and tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+            else:
+                self.register_buffer(name, tensor, persistent=name != "semaphore")
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Layout, Tensor | None]:
+        """x, the core and the bias of a product; autocast gives all of them its dtype."""
+        core, bias, dtype = self.core, self.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, core = cast(x, dtype), core.cast(dtype)
+            bias = None if bias is None else cast(bias, dtype)
+        return x, core, bias
+
+    def __getattr__(self, name: str) -> Any:
+        """The stored tensors can be read in every layout."""
+        if name in STORED and name not in self.layout.names:
+            return self.core.stored()[STORED.index(name)]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See to it that what moves or replaces tensors by their names in the state finds them.
+
+        accelerate's hooks do so; of what they put on a module `_old_forward` is the first and
+        `_hf_hook` the last.
+        """
+        if name in STORED and name not in self.layout.names:
+            text = f"{name} cannot be set while the core is held as {self.layout.__name__}"
+            raise AttributeError(f"{text}; load_state_dict takes it")
+        super().__setattr__(name, value)
+        if name == "_old_forward" and self.placed:
+            self._before_hooks = self.layout
+            self.hold(Stored(self.out_features, self.in_features, *self.core.stored(), None))
+        elif name == "_hf_hook" and not moves_tensors(self):
+            self._after_hooks()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "_old_forward":
+            self._after_hooks()
+
+    def _after_hooks(self) -> None:
+        """Go back to the layout there was before the hooks, if the tensors are at hand again."""
+        layout, self._before_hooks = self._before_hooks, None
+        if layout is not None and not self.weight_values.is_meta:
+            self.place_(layout if layout.runs_on(self.weight_values) else Stored)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.placed:
+            for name in self.layout.names:
+                destination.pop(prefix + name, None)
+            for name, tensor in zip(STORED, self.core.stored(), strict=True):
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the stored tensors, check them, and hold them as the old ones were held; after an
+        error these are kept.
+        """
+        held, placed, before = self.core, self.placed, len(error_msgs)
+        if placed:
+            copies = (tensor.clone() for tensor in held.stored())
+            self.hold(Stored(self.out_features, self.in_features, *copies, None))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.siblings = None
+        if not placed:
+            return
+        given = any(prefix + name in state_dict for name in STORED)
+        at_hand = not (self.weight_values.is_meta or self.weight_metadata.is_meta)
+        if given and at_hand and len(error_msgs) == before:
+            try:
+                fill_empty_groups(self.weight_values, self.weight_metadata)
+                return self.place_(type(held))
+            except ValueError as error:
+                error_msgs.append(f"{prefix.rstrip('.') or 'the weight'} is damaged: {error}")
+        self.hold(held)
+
+
+class Sparse24Linear(PackedLinear):
+    """A linear whose weight is stored packed 2:4. Its state is `weight_values` and
+    `weight_metadata` (and `bias`).
+    """
+
+    op = "fragments"
+    fused: FusedProjections | None = None  # computes for this module too
+    place: int  # among the linears that it computes for
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight `[out, in]`, for code that looks at a linear's weight; unpacked anew
-        while packed.
+        """The dense weight `[out, in]`, for code that looks at a linear's weight; decompressed anew
+        unless it is held so.
         """
-        return self.core
+        return self.core.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        if self.siblings is not None:
-            return self.siblings(self, x)
+        if self.fused is not None and self.fused.takes(x):
+            return self.fused(self.place, x)
         return self.alone(x)
 
     def alone(self, x: Tensor) -> Tensor:
-        """`forward` without the siblings."""
-        if self.weight_core is not None:
-            return linear(x, self.weight_core, self.bias)
-        packed = self.packed
-        if isinstance(packed, Fragments):
-            return sparse24_fragments(x, packed, self.out_features, self.bias, self.semaphore)
-        return sparse24(x, *packed, self.bias, self.semaphore)
+        """`forward` of this module only."""
+        x, core, bias = self._operands(x)
+        return core.linear(x, bias)
 
-    def unpack_(self) -> None:
-        """Replace the packed tensors by the dense weight they stand for. Raises ValueError on
-        metadata that is not 2:4.
+    def hold(self, core: Layout) -> None:
+        """Let go of the core as it was held, and hold this one; it leaves the tensors that are
+        fused.
         """
         self.part()
-        super().unpack_()
+        super().hold(core)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another bias leaves the joined one."""
+        if name == "bias":
+            self.part()
+        super().__setattr__(name, value)
 
     def part(self) -> None:
-        """Compute alone from now on, and let the siblings do so too."""
-        for member in self.siblings.linears if self.siblings is not None else ():
-            member.siblings = None
+        """Compute alone from now on, and let the linears fused with this one do so too."""
+        for member in self.fused.linears if self.fused is not None else ():
+            member.fused = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.part()  # what moves or is cast leaves the tensor that the siblings share
+        self.part()
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy computes alone."""
+        return {**self.__dict__, "fused": None}
 
     def extra_repr(self) -> str:
         """Features and bias, as `print(model)` shows them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, 2:4"
-        )
+        return f"{_features(self)}, 2:4"
 
 
-class ArmorLinear(_Packed):
-    """A linear stored as a packed 2:4 core between block-diagonal wrappers: y = A (S (B x)) + bias.
+class ArmorLinear(PackedLinear):
+    """A linear stored as a packed 2:4 core between block-diagonal factors: y = A (S (B x)) + bias.
 
-    Its state is always `weight_values`, `weight_metadata`, `weight_a` and `weight_b` (and `bias`).
-    After `unpack_()` the core is held as a plain dense `weight_core`, which is packed again
-    whenever the state is read: saving gives back the same bytes. The wrappers stay apart;
-    multiplied into one dense weight they would have to be factored again to be saved.
+    Its state is `weight_values`, `weight_metadata`, `weight_a` and `weight_b` (and `bias`). Where
+    the core is held dense the factors stay apart; multiplied into one dense weight they would have
+    to be factored again to be saved.
     """
+
+    op = "armor"
 
     def __init__(
         self,
@@ -206,21 +258,14 @@ class ArmorLinear(_Packed):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
         if out_features % block_a or in_features % block_b:
             raise ValueError(
-                f"blocks of {block_a} and {block_b} do not divide {out_features} outputs and "
-                f"{in_features} inputs"
+                f"blocks of {block_a} and {block_b} do not divide {out_features} outputs"
+                f" and {in_features} inputs"
             )
-        self.in_features, self.out_features = in_features, out_features
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-        self._hold(dtype, device)
-        self.weight_a = parameter(out_features // block_a, block_a, block_a)
-        self.weight_b = parameter(in_features // block_b, block_b, block_b)
-        self.bias = parameter(out_features) if bias else None
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype, device=device)
+        self.weight_a = _parameter(dtype, device, out_features // block_a, block_a, block_a)
+        self.weight_b = _parameter(dtype, device, in_features // block_b, block_b, block_b)
 
     @property
     def weight(self) -> Tensor:
@@ -230,31 +275,29 @@ class ArmorLinear(_Packed):
         columns = torch.eye(
             self.in_features, dtype=self.weight_a.dtype, device=self.weight_a.device
         )
-        wrapped = linear(reference.block_diagonal(columns, self.weight_b), self.core)
-        return reference.block_diagonal(wrapped, self.weight_a).T
+        inner = reference.block_diagonal(columns, self.weight_b) @ self.core.dense().T
+        return reference.block_diagonal(inner, self.weight_a).T
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        if self.weight_core is None:
-            return armor(x, self.packed, self.weight_a, self.weight_b, self.bias, self.semaphore)
-        y = reference.block_diagonal(
-            linear(reference.block_diagonal(x, self.weight_b), self.weight_core), self.weight_a
-        )
-        return y if self.bias is None else y + self.bias
+        x, core, bias = self._operands(x)
+        a, b = (t.detach().to(core.dtype) for t in (self.weight_a, self.weight_b))
+        return core.armor(x, a, b, bias)
 
     def extra_repr(self) -> str:
         """Features, bias and block sizes, as `print(model)` shows them."""
         blocks = f"blocks of {self.weight_a.shape[1]} and {self.weight_b.shape[1]}"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, 2:4 between {blocks}"
-        )
+        return f"{_features(self)}, 2:4 between {blocks}"
 
 
-class LowRankLinear(nn.Module):
-    """A linear stored as the product of two thin factors: y = U (V x) + bias. Its state is
-    `weight_u`, `weight_v` (and `bias`).
+class LowRankLinear(StoredLinear):
+    """A linear stored as the product of two thin factors: y = U (V x) + bias.
+
+    Its state is `weight_u` and `weight_v` (and `bias`), plain parameters that train like those of
+    two linears.
     """
+
+    without_kernels = "two thin factors, multiplied by torch"
 
     def __init__(
         self,
@@ -269,12 +312,9 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-        self.weight_u = parameter(out_features, rank)
-        self.weight_v = parameter(rank, in_features)
-        self.bias = parameter(out_features) if bias else None
+        self.weight_u = _parameter(dtype, device, out_features, rank)
+        self.weight_v = _parameter(dtype, device, rank, in_features)
+        self.bias = _parameter(dtype, device, out_features) if bias else None
         self.register_buffer("semaphore", None, persistent=False)
 
     @property
@@ -286,19 +326,55 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        return lowrank(x, self.weight_u, self.weight_v, self.bias, self.semaphore)
+        u, v, bias, dtype = self.weight_u, self.weight_v, self.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, u, v = cast(x, dtype), cast(u, dtype), cast(v, dtype)
+            bias = None if bias is None else cast(bias, dtype)
+        check_input(x, self.in_features, v)
+        if differentiable(x, u, v, bias):
+            return reference.lowrank(x, u, v, bias)
+        return lowrank_op(x, u, v, bias, self.semaphore)
+
+    def kernels_run(self) -> bool:
+        """Whether the kernels for thin products run."""
+        return backend.runs(self.weight_u)
 
     def prepare_(self) -> None:
-        """Give the kernels what they count in, where they run."""
-        if backend.runs(self.weight_u):
-            self.semaphore = new_semaphore(max(self.out_features, self.rank), self.weight_u.device)
+        """Allocate the semaphore that the kernels split K with, where they run."""
+        if self.kernels_run():
+            size = max(self.out_features, self.rank)
+            self.semaphore = new_semaphore(size, self.weight_u.device)
 
-    def unpack_(self) -> None:
-        """Nothing to do: two thin products are faster than the dense one anywhere."""
+    def freeze_(self) -> None:
+        """Nothing to do: the factors train. Nor for `unpack_`: two thin products are faster than
+        the dense one anywhere.
+        """
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, rank={self.rank}"
-        )
+        return f"{_features(self)}, rank={self.rank}"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products of x in; None where it is off."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def moves_tensors(module: nn.Module) -> bool:
+    """accelerate brings the tensors of `module` from elsewhere for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(t.is_meta for t in tensors) or (hook is not None and getattr(hook, "offload", True))
+
+
+def _parameter(dtype: torch.dtype, device: torch.device | str | None, *shape: int) -> nn.Parameter:
+    """Not written; what loads the weights says whether they train."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def _features(module: Any) -> str:
+    bias = module.bias is not None
+    return f"in_features={module.in_features}, out_features={module.out_features}, bias={bias}"

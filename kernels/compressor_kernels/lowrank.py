@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch
-from compressor_kernels.choice import choose
-from compressor_kernels.sparse24 import check_call, workspace
+from compressor_kernels.kernel_config import choose
+from compressor_kernels.library import define
+from compressor_kernels.sparse24 import check_call, differentiable, workspace
 
 
 def lowrank(
@@ -41,25 +41,32 @@ def lowrank(
             f"one weight"
         )
     check_call(x, v.shape[1], u.shape[0], u.dtype, {"u": u, "v": v}, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or v.requires_grad):
+    if differentiable(x, u, v, bias):
         return reference.lowrank(x, u, v, bias)
-    return torch.ops.compressor_kernels.lowrank(x, u, v, bias, semaphore)
+    return lowrank_op(x, u, v, bias, semaphore)
 
 
-@torch.library.custom_op("compressor_kernels::lowrank", mutates_args=())
 def _lowrank(
     x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None
 ) -> Tensor:
     if not x.numel() or not u.shape[1] or not backend.runs(x):
         return reference.lowrank(x, u, v, bias)
+    u, v = u.contiguous(), v.contiguous()
     rows, rank = x.numel() // x.shape[-1], len(v)
-    inner = run_skinny(x, v, None, semaphore, choose("skinny", x.device, rank, x.shape[-1], rows))
+    config = choose("skinny", x.device, rank, x.shape[-1], rows)
+    inner = run_skinny(x, v, None, semaphore, config)
     return run_skinny(inner, u, bias, semaphore, choose("skinny", x.device, len(u), rank, rows))
 
 
-@_lowrank.register_fake
-def _(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
+def _fake(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, semaphore: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], u.shape[0])
+
+
+lowrank_op = define(
+    "lowrank(Tensor x, Tensor u, Tensor v, Tensor? bias, Tensor(a!)? semaphore) -> Tensor",
+    _lowrank,
+    _fake,
+)
 
 
 def run_skinny(
@@ -80,6 +87,6 @@ def run_skinny(
         x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
         BK=config["bk"], PARTS=parts,
         BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"],
-        num_stages=config["stages"],
+        num_stages=config["stages"], counter=semaphore,
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)

@@ -117,6 +117,19 @@ def unpack24(values: Tensor, metadata: Tensor) -> Tensor:
     return weight
 
 
+def metadata_of_columns(metadata: Tensor, start: int, stop: int, columns: int) -> Tensor:
+    """The metadata of columns `start` to `stop` of a weight with so many `columns`; both are
+    multiples of four.
+
+    Whole words are a view. Elsewhere the nibbles are put into words anew; no value is looked at.
+    """
+    if start % 4 or stop % 4:
+        raise ValueError(f"columns {start} to {stop} cut a group of four")
+    if start % 16 == 0 and (stop % 16 == 0 or stop == columns):
+        return metadata[:, start // 16 : -(-stop // 16)]
+    return _to_words(_to_nibbles(metadata, columns // 4)[:, start // 4 : stop // 4])
+
+
 def check_shapes(values: Tensor, metadata: Tensor) -> None:
     """Raise ValueError unless values `[out, in / 2]` and metadata int16 `[out, ceil(in / 16)]`
     belong together.
@@ -146,3 +159,15 @@ def check24(values: Tensor, metadata: Tensor) -> None:
         raise ValueError(
             f"metadata of row {row}, group {group} does not name two columns in ascending order"
         )
+
+
+def fill_empty_groups(values: Tensor, metadata: Tensor) -> None:
+    """Let groups of two zeros that name no two columns name columns 0 and 1, in place; all zeros
+    are a weight, too.
+    """
+    check_shapes(values, metadata)
+    nibble = _to_nibbles(metadata, values.shape[1] // 2)
+    empty = (values.detach() == 0).view(len(values), -1, 2).all(-1)
+    unnamed = ((nibble & 3) >= (nibble >> 2)) & empty
+    if bool(unnamed.any()):
+        metadata.copy_(_to_words(nibble.masked_fill(unnamed, _FILLER)))

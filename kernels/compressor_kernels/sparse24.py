@@ -17,9 +17,10 @@ from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
 from compressor_kernels.backend import launch, words
-from compressor_kernels.choice import choose
-from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
-from compressor_kernels.packing import check_shapes, pack24
+from compressor_kernels.fragments import Fragments, from_fragments
+from compressor_kernels.kernel_config import choose
+from compressor_kernels.library import define
+from compressor_kernels.packing import check_shapes
 
 
 def sparse24(
@@ -55,9 +56,9 @@ def sparse24(
         {"values": values, "metadata": metadata},
         bias,
     )
-    if x.requires_grad and torch.is_grad_enabled():
+    if differentiable(x, bias):
         return reference.sparse24(x, values, metadata, bias)
-    return torch.ops.compressor_kernels.sparse24_stored(x, values, metadata, bias, semaphore)
+    return stored_op(x, values, metadata, bias, semaphore)
 
 
 def sparse24_fragments(
@@ -72,11 +73,26 @@ def sparse24_fragments(
     """
     check_fragments(x, fragments, out_features)
     check_call(x, x.shape[-1], out_features, fragments.values.dtype, {}, bias)
-    if x.requires_grad and torch.is_grad_enabled():
+    if differentiable(x, bias):
         return reference.sparse24(x, *from_fragments(fragments, out_features, x.shape[-1]), bias)
-    return torch.ops.compressor_kernels.sparse24_fragments(
-        x, *fragments, out_features, bias, semaphore
-    )
+    return fragments_op(x, *fragments, out_features, bias, semaphore)
+
+
+def check_input(x: Tensor, in_features: int, weight: Tensor) -> None:
+    """Raise ValueError unless x is `[..., in_features]`, of the dtype and on the device of the
+    weight.
+    """
+    if x.dim() == 0 or x.shape[-1] != in_features or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)}, not {weight.dtype} [..., {in_features}]"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"the weight is on {weight.device}, x on {x.device}")
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """A gradient will be asked of one of them: the twin computes, the ops have none."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_fragments(x: Tensor, fragments: Fragments, out_features: int) -> None:
@@ -130,49 +146,60 @@ def new_semaphore(out_features: int, device: torch.device | str) -> Tensor:
     return torch.zeros(2 * -(-out_features // 16), dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op("compressor_kernels::sparse24_stored", mutates_args=())
 def _stored(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None
 ) -> Tensor:
+    values, metadata = values.contiguous(), metadata.view(torch.int16).contiguous()
     if not x.numel() or not backend.runs(x):
         return reference.sparse24(x, values, metadata, bias)
     config = choose("stored", x.device, len(values), x.shape[-1], x.numel() // x.shape[-1])
     return run_stored(x, values, metadata, bias, semaphore, config)
 
 
-@_stored.register_fake
-def _(
+def _fake_stored(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, semaphore: Tensor | None
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-@torch.library.custom_op("compressor_kernels::sparse24_fragments", mutates_args=())
 def _fragments(
     x: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    words: Tensor,
     out_features: int,
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
-    fragments = Fragments(values, metadata)
+    fragments = Fragments(values, words)
     if not x.numel() or not backend.runs(x):
         return reference.sparse24(x, *from_fragments(fragments, out_features, x.shape[-1]), bias)
     config = choose("fragments", x.device, out_features, x.shape[-1], x.numel() // x.shape[-1])
     return run_fragments(x, fragments, out_features, bias, semaphore, config)
 
 
-@_fragments.register_fake
-def _(
+def _fake_fragments(
     x: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    words: Tensor,
     out_features: int,
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+stored_op = define(
+    "sparse24_stored(Tensor x, Tensor values, Tensor metadata, Tensor? bias, Tensor(a!)? semaphore)"
+    " -> Tensor",
+    _stored,
+    _fake_stored,
+)
+fragments_op = define(
+    "sparse24_fragments(Tensor x, Tensor values, Tensor words, SymInt out_features, Tensor? bias,"
+    " Tensor(a!)? semaphore) -> Tensor",
+    _fragments,
+    _fake_fragments,
+)
 
 
 def run_stored(
@@ -186,7 +213,7 @@ def run_stored(
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and
     tests.
     """
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     (n, k), m = (len(values), x.shape[-1]), x.numel() // x.shape[-1]
     if config["kernel"] == "dense":
@@ -195,12 +222,12 @@ def run_stored(
     bm, bn = config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
-    launch(expand.product, (programs[0], parts, programs[1]),
+    launch(decompress.product, (programs[0], parts, programs[1]),
         x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
         BK=config["bk"], PARTS=parts,
         BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(),
         num_warps=config["warps"],
-        num_stages=config["stages"],
+        num_stages=config["stages"], counter=semaphore,
     )  # fmt: skip
     return y.view(*x.shape[:-1], n)
 
@@ -231,6 +258,7 @@ def run_fragments(
         launch(gemv.product, (nt, parts),
             words(x2), values, fragments.words, bias, partial, semaphore, y, n, k, kt,
             WARPS=warps, PARTS=parts, BF16=bf16, BIAS=bias is not None, num_warps=warps,
+            counter=semaphore,
         )  # fmt: skip
     else:
         stack, rows, tiles, pdl = (
@@ -248,32 +276,9 @@ def run_fragments(
             TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"],
             EVEN=k % 64 == 0, BF16=bf16,
             BIAS=bias is not None, PDL=pdl, SIZE=next_power_of_2(lanes), num_warps=warps, pdl=pdl,
+            counter=semaphore,
         )  # fmt: skip
     return y.view(*x.shape[:-1], n)
-
-
-def fragments_are_right(device: torch.device) -> bool:
-    """Whether `mma` gives on `device` what the twin gives, for a small weight: both steps, both
-    halves, two parts of K.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(48, 256, generator=generator).view(48, 64, 4)
-    weight = (weight * (weight.argsort(-1).argsort(-1) > 1)).view(48, 256).to(device, torch.float16)
-    x = torch.randn(11, 256, generator=generator).to(device, torch.float16)
-    config = {
-        "kernel": "mma",
-        "warps": 4,
-        "stack": 2,
-        "row_tiles": 1,
-        "split": 2,
-        "unroll": 1,
-        "ordered": False,
-    }
-    y = run_fragments(
-        x, to_fragments(*pack24(weight)), 48, None, new_semaphore(48, device), config
-    ).double()
-    expected = x.double() @ weight.double().T
-    return bool((y - expected).norm() < 1e-3 * expected.norm())
 
 
 def ordered(x: Tensor, tiles: int, pdl: bool = False) -> Tensor:
@@ -303,12 +308,12 @@ def workspace(
 
 def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
     """The dense weight `[out, in]`, as `packing.unpack24`, by one kernel."""
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     n, k = len(values), 2 * values.shape[1]
     dense = values.new_empty(n, k)
     launch(
-        expand.unpack_stored,
+        decompress.unpack_stored,
         (-(-n // 16), -(-k // 256)),
         words(values),
         metadata,
@@ -324,11 +329,11 @@ def unpack_stored(values: Tensor, metadata: Tensor) -> Tensor:
 
 def unpack_fragments(fragments: Fragments, out_features: int, in_features: int) -> Tensor:
     """The dense weight `[out, in]` of one in fragment order, by one kernel."""
-    from compressor_kernels import expand
+    from compressor_kernels import decompress
 
     dense = fragments.values.new_empty(out_features, in_features)
     grid = fragments.words.shape[:2]
-    launch(expand.unpack_fragments, grid,
+    launch(decompress.unpack_fragments, grid,
         words(fragments.values), fragments.words, words(dense), out_features, in_features, grid[1],
         ASM=backend.nvidia(), num_warps=2,
     )  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by tests/test_kernels.py, with TRITON_INTERPRET=1", allow_module_level=True)
 
+from ptx_emulator.poison import poison
 from tests.interpreted import emulate
-from tests.poison import poison
 
 emulate.install()
 

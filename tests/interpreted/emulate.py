@@ -1,6 +1,6 @@
 """Inline assembly in Triton's interpreter: the PTX of the kernels, run on numpy arrays.
 
-`mma.sp` is that of the emulator (tests/emulated/tensor_cores.py), lane by lane; the other strings
+`mma.sp` is that of the emulator (ptx_emulator/tensor_cores.py), lane by lane; the other strings
 are run instruction by instruction on unsigned 32-bit integers.
 """
 
@@ -10,8 +10,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.emulated.arithmetic import operation, to_bf16
-from tests.emulated.tensor_cores import mma_sp
+from ptx_emulator.arithmetic import operation, to_bf16
+from ptx_emulator.tensor_cores import mma_sp
 
 
 def run(assembly, inputs, outputs):

@@ -5,6 +5,7 @@ layouts.
 import pytest
 import torch
 
+from compressor_kernels import probe
 from compressor_kernels import sparse24 as ops
 from compressor_kernels.fragments import to_fragments
 from compressor_kernels.packing import pack24
@@ -143,11 +144,11 @@ def test_the_public_functions_choose_a_kernel(rows):
 
 
 def test_the_self_check_sees_a_wrong_fragment(monkeypatch):
-    assert ops.fragments_are_right(torch.device("cpu"))
+    assert probe.fragments_are_right(torch.device("cpu"))
     plain = to_fragments
     swapped = lambda *packed: plain(*packed)._replace(values=plain(*packed).values.flip(2))  # noqa: E731  # the two steps
-    monkeypatch.setattr(ops, "to_fragments", swapped)
-    assert not ops.fragments_are_right(torch.device("cpu"))
+    monkeypatch.setattr(probe, "to_fragments", swapped)
+    assert not probe.fragments_are_right(torch.device("cpu"))
 
 
 def test_an_input_that_begins_in_the_middle_of_a_word():

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
 from types import ModuleType
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:  # the names below are shown by help, which does without torch
+    from torch import Tensor
 
 ALLOCATORS = ["uniform", "welore", "threshold"]
 Ranks = dict[str, int | None]

@@ -1,4 +1,4 @@
-"""The emulator of tests/emulated itself: instructions against literal Python, and every check with
+"""The emulator itself: instructions against literal Python, and every check with
 something that it must find.
 """
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.emulated import ptx, tensor_cores
-from tests.emulated.arithmetic import to_bf16
-from tests.emulated.instructions import decode
-from tests.emulated.machine import execute
-from tests.emulated.memory import Memory, Region
+from ptx_emulator import ptx, tensor_cores
+from ptx_emulator.arithmetic import to_bf16
+from ptx_emulator.instructions import decode
+from ptx_emulator.machine import execute
+from ptx_emulator.memory import Memory, Region
 
 MODULE = """
 .version 8.8
@@ -379,8 +379,8 @@ def test_an_access_that_no_mask_stops(tmp_path):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter compiles nothing")
-    from tests.emulated.launch import Device, emulated
-    from tests.emulated.samples import copy
+    from ptx_emulator.launch import Device, emulated
+    from ptx_emulator.samples import copy
 
     x = torch.randn(100)
     with emulated(Device(80), tmp_path) as device:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -43,10 +43,11 @@ def measured(
     return None
 
 
+@lru_cache(1 << 14)
 def choose(
     op: str, device: torch.device, out_features: int, in_features: int, rows: int
 ) -> dict[str, Any]:
-    """`kernel` and its settings for one call of an op."""
+    """`kernel` and its settings for one call of an op; found once, not to be changed."""
     return measured(op, device, out_features, in_features, rows) or rule(
         op, out_features, in_features, rows, multiprocessors(device)
     )

@@ -14,7 +14,7 @@ from compressor_kernels.split import dot, finish, synchronous
 
 # Selectors of PRMT pick bytes 0..3 of the pair or, with 4, a zero: four zeros a word, and the bytes
 # 0x10 and 0x32 of the first and second value at the bytes 2 i0 and 2 i1 of the eight.
-EXPAND = tl.constexpr("""{
+DECOMPRESS = tl.constexpr("""{
 .reg .b32 a, b;
 shl.b32 a, $3, 3;
 and.b32 a, a, 0x18;
@@ -31,13 +31,18 @@ prmt.b32 $1, $2, 0, b;
 
 
 @triton.jit
-def expand(pair, nibble, ASM: tl.constexpr):
+def decompress(pair, nibble, ASM: tl.constexpr):
     """int32 pairs and nibbles (the bits above them are ignored) -> columns 0, 1 and columns 2, 3 of
     the groups, int32 each.
     """
     if ASM:
         low, high = tl.inline_asm_elementwise(
-            EXPAND, "=r,=r,r,r", [pair, nibble], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            DECOMPRESS,
+            "=r,=r,r,r",
+            [pair, nibble],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
     else:
         i0 = nibble & 3
@@ -70,7 +75,7 @@ def _groups(v_ptr, m_ptr, row, g, w, K, ASM: tl.constexpr):
     nibble = (word[:, :, None] >> 4 * tl.arange(0, 4)[None, None, :]).reshape(
         pair.shape[0], pair.shape[1]
     )
-    return expand(pair, nibble, ASM)
+    return decompress(pair, nibble, ASM)
 
 
 @triton.jit
@@ -137,7 +142,7 @@ def unpack_fragments(v_ptr, m_ptr, w_ptr, N, K, KT, ASM: tl.constexpr):
     step, gid, tig = t // 32, t % 32 // 4, t % 4
     pair = tl.load(v_ptr + tile * 256 + t * 4 + c)
     word = tl.load(m_ptr + tile * 32 + gid * 4 + 2 * step + c // 2)
-    low, high = expand(pair, word >> 4 * tig + 16 * (c % 2), ASM)
+    low, high = decompress(pair, word >> 4 * tig + 16 * (c % 2), ASM)
     n = tl.program_id(0) * 16 + gid + 8 * (c % 2)
     g = tl.program_id(1) * 16 + 8 * step + 4 * (c // 2) + tig
     place = (n.to(tl.int64) * (K // 2) + 2 * g)[:, :, None] + tl.arange(0, 2)[None, None, :]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.emulated.shared import WARP, Shadow, put, write
+from ptx_emulator.shared import WARP, Shadow, put, write
 
 SECTOR = 32  # bytes that the hardware moves at once
 

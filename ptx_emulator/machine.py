@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.emulated.memory import Memory, View
-from tests.emulated.ptx import Kernel
-from tests.emulated.shared import Shared
+from ptx_emulator.memory import Memory, View
+from ptx_emulator.ptx import Kernel
+from ptx_emulator.shared import Shared
 
 
 class Registers(dict):

@@ -20,11 +20,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
 from compressor_kernels import backend
-from tests.emulated import ptx
-from tests.emulated.instructions import decode
-from tests.emulated.machine import execute
-from tests.emulated.memory import Memory, Region, traffic
-from tests.poison import poison
+from ptx_emulator import ptx
+from ptx_emulator.instructions import decode
+from ptx_emulator.machine import execute
+from ptx_emulator.memory import Memory, Region, traffic
+from ptx_emulator.poison import poison
 
 plain = cache(ptx.plain)
 

@@ -4,7 +4,7 @@ function of numpy arrays.
 
 import numpy as np
 
-from tests.emulated.ptx import TYPES
+from ptx_emulator.ptx import TYPES
 
 
 def shift_left(a, b):

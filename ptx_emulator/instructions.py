@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from tests.emulated import arithmetic, tensor_cores
-from tests.emulated.ptx import TYPES, UNSIGNED, Address, number
+from ptx_emulator import arithmetic, tensor_cores
+from ptx_emulator.ptx import TYPES, UNSIGNED, Address, number
 
 NOTHING = {
     "griddepcontrol.launch_dependents",

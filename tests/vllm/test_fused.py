@@ -1,0 +1,153 @@
+"""Linears that are one layer of the engine, without an engine: memory, loading, and what is
+refused.
+"""
+
+import pytest
+import torch
+
+from compressor.errors import CheckpointError
+from compressor.runtime.vllm_plugin.fused import Part, allocate, suffixes
+from compressor.runtime.vllm_plugin.slicing import Share
+from tests.vllm.folders import stored
+
+INPUTS = 64
+
+
+def linear(form, rows, seed=0):
+    """A form and its stored tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, INPUTS, generator=generator)
+    if form == "dense":
+        return {"format": "dense"}, {"weight": weight}, weight
+    packed = stored(form, weight, generator, (8, 16))
+    return packed.entry, packed.pack(), packed.dense()
+
+
+def layer(forms, *, packed=True, rank=0, ranks=1, loaded=True):
+    """The parts and segments of linears of 32 outputs each, and the weight they stand for."""
+    parts, tensors, weights = [], [], []
+    own = torch.arange(32).chunk(ranks)[rank]
+    for seed, form in enumerate(forms):
+        entry, stored_tensors, weight = linear(form, 32, seed)
+        held = form == "lowrank" or (packed and form != "dense")
+        parts.append(Part(f"block.{seed}", entry, Share(own, 0, INPUTS, INPUTS), held))
+        tensors.append(stored_tensors)
+        weights.append(weight[own])
+    segments = allocate(parts, torch.float32, torch.device("cpu"))
+    for part, own_tensors in zip(parts, tensors, strict=True):
+        for suffix, tensor in own_tensors.items() if loaded else ():
+            part.load(suffix, tensor)
+    return parts, segments, torch.cat(weights)
+
+
+def load_all(part, tensors):
+    for suffix, tensor in tensors.items():
+        part.load(suffix, tensor)
+    part.check()
+
+
+def outputs(segments, x):
+    return torch.cat([segment.module("a layer")(x) for segment in segments], dim=-1)
+
+
+MIXTURES = [
+    ("sparse24", "sparse24", "sparse24"),
+    ("sparse24", "lowrank", "dense"),
+    ("dense", "dense", "armor"),
+    ("armor", "armor"),
+    ("lowrank", "lowrank"),
+    ("dense", "sparse24", "sparse24", "armor", "lowrank", "dense", "dense"),
+]
+
+
+@pytest.mark.parametrize("forms", MIXTURES)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_computes_what_its_linears_do(forms, packed, ranks):
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(9))
+    for rank in range(ranks):
+        parts, segments, weight = layer(forms, packed=packed, rank=rank, ranks=ranks)
+        for part in parts:
+            part.check()
+        torch.testing.assert_close(outputs(segments, x), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("forms", "packed", "kinds"),
+    [
+        (("sparse24",) * 3, True, ["sparse24"]),
+        (("sparse24", "armor", "dense"), False, ["dense"]),
+        (("sparse24", "armor", "dense"), True, ["sparse24", "armor", "dense"]),
+        (("dense", "sparse24", "sparse24", "dense"), True, ["dense", "sparse24", "dense"]),
+        (("armor", "armor"), True, ["armor", "armor"]),
+        (("sparse24", "lowrank", "dense"), False, ["dense", "lowrank", "dense"]),
+    ],
+)
+def test_neighbours_that_are_held_alike_are_one(forms, packed, kinds):
+    _, segments, _ = layer(forms, packed=packed)
+    assert [segment.entry["format"] for segment in segments] == kinds
+
+
+def test_memory_is_taken_before_loading_and_only_for_this_rank():
+    parts, segments, _ = layer(("sparse24", "sparse24"), rank=1, ranks=2, loaded=False)
+    (segment,) = segments
+    assert segment.tensors["weight_values"].shape == (32, INPUTS // 2)
+    addresses = {key: tensor.data_ptr() for key, tensor in segment.tensors.items()}
+    for seed, part in enumerate(parts):
+        for suffix, tensor in linear("sparse24", 32, seed)[1].items():
+            part.load(suffix, tensor)
+    module = segment.module("a layer")
+    state = module.state_dict()
+    assert {key: state[key].data_ptr() for key in addresses} == addresses
+
+
+def test_without_weights_it_computes_zeros():
+    """As vLLM's dummy loader needs it: no metadata is out of bounds."""
+    _, segments, _ = layer(("sparse24", "armor", "lowrank", "dense"), loaded=False)
+    assert not outputs(segments, torch.ones(2, INPUTS)).any()
+
+
+@pytest.mark.parametrize("form", ["sparse24", "armor", "lowrank"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_missing_tensor_is_named(form, packed):
+    tensors = linear(form, 32)[1]
+    for absent in tensors:
+        parts, _, _ = layer((form,), packed=packed, loaded=False)
+        for suffix, tensor in tensors.items():
+            if suffix != absent:
+                parts[0].load(suffix, tensor)
+        with pytest.raises(CheckpointError, match=f"lacks block.0.{absent}"):
+            parts[0].check()
+
+
+@pytest.mark.parametrize("form", ["sparse24", "armor"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_damaged_metadata_is_refused_by_name(form, packed):
+    tensors = linear(form, 32)[1]
+    tensors["weight_metadata"][5, 1] = 0
+    parts, _, _ = layer((form,), packed=packed, loaded=False)
+    with pytest.raises(CheckpointError, match=r"block\.0 is damaged: metadata of row 5"):
+        load_all(parts[0], tensors)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse24", "armor", "lowrank"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_tensors_of_another_shape_are_refused_by_name(form, packed):
+    for suffix, tensor in linear(form, 32)[1].items():
+        for wrong in (tensor[:, : tensor.shape[1] // 2], tensor[: len(tensor) // 2], tensor[0, 0]):
+            parts, _, _ = layer((form,), packed=packed, loaded=False)
+            damaged = {**linear(form, 32)[1], suffix: wrong}
+            with pytest.raises(CheckpointError, match=r"block\.0"):
+                load_all(parts[0], damaged)
+
+
+def test_a_tensor_of_another_form_is_refused():
+    parts, _, _ = layer(("sparse24",), loaded=False)
+    with pytest.raises(CheckpointError, match=r"weight_values, weight_metadata.*has its weight_u"):
+        parts[0].load("weight_u", torch.zeros(32, 4))
+
+
+def test_names_of_stored_tensors():
+    for form in ("dense", "sparse24", "armor", "lowrank"):
+        entry, tensors, _ = linear(form, 32)
+        assert set(suffixes(entry)) == set(tensors)

@@ -1,0 +1,125 @@
+"""What a rank holds of each stored form, without an engine: the product of what is cut is the cut
+of the product.
+"""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from compressor.formats import form_class
+from compressor.runtime.vllm_plugin.slicing import Share, cut, obstacle, shapes
+from compressor_kernels.packing import metadata_of_columns, pack24
+from tests.vllm.folders import largest_two, stored
+
+FORMS = ("dense", "sparse24", "armor", "lowrank")
+
+
+def whole(form, rows, columns, blocks=(8, 4)):
+    """A weight in `form`: its entry, its stored tensors, and the weight, all in float64."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    if form == "dense":
+        return {"format": "dense"}, {"weight": weight}, weight
+    packed = stored(form, weight, generator, blocks)
+    return packed.entry, packed.pack(), packed.dense()
+
+
+def check(form, rows, columns, share):
+    entry, tensors, weight = whole(form, rows, columns)
+    assert obstacle(entry, share) == ""
+    local = {suffix: cut(entry, suffix, tensor, share) for suffix, tensor in tensors.items()}
+    assert {suffix: tuple(part.shape) for suffix, part in local.items()} == shapes(
+        entry, *share.shape
+    )
+    made = form_class(form).unpack({key: part.contiguous() for key, part in local.items()}).dense()
+    expected = weight[share.rows][:, share.start : share.stop]
+    if form in ("dense", "sparse24"):
+        assert torch.equal(made, expected)
+    else:
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+    return local
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_rows_of_every_rank(form, ranks):
+    rows = torch.arange(64)
+    for own in rows.chunk(ranks):
+        check(form, 64, 48, Share(own, 0, 48, 48))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("columns", [32, 48, 40, 16, 24])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_columns_of_every_rank_whole_words_of_metadata_or_not(form, columns, ranks):
+    width = columns // ranks
+    for rank in range(ranks):
+        check(form, 16, columns, Share(torch.arange(16), rank * width, (rank + 1) * width, columns))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_and_columns_at_once(form):
+    check(form, 32, 64, Share(torch.arange(8, 24), 20, 44, 64))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_out_of_order_as_replicated_and_interleaved_heads_are(form):
+    heads = torch.arange(48).view(-1, 8)
+    check(form, 48, 32, Share(heads[[4, 0, 2]].flatten(), 0, 32, 32))
+
+
+@pytest.mark.parametrize(("start", "stop"), combinations(range(0, 44, 4), 2))
+def test_metadata_of_any_columns_is_that_of_the_weight_cut_and_packed(start, stop):
+    generator = torch.Generator().manual_seed(7)
+    weight = largest_two(torch.randn(9, 40, generator=generator))
+    weight[3] = 0
+    values, metadata = pack24(weight)
+    of_cut = pack24(weight[:, start:stop])
+    assert torch.equal(metadata_of_columns(metadata, start, stop, 40), of_cut[1])
+    assert torch.equal(values[:, start // 2 : stop // 2], of_cut[0])
+
+
+def test_metadata_of_whole_words_is_a_view():
+    metadata = torch.full((3, 4), 0x4444, dtype=torch.int16)
+    part = metadata_of_columns(metadata, 16, 48, 64)
+    assert part.untyped_storage().data_ptr() == metadata.untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="cut a group of four"):
+        metadata_of_columns(metadata, 2, 48, 64)
+
+
+def test_a_range_of_rows_is_a_view():
+    entry, tensors, _ = whole("sparse24", 32, 32)
+    part = cut(
+        entry, "weight_values", tensors["weight_values"], Share(torch.arange(8, 16), 0, 32, 32)
+    )
+    assert (
+        part.untyped_storage().data_ptr() == tensors["weight_values"].untyped_storage().data_ptr()
+    )
+
+
+ARMOR = {"format": "armor", "block_a": 8, "block_b": 16}
+
+
+@pytest.mark.parametrize(
+    ("entry", "share", "reason"),
+    [
+        ({"format": "sparse24"}, Share(torch.arange(3), 6, 12, 12), "cut a group of four"),
+        (ARMOR, Share(torch.arange(8), 0, 18, 36), "cut a group of four"),
+        (ARMOR, Share(torch.arange(12), 0, 32, 32), "not whole blocks of 8"),
+        (ARMOR, Share(torch.arange(4, 12), 0, 32, 32), "not whole blocks of 8"),
+        (ARMOR, Share(torch.arange(8).flip(0), 0, 32, 32), "not whole blocks of 8"),
+        (ARMOR, Share(torch.arange(8), 8, 32, 32), "not whole blocks of 16"),
+        (ARMOR, Share(torch.arange(8), 0, 24, 48), "not whole blocks of 16"),
+    ],
+)
+def test_what_cannot_be_cut_is_said(entry, share, reason):
+    assert reason in obstacle(entry, share)
+
+
+def test_thin_factors_and_dense_weights_are_cut_anywhere():
+    share = Share(torch.tensor([5, 1]), 3, 7, 11)
+    assert obstacle({"format": "lowrank", "rank": 2}, share) == ""
+    assert obstacle({"format": "dense"}, share) == ""
+    check("lowrank", 12, 11, share)
+    check("dense", 12, 11, share)
