@@ -75,14 +75,14 @@ def stored(kind: str, weight: Tensor, generator: torch.Generator) -> Any:
     rows, columns = weight.shape
     core = weight * Pattern.parse("2:4").mask_matrix(weight.abs().float())
     if kind == "sparse24":
-        return Sparse24.from_factors(core)
+        return Sparse24.from_dense(core)
     if kind == "armor":
         a, b = (
             torch.eye(8).repeat(size // 8, 1, 1)
             + torch.randn(size // 8, 8, 8, generator=generator) / 16
             for size in (rows, columns)
         )
-        return Armor.from_factors(a.to(weight.dtype), core, b.to(weight.dtype))
+        return Armor.from_factors(a=a.to(weight.dtype), core=core, b=b.to(weight.dtype))
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     rank = min(rows, columns) // 2
     return LowRank((u[:, :rank] * s[:rank]).to(weight.dtype), v[:rank].to(weight.dtype))

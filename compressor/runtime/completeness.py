@@ -76,11 +76,11 @@ def _check_one(folder: Path, name: str, entry: Entry, expected: Any) -> None:
 
 def check_loaded(model: Any) -> None:
     """The same of a model that was given a state dict, afterwards. Raises CheckpointError."""
-    random = {
-        name
-        for name, parameter in model.named_parameters()
-        if not getattr(parameter, "_is_hf_initialized", False)  # set on what was given
-    }
+    kept = model.state_dict().keys()
+    tensors = dict(model.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    given = "_is_hf_initialized"  # transformers sets it on what it was given
+    random = {name for name, tensor in tensors.items() if not getattr(tensor, given, False)}
     if missing := _made_up(model, random):
         raise CheckpointError(f"the state dict lacks {missing[0]}: its weights cannot be trusted")
 

@@ -128,17 +128,28 @@ class CompressedQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """What transformers' Trainer asks for where no adapter is attached."""
-        return self.is_trainable
+        """Whether the Trainer of transformers, which alone asks for it, may train the model.
+
+        Raises:
+            UsageError: it may not. Transformers would recommend adapters, which peft does not
+                attach to packed linears.
+        """
+        if not self.is_trainable:
+            raise UsageError(
+                "packed 2:4 weights are frozen: call model.dequantize() and train that, whole or "
+                "with adapters; or train the factors of a model made by compress lowrank"
+            )
+        return True
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """The plain model, in place: see `dequantize.make_plain`."""
         wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if wanted is not None and not getattr(wanted, "is_floating_point", False):
+        known = isinstance(wanted, torch.dtype) and wanted.is_floating_point
+        if wanted is not None and not known:
             raise UsageError(
                 f"dtype is {dtype!r}; accepted: a floating dtype of torch, or its name"
             )
-        make_plain(model, wanted)
+        make_plain(model, wanted if isinstance(wanted, torch.dtype) else None)
         self.remove_quantization_config(model)
         for module in model.modules():  # some families look whether their config has it
             if config := vars(module).get("config"):
