@@ -33,17 +33,17 @@ from torch import Tensor, nn
 
 from compressor.allocation.guard import Trial
 from compressor.allocation.sparsity import allocator, leave_dense
-from compressor.allocation.sparsity.choose import sharing
+from compressor.allocation.sparsity.choose import with_zeros
 from compressor.calibration import tokens
 from compressor.calibration.capture import States
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import compress_blocks
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.evaluate import perplexity
 from compressor.pattern import Pattern
 from compressor.progress import silent
 from compressor.refine import refinement
-from compressor.run.check import make_job
+from compressor.run.check import plan_run
 from compressor.run.pipeline import calibrate
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
@@ -68,7 +68,7 @@ class Case:
 
     name: str
     method: str
-    job: Job
+    plan: Plan
     states: States
     model: nn.Module
     test: list[Tensor]
@@ -88,29 +88,29 @@ def load(name: str, method: str, models: Path, rows: Path) -> Case:
         dtype="float32",
         dataset=str(rows / f"{name}-calib.jsonl"),
     )
-    job = make_job(recipe, None)
-    states = calibrate(job, recipe, CPU)
+    plan = plan_run(recipe, None)
+    states = calibrate(plan, recipe, CPU)
     test = tokens.evaluation_rows(
         str(rows / f"{name}-{TESTS[name]}.jsonl"),
         folder,
-        job.skeleton.config.vocab_size,
-        seq_len=job.seq_len,
+        plan.skeleton.config.vocab_size,
+        seq_len=plan.seq_len,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Case(name, method, job, states, model, test, Trial(job, states, CPU))
+    return Case(name, method, plan, states, model, test, Trial(plan, states, CPU))
 
 
 def run(case: Case, refine: str, pattern: str, ratios: str) -> dict[str, Any]:
     """One row: plan, compress, score."""
     started = time.process_time()
-    job = replace(case.job, refine=refinement(refine) if refine else None)
+    plan = replace(case.plan, refine=refinement(refine) if refine else None)
     goal = Pattern.parse(pattern)
-    even = job.assign({task.linear.name: goal for task in job.every}, "")
+    even = plan.with_targets({task.linear.name: goal for task in plan.every}, "")
     if goal.m:
         plain, planned = even, left_dense(case, even, ratios)
     else:
         plain, planned = (
-            sharing(even, shares(case, even, goal, name)) for name in ("uniform", ratios)
+            with_zeros(even, shares(case, even, goal, name)) for name in ("uniform", ratios)
         )
     if (refine, pattern) not in case.plain:
         case.plain[refine, pattern] = case.trial.divergence(plain)
@@ -124,44 +124,47 @@ def run(case: Case, refine: str, pattern: str, ratios: str) -> dict[str, Any]:
     }
 
 
-def shares(case: Case, job: Job, goal: Pattern, ratios: str) -> dict[str, int]:
+def shares(case: Case, plan: Plan, goal: Pattern, ratios: str) -> dict[str, int]:
     key = (str(goal), ratios)
     if key not in case.shares:
         name, options = RATIOS[ratios]
-        zeros = int(goal.sparsity * sum(task.linear.size for task in job.every))
+        zeros = int(goal.sparsity * sum(task.linear.size for task in plan.every))
         case.shares[key], _ = allocator(name).allocate(
-            job, zeros, case.states, CPU, silent, **options
+            plan, zeros, case.states, CPU, silent, **options
         )
         assert sum(case.shares[key].values()) == zeros
     return case.shares[key]
 
 
-def left_dense(case: Case, job: Job, fraction: str) -> Job:
+def left_dense(case: Case, plan: Plan, fraction: str) -> Plan:
     if not fraction:
-        return job
-    kept, _ = leave_dense.choose(
-        job, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent
+        return plan
+    kept, _ = leave_dense.select(
+        plan, Fraction(fraction.removesuffix("%")) / 100, case.states, CPU, silent
     )
-    return job.assign(
-        {task.linear.name: None if task.linear.name in kept else task.goal for task in job.every},
+    return plan.with_targets(
+        {
+            task.linear.name: None if task.linear.name in kept else task.target
+            for task in plan.every
+        },
         "",
     )
 
 
-def score(case: Case, job: Job) -> float:
-    """Perplexity of the model with the linears of `job` compressed."""
+def score(case: Case, plan: Plan) -> float:
+    """Perplexity of the model with the linears of `plan` compressed."""
     parameters = {
         name: module.weight
         for name, module in case.model.named_modules()
         if isinstance(module, nn.Linear)
     }
-    original = {task.linear.name: parameters[task.linear.name].data for task in case.job.every}
+    original = {task.linear.name: parameters[task.linear.name].data for task in case.plan.every}
     states = case.states.first(len(case.states.hidden))
 
     def store(task: Any, form: Any, seen: Any) -> None:
         parameters[task.linear.name].data = form.dense().float()
 
-    for _ in compress_blocks(job, states, CPU, store, silent):
+    for _ in compress_blocks(plan, states, CPU, store, silent):
         pass
     found = perplexity(case.model, case.test)
     for name, weight in original.items():

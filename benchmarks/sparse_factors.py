@@ -27,7 +27,7 @@ from compressor.config.recipe import Recipe
 from compressor.engine.blocks import dense_blocks
 from compressor.methods import sparsegpt, svd_llm
 from compressor.pattern import Pattern
-from compressor.run.check import make_job
+from compressor.run.check import plan_run
 from compressor.run.pipeline import calibrate
 from compressor.stats import InputStats
 
@@ -59,14 +59,14 @@ def measure(name: str) -> dict[str, dict[float, float]]:
     recipe = Recipe(
         str(SHARED / "models" / name), method="svd_llm", keep="50%", dtype="float32", dataset=rows
     )
-    job = make_job(recipe, None)
+    plan = plan_run(recipe, None)
     found: dict[str, dict[float, list[float]]] = {
         row: {keep: [] for keep in KEEPS} for row in ("dense factors", "2:4 factors")
     }
     plain: list[float] = []
-    for tasks, statistics in dense_blocks(job, calibrate(job, recipe, CPU), CPU, gram=True):
+    for tasks, statistics in dense_blocks(plan, calibrate(plan, recipe, CPU), CPU, gram=True):
         for task in tasks:
-            weight, stats = task.linear.read(job.reader).float(), statistics[task.linear.name]
+            weight, stats = task.linear.read(plan.reader).float(), statistics[task.linear.name]
             assert stats.gram is not None
             gram, (out, into) = stats.gram.double(), weight.shape
             plain.append(error(weight, sparsegpt.compress(weight, stats, HALF).dense(), gram))

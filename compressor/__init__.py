@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from compressor.progress import Progress
     from compressor.records.report import Report
-    from compressor.run.plan_file import Plan
+    from compressor.run.plan_file import PlanFile
 
 __all__ = ["load", "lowrank", "plan", "prune"]
 
@@ -131,7 +131,7 @@ def plan(
     device: str = "auto",
     progress: Progress | None = None,
     **settings: Unpack[PlanSettings],
-) -> Plan:
+) -> PlanFile:
     """Choose what every linear of the checkpoint `model` becomes; nothing is compressed.
 
     Args:
@@ -154,14 +154,14 @@ def plan(
     check_kinds(str, device=device)
     asked = ask("plan", as_text("model", model), recipe, settings)
     file = None if output is None else as_path("output", output)
-    from compressor.run.plan_file import Plan, check_new_file
+    from compressor.run.plan_file import PlanFile, check_new_file
 
     if file:
         check_new_file(file)
     from compressor.progress import silent
     from compressor.run.pipeline import make_plan
 
-    chosen = Plan.of(make_plan(asked, device=device, progress=progress or silent))
+    chosen = PlanFile.of(make_plan(asked, device=device, progress=progress or silent))
     if file:
         chosen.save(file)
     return chosen

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.cache import cache_folder
+from compressor.text import size
 
 NEEDED = ["torch", "transformers", "accelerate", "safetensors", "huggingface-hub"]
 OPTIONAL = {
@@ -116,7 +117,7 @@ def _devices() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        room = f"{_gigabytes(free)} of {_gigabytes(total)} free"
+        room = f"{size(free)} of {size(total)} free"
         text = f"{facts.name}, sm_{facts.major}{facts.minor}, {room}, CUDA {torch.version.cuda}"
         found.append(Finding("devices", f"cuda:{index}", "ok", text))
     if len(found) == 1:
@@ -203,7 +204,7 @@ def _memory() -> list[Finding]:
             "room",
             "memory",
             "ok",
-            f"{_gigabytes(memory.available)} of {_gigabytes(memory.total)} free",
+            f"{size(memory.available)} of {size(memory.total)} free",
         )
     ]
 
@@ -217,7 +218,7 @@ def _disks() -> list[Finding]:
         "own cache": cache_folder(),
     }
     return [
-        Finding("room", name, "ok", f"{_gigabytes(_free(place))} free, {place}")
+        Finding("room", name, "ok", f"{size(_free(place))} free, {place}")
         for name, place in places.items()
     ]
 
@@ -247,7 +248,3 @@ def _hub() -> list[Finding]:
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -9,6 +9,7 @@ that without any table of architectures. Mean and centred second moment are merg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -111,11 +112,17 @@ class InputStats:
 
 def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:
     """Relative squared output error ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the sampled tokens; weights `[out,
-    in]`.
+    in]`. The arithmetic is float32, or float64 where outputs overflow that.
     """
-    x = stats.sample
-    exact = x @ weight.float().T
-    difference = exact - x @ compressed.float().T
+    error = _output_error(weight.float(), compressed.float(), stats.sample)
+    if math.isfinite(error):
+        return error
+    return _output_error(weight.double(), compressed.double(), stats.sample.double())
+
+
+def _output_error(weight: Tensor, compressed: Tensor, x: Tensor) -> float:
+    exact = x @ weight.T
+    difference = exact - x @ compressed.T
     return (
         difference.double().square().sum() / exact.double().square().sum().clamp_min(1e-300)
     ).item()

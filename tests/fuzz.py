@@ -50,7 +50,7 @@ def preload() -> None:
     """Import here what the cases need, so that a case costs a fork and not an import."""
     from importlib import import_module
 
-    for name in ("cli", "legacy", "pack", "runtime", "unpack"):
+    for name in ("cli", "runtime", "tools.import_bitmask", "tools.pack", "tools.unpack"):
         import_module(f"compressor.{name}")
     from compressor.cli.show import quiet_libraries
 

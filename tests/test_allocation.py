@@ -15,17 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from compressor.allocation.guard import Trial, better
 from compressor.allocation.sparsity import curve, ecoflap, leave_dense, owl
-from compressor.allocation.sparsity.choose import allocate
+from compressor.allocation.sparsity.choose import share_zeros
 from compressor.allocation.sparsity.direct import divergence_curves
 from compressor.allocation.sparsity.fisher import error_curves, sampled_label_loss
 from compressor.allocation.sparsity.uniform import uniform
 from compressor.calibration import capture
 from compressor.calibration.gradients import next_token_loss
 from compressor.config.recipe import Recipe
+from compressor.engine.plan import Prepared
 from compressor.errors import NumericalError
 from compressor.pattern import Pattern
 from compressor.progress import silent
-from compressor.run.check import make_job
+from compressor.run.check import plan_run
 from compressor.run.pipeline import prune
 
 CPU = torch.device("cpu")
@@ -40,8 +41,8 @@ def _small_batches(monkeypatch):
 
 
 def begin(folder, rows, **settings):
-    """A job and its calibration states."""
-    job = make_job(
+    """A plan and its calibration states."""
+    job = plan_run(
         Recipe(
             **{
                 "model": str(folder),
@@ -222,7 +223,7 @@ def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings,
     before = [hidden.clone() for hidden in states.hidden]
     weights = sum(task.linear.size for task in job.every)
     zeros = int(Pattern.parse(pattern).sparsity * weights)
-    shares = job.ratios.allocate(job, zeros, states, CPU, silent, **job.ratio_options)[0]
+    shares = job.choice.allocator.allocate(job, zeros, states, CPU, silent, **job.choice.options)[0]
     assert sum(shares.values()) == zeros
     assert all(0 <= shares[task.linear.name] <= task.linear.size for task in job.every)
     if settings["ratios"] == "ecoflap":
@@ -261,7 +262,7 @@ def test_no_group_is_sparser_than_allowed(tiny, rows, module):
 
 def test_dense_fraction_stays_within_its_budget(tiny, rows):
     job, states = begin(tiny("llama"), rows, pattern="2:4", dense_fraction="20%")
-    kept, facts = leave_dense.choose(job, Fraction(1, 5), states, CPU, silent)
+    kept, facts = leave_dense.select(job, Fraction(1, 5), states, CPU, silent)
     sizes = {task.linear.name: task.linear.size for task in job.every}
     assert kept
     assert sum(sizes[name] for name in kept) <= sum(sizes.values()) / 5
@@ -280,10 +281,10 @@ def test_only_a_better_plan_is_taken(tiny, rows, second, taken):
     trial = SimpleNamespace(
         tokens=7, divergence=lambda job, progress: 0.2 if job is even else second
     )
-    job = better(trial, {"uniform": even, "curve": other}, {"by": "curve"}, silent)
-    assert job.skeleton is (other if taken == "curve" else even).skeleton
-    assert job.allocation["taken"] == taken
-    assert set(job.allocation["divergence"]) == {"uniform", "curve"}
+    choice = better(trial, {"uniform": even, "curve": other}, {"by": "curve"}, silent)
+    assert choice.plan is (other if taken == "curve" else even)
+    assert choice.measured["taken"] == taken
+    assert set(choice.measured["divergence"]) == {"uniform", "curve"}
 
 
 def test_a_trial_is_the_divergence_of_the_model_that_prune_writes(tiny, rows, tmp_path):
@@ -313,12 +314,14 @@ def test_a_plan_that_is_refused_leaves_the_uniform_one(tiny, rows, monkeypatch):
     monkeypatch.setattr(
         Trial,
         "divergence",
-        lambda self, job, progress: float(len({str(t.goal) for t in job.every}) > 1),
+        lambda self, job, progress: float(len({str(t.target) for t in job.every}) > 1),
     )
-    chosen = allocate(job, states, CPU, silent)
+    chosen = share_zeros(job, job.choice, states, CPU, Prepared(), silent)
     zeros = sum(task.linear.size for task in job.every) // 2
-    assert {task.linear.name: task.goal.zeros for task in chosen.every} == uniform(job, zeros)
-    assert chosen.allocation["taken"] == "uniform"
+    assert {task.linear.name: task.target.zeros for task in chosen.plan.every} == uniform(
+        job, zeros
+    )
+    assert chosen.measured["taken"] == "uniform"
 
 
 # --- the command line
@@ -516,6 +519,7 @@ def test_a_linear_that_nothing_reaches_is_named(tiny, rows, module, monkeypatch)
         ]
 
     monkeypatch.setattr(type(job.skeleton), "linears", linears)
-    job.tasks[1][0] = replace(job.tasks[1][0], linear=replace(lost, module=silent_module))
+    silenced = replace(job.tasks[1][0], linear=replace(lost, module=silent_module))
+    job = replace(job, tasks=(job.tasks[0], (silenced, *job.tasks[1][1:]), job.tasks[2]))
     with pytest.raises(NumericalError, match=f"{lost.name} saw no"):
         module.allocate(job, 40_000, states, CPU, silent)

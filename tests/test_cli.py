@@ -397,8 +397,17 @@ def test_layers_that_the_config_does_not_know_are_listed(cli, copy):
     )
 
 
-def test_an_old_report_is_not_overwritten(refuse, tiny, tmp_path):
-    (tmp_path / "out.report.json").touch()
-    assert "out.report.json exists already" in refuse(
-        "prune", tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "-q"
-    )
+def test_what_lies_beside_an_earlier_folder_goes_with_it(cli, refuse, tiny, tmp_path):
+    beside = [tmp_path / f"out.{kind}" for kind in ("report.json", "eval.json", "report.html")]
+    asked = [tiny("llama"), "-o", tmp_path / "out", "--method", "magnitude", "-q"]
+    beside[0].mkdir()
+    assert "out.report.json is a folder" in refuse("prune", *asked)
+    beside[0].rmdir()
+    for command in (["prune", *asked], ["unpack", tmp_path / "packed", "-o", tmp_path / "out"]):
+        for path in beside:
+            path.write_text("of an earlier folder")
+        cli(*command)
+        assert [path.exists() for path in beside] == [command[0] == "prune", False, False]
+        if command[0] == "prune":
+            assert json.loads(beside[0].read_text())["run"]["device"] == "cpu"
+            (tmp_path / "out").rename(tmp_path / "packed")

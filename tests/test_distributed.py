@@ -125,7 +125,7 @@ def test_two_processes_with_too_little_memory_write_the_bytes_of_one(monkeypatch
 def test_factors_of_a_plan_are_made_by_several_processes(recipe, tmp_path):
     job = replace(recipe("kfac"), keep="", plan=str(tmp_path / "plan.toml"))
     planned = pipeline.make_plan(recipe("kfac"))
-    Path(job.plan).write_text(plan_file.dumps(planned))
+    Path(job.plan).write_text(plan_file.dumps(planned.plan))
     codes, said = in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "two"))
     assert codes == [0, 0], said
     pipeline.prune(job, tmp_path / "one")
@@ -154,7 +154,7 @@ def test_an_error_of_the_first_process_is_one_in_all(monkeypatch, recipe, tmp_pa
     def refused(*_, **__):
         raise NumericalError("no goals")
 
-    monkeypatch.setattr(pipeline, "allocate", refused)
+    monkeypatch.setattr(pipeline, "share_zeros", refused)
     job = recipe("ratios")
     assert in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "out")) == (
         [3, 3],

@@ -3,6 +3,7 @@ how they are shown.
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -307,7 +308,7 @@ def test_divergence_needs_room_for_both(demo_model, copy, rows, monkeypatch):
     )
     found = evaluate(str(copy), baseline=str(demo_model), datasets=[str(rows)], note=notes.append)
     assert DIVERGENCE not in found["results"]["rows"]
-    assert "both models in memory take 0.0 GB more" in notes[0]
+    assert re.search(r"both models in memory take \d+\.\d\d MB more, 1\.00 MB are free", notes[0])
 
 
 def test_one_model_is_in_memory_unless_both_are_compared(

@@ -26,7 +26,7 @@ from compressor.model.experts import (
     seeing_all_tokens,
 )
 from compressor.model.skeleton import Skeleton
-from compressor.run.check import make_job
+from compressor.run.check import plan_run
 from compressor.run.pipeline import prune
 from compressor.stats import collecting
 from compressor.tools.pack import pack
@@ -226,7 +226,7 @@ def test_an_expert_with_hardly_a_token_is_calibrated_on_all_of_them_and_listed(
     ],
 )
 def test_routers_and_gates_stay_dense_and_are_listed(family, routers, tiny, rows):
-    job = make_job(recipe(tiny(family), rows), None)
+    job = plan_run(recipe(tiny(family), rows), None)
     reasons = {left.name: left.reason for left in job.left_dense}
     for router in routers:
         assert reasons[f"model.layers.0.{router}"] == "router"
@@ -283,7 +283,7 @@ def test_experts_are_packed_together_or_not_at_all(cli, tiny, rows, tmp_path):
 )
 def test_what_experts_cannot_do_is_said_before_any_work(family, settings, match, tiny, rows):
     with pytest.raises(UsageError, match=match):
-        make_job(recipe(tiny(family), rows, **settings), None)
+        plan_run(recipe(tiny(family), rows, **settings), None)
 
 
 @pytest.mark.parametrize(

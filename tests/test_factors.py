@@ -15,7 +15,7 @@ from compressor.allocation.rank import (
     uniform,
     welore,
 )
-from compressor.allocation.rank.fisher_factors import marginals
+from compressor.allocation.rank.fisher_factors import kronecker_factors
 from compressor.calibration.gradients import Taps
 from compressor.engine.factor_store import Factored
 from compressor.errors import NumericalError, UsageError
@@ -101,10 +101,10 @@ def test_two_sided_error_is_the_dropped_tail(shape):
     torch.testing.assert_close(weight - found, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_marginals_are_the_partial_traces_of_the_fisher_information():
+def test_kronecker_factors_are_the_partial_traces_of_the_fisher_information():
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(50, 6, generator=generator), torch.randn(50, 4, generator=generator)
-    a, b = marginals(Taps([x[:30], x[30:]], [g[:30], g[30:]]))
+    a, b = kronecker_factors(Taps([x[:30], x[30:]], [g[:30], g[30:]]))
     fisher = torch.zeros(4, 6, 4, 6, dtype=torch.float64)
     for inputs, gradient in zip(x.double(), g.double(), strict=True):
         outer = torch.outer(gradient, inputs)
@@ -119,7 +119,9 @@ def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_
     pairs = Taps(
         [x.repeat_interleave(len(g), 0)], [g.repeat(len(x), 1)]
     )  # every input with every gradient
-    form, values = kfac.decompose(weight, 5, *marginals(pairs), damp=1e-10, gradient_damp=1e-10)
+    form, values = kfac.decompose(
+        weight, 5, *kronecker_factors(pairs), damp=1e-10, gradient_damp=1e-10
+    )
     change = (form.dense() - weight).double()
     rise = (
         torch.einsum("to,oi,ti->t", pairs.gradients[0].double(), change, pairs.inputs[0].double())

@@ -15,7 +15,7 @@ from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
 from compressor.model.skeleton import Skeleton
 from compressor.run import plan_file
-from compressor.run.check import make_job
+from compressor.run.check import plan_run
 
 Q = "model.layers.0.self_attn.q_proj"
 COMMON = ("--num-samples", 8, "--seq-len", 32, "-q")
@@ -35,7 +35,7 @@ def write(path, entries, head="version = 1\n"):
 
 @pytest.fixture(scope="module")
 def job(tiny):
-    return make_job(Recipe(str(tiny("llama")), pattern="2:4"), None)
+    return plan_run(Recipe(str(tiny("llama")), pattern="2:4"), None)
 
 
 @settings(deadline=None, max_examples=30)
@@ -50,7 +50,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, job, data):
             else plan_file.Pattern.exact(zeros,
             task.linear.size) if kind == "exact" else plan_file.Pattern.parse(kind)
         )  # fmt: skip
-    assigned = job.assign(goals, 'because of "this" # and\nthat')
+    assigned = job.with_targets(goals, 'because of "this" # and\nthat')
     path = tmp_path_factory.mktemp("plan") / "plan.toml"
     path.write_text(plan_file.dumps(assigned))
     assert plan_file.fit(plan_file.read(path), [task.linear for task in job.every], {}) == goals
@@ -218,7 +218,7 @@ def test_a_plan_is_made_edited_used_and_the_output_makes_itself_again(cli, tiny,
     }
     goals = plan_file.fit(
         plan_file.read(file),
-        [t.linear for t in make_job(Recipe(str(tiny("llama"))), None).every],
+        [t.linear for t in plan_run(Recipe(str(tiny("llama"))), None).every],
         {},
     )
     for name, row in found.items():

@@ -148,7 +148,7 @@ def test_the_card_says_what_was_stored_and_nothing_else(hub, push, out):
     assert (entry.dataset_id, entry.task_id, entry.value) == ("allenai/ai2_arc", "ARC-Easy", 0.25)
     assert 'from_pretrained(name, dtype="auto")' in card.text
     assert "import compressor.runtime" in card.text
-    assert "1.57 MB → 0.88 MB (0.5625 of dense)" in card.text
+    assert "1.57 MB → 884.74 kB (0.5625 of dense)" in card.text
     assert "| compressed | 28 linears, packed 2:4 (50.0% zeros) |" in card.text
     assert "| left dense | 1 weight, none inside the decoder blocks:" in card.text
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from compressor.allocation.sparsity.apportion import apportion, evenly
-from compressor.allocation.sparsity.knapsack import choose, lower_hull, share_out
+from compressor.allocation.sparsity.knapsack import best_set, lower_hull, share_out
 from compressor.allocation.sparsity.owl import shifted
 from compressor.allocation.sparsity.waterfill import waterfill
 from compressor.errors import NumericalError, UsageError
@@ -174,10 +174,10 @@ def test_share_out_says_when_the_total_cannot_be_reached():
     st.lists(st.tuples(st.floats(0, 10), st.integers(1, 30)), min_size=1, max_size=7),
     st.integers(1, 100),
 )
-def test_choose_is_the_best_of_all_sets(items, budget):
+def test_best_set_is_the_best_of_all_sets(items, budget):
     values = {f"l{index}": value for index, (value, _) in enumerate(items)}
     sizes = {f"l{index}": size for index, (_, size) in enumerate(items)}
-    chosen = choose(values, sizes, budget)
+    chosen = best_set(values, sizes, budget)
     assert sum(sizes[name] for name in chosen) <= budget
     sets = itertools.chain.from_iterable(
         itertools.combinations(values, count) for count in range(len(values) + 1)
@@ -190,7 +190,7 @@ def test_choose_is_the_best_of_all_sets(items, budget):
     assert sum(values[name] for name in chosen) == pytest.approx(best)
 
 
-def test_choose_fits_large_sizes_without_a_common_divisor():
+def test_best_set_fits_large_sizes_without_a_common_divisor():
     sizes = {"a": 10_000_019, "b": 10_000_079, "c": 5_000_011}
-    chosen = choose({"a": 1.0, "b": 1.1, "c": 0.7}, sizes, 15_100_000)
+    chosen = best_set({"a": 1.0, "b": 1.1, "c": 0.7}, sizes, 15_100_000)
     assert chosen == {"b", "c"}

@@ -15,8 +15,8 @@ from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError
 from compressor.page import draw, read_record, render
-from compressor.page.charts import _ticks, columns, heat_map
-from compressor.page.spectra import DEPTHS, spectra
+from compressor.plots.charts import _ticks, columns, heat_map
+from compressor.plots.spectra import DEPTHS, spectra
 from compressor.records.scores import BY_TASK
 from tests.conftest import ROOT
 
@@ -422,7 +422,7 @@ def test_pictures(cli, folder, tmp_path):
 
 
 def test_colours_have_contrast():
-    from compressor.page.colours import DARK, LIGHT
+    from compressor.plots.colours import DARK, LIGHT
 
     def luminance(colour):
         parts = [int(part, 16) / 255 for part in re.findall("..", colour[1:])]

@@ -1,1 +1,1 @@
-"""A goal for every linear: shares of zeros and ranks, and the guard that compares them."""
+"""A target for every linear: shares of zeros and ranks, and the guard that compares them."""

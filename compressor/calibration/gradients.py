@@ -31,7 +31,7 @@ class Taps:
 
     Attributes:
         inputs: rows x, `[tokens, in]`; the linears that read one tensor hold the same object.
-        gradients: rows of ∂loss/∂y, `[tokens, out]`.
+        gradients: rows of ∂loss/∂y, `[tokens, out]`; zeros where the loss does not depend on y.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -105,11 +105,15 @@ def tapping(linears: list[Linear]) -> Iterator[dict[str, Taps]]:
 
     def after(name: str) -> Callable[..., None]:
         def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(
-                lambda gradient: taps[name].gradients.append(
-                    gradient.reshape(-1, gradient.shape[-1])
-                )
-            )
+            gradients, width = taps[name].gradients, output.shape[-1]
+            number = len(gradients)  # zeros that take no memory, until a gradient arrives
+            gradients.append(output.new_zeros(()).expand(output.numel() // width, width))
+
+            def arrived(gradient: Tensor) -> None:
+                gradients[number] = gradient.reshape(-1, width)
+
+            if output.requires_grad:
+                output.register_hook(arrived)
 
         return keep
 

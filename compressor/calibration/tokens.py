@@ -13,6 +13,7 @@ from compressor.calibration.dataset import Record, on_hub, records
 from compressor.calibration.dataset import check_dataset as check_dataset
 from compressor.checkpoint.side_files import lfs_pointer, side_files
 from compressor.errors import DataError
+from compressor.text import size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -334,10 +335,8 @@ def _require_memory(folder: Path, device: str) -> None:
     )
     if needed * 1.2 > free:
         raise DataError(
-            f"'self' needs the whole model in memory to sample from it: {needed / 1e9:.1f} GB of "
-            f"weights, "
-            f"{free / 1e9:.1f} GB free on {device}; "
-            "give a text with --dataset"
+            f"'self' needs the whole model in memory to sample from it: {size(needed)} of weights, "
+            f"{size(free)} free on {device}; give a text with --dataset"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from compressor.checkpoint import cache
 from compressor.checkpoint.atomic import sha256
 from compressor.checkpoint.reader import Reader
+from compressor.checkpoint.side_files import names
 
 _RECORDS = {
     "report.json"
@@ -34,11 +35,9 @@ def file_sha256(path: Path) -> str:
 
 def checkpoint_digest(reader: Reader) -> str:
     """A SHA-256 over the shards, config.json, tokenizer and remote code of a checkpoint folder."""
-    side = [
-        path.name for path in reader.folder.iterdir() if path.suffix in _DECISIVE and path.is_file()
-    ]
-    names = {
+    side = [name for name in names(reader.folder) if Path(name).suffix in _DECISIVE]
+    decisive = {
         *reader.shards,
         *(name for name in side if name not in _RECORDS and not name.startswith(".")),
     }
-    return cache.make_key([[name, file_sha256(reader.folder / name)] for name in sorted(names)])
+    return cache.make_key([[name, file_sha256(reader.folder / name)] for name in sorted(decisive)])

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compressor.checkpoint.atomic import sha256
+from compressor.checkpoint.side_files import TEMPLATES, names
 
 NAME = "SHA256SUMS"
 _LOADED = {
@@ -24,6 +25,7 @@ _LOADED = {
     ".jinja",
     ".model",
 }  # what a loader would read
+_LINE = re.compile(rf"([0-9a-f]{{64}})  ((?:{TEMPLATES}/)?[^/\\\x00]+)")
 
 
 def manifest(hashes: Mapping[str, str]) -> str:
@@ -43,26 +45,27 @@ def problems(folder: Path) -> list[str]:
         return [f"{NAME} is not readable: {str(error)[:100]}"]
     found, listed = [], set()
     for number, line in enumerate(text.splitlines(), 1):
-        entry = re.fullmatch(r"([0-9a-f]{64})  ([^/\\\x00]+)", line)
-        if not entry or entry[2] in (".", ".."):
+        entry = re.fullmatch(_LINE, line)
+        if not entry or entry[2].rpartition("/")[2] in (".", ".."):
             found.append(f"{NAME} line {number} is no checksum and file name")
             continue
         listed.add(entry[2])
-        found += _changed(folder / entry[2], entry[1])
-    there = {path.name for path in folder.iterdir() if path.suffix in _LOADED}
+        found += _changed(folder, entry[2], entry[1])
+    there = {name for name in names(folder) if Path(name).suffix in _LOADED}
     return found + [
         f"{name} is not in {NAME}: it was added later" for name in sorted(there - listed)
     ]
 
 
-def _changed(path: Path, digest: str) -> list[str]:
+def _changed(folder: Path, name: str, digest: str) -> list[str]:
+    path = folder / name
     if not path.is_file():
-        return [f"{path.name} is missing"]
+        return [f"{name} is missing"]
     try:
         return (
             []
             if sha256(path) == digest
-            else [f"{path.name} has changed: its sha256 is not that in {NAME}"]
+            else [f"{name} has changed: its sha256 is not that in {NAME}"]
         )
     except OSError as error:
-        return [f"{path.name} cannot be read: {error.strerror}"]
+        return [f"{name} cannot be read: {error.strerror}"]

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.side_files import (
+    PATTERNS,
+    TEMPLATES,
+    left_files,
+    lfs_pointer,
+    side_files,
+)
 from compressor.errors import CheckpointError
+from compressor.text import home_path
 
 ITEM_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16,
@@ -56,6 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError where it is missing, unreadable or no
     object.
     """
+    if pointer := lfs_pointer(path):
+        raise CheckpointError(pointer)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,6 +84,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         CheckpointError: truncated file, lying lengths, overlapping or missing bytes, unknown dtype,
             malformed header.
     """
+    if pointer := lfs_pointer(path):
+        raise CheckpointError(pointer)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -157,11 +169,15 @@ class Reader:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
         if not (folder / "config.json").is_file():
+            missing = "a Hugging Face checkpoint folder is expected"
             raise CheckpointError(
-                f"{folder} has no config.json: a Hugging Face checkpoint folder is expected"
+                f"{folder} has no config.json: {_only_adapter(folder) or missing}"
             )
         self.config = read_json(folder / "config.json")
-        self.index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+        for name in side_files(folder, code=False):
+            if pointer := lfs_pointer(folder / name):
+                raise CheckpointError(pointer)
+        self.index = self._index()
         self.shards = self._shard_names()
         self.tensors: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
@@ -174,22 +190,54 @@ class Reader:
             self.tensors.update(entries)
         self._check_index()
 
+    def _index(self) -> dict[str, Any] | None:
+        """The index, if it is what transformers would load: only where there is no single file."""
+        named = self.config.get("transformers_weights")
+        if isinstance(named, str) and re.search(r"\.safetensors(\.index\.json)?$", named):
+            raise CheckpointError(
+                f"{self.folder}/config.json names its weights by transformers_weights "
+                f"({named[:100]!r}): rename them to {SINGLE}, or to {INDEX} with its shards, and "
+                "remove that key"
+            )
+        single = (self.folder / SINGLE).is_file()
+        return None if single or not (path := self.folder / INDEX).is_file() else read_json(path)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the folder could be taken for its weights, and is not: a line each."""
+        found = []
+        others = [*self.folder.glob("model-*-of-*.safetensors"), self.folder / INDEX]
+        if self.index is None and (there := [path.name for path in others if path.is_file()]):
+            found.append(
+                f"the model's folder has two sets of weights: {SINGLE} is used, as transformers "
+                f"does, {there[-1]} and what belongs to it is not"
+            )
+        adapters = [*self.folder.glob("adapter_model*.safetensors")]
+        if adapters and (self.folder / "adapter_config.json").is_file():
+            found.append(
+                f"the model's folder has an adapter beside the weights: {adapters[0].name} is not "
+                "applied; merge it first if the weights should have it"
+            )
+        return found
+
+    def left(self, *, code: bool) -> list[str]:
+        """What of the folder does not go along into one that is made of it: a line, or none.
+
+        Args:
+            code: whether its Python files do.
+        """
+        names = left_files(self.folder, self.shards, code=code)
+        if not names:
+            return []
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return [f"not taken along from the model's folder, as not known to belong: {some}"]
+
     def _shard_names(self) -> list[str]:
         if self.index is None:
             if (self.folder / SINGLE).is_file():
                 return [SINGLE]
             raise CheckpointError(_no_weights(self.folder))
-        weight_map = self.index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self.folder / INDEX} has no weight_map")
-        for shard in weight_map.values():
-            if not isinstance(shard, str) or not re.fullmatch(
-                r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
-            ):
-                raise CheckpointError(
-                    f"{self.folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a "
-                    f"plain *.safetensors file name"
-                )
+        weight_map = _weight_map(self.folder)
         names = list(dict.fromkeys(weight_map.values()))
         for shard in names:
             if not (self.folder / shard).is_file():
@@ -297,6 +345,15 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
         yield key, value
 
 
+def _only_adapter(folder: Path) -> str:
+    """What to do with the folder of an adapter; empty for any other."""
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return (
+        "it is an adapter without its model: load both with peft, `merge_and_unload()`, save that"
+    )
+
+
 def _no_weights(folder: Path) -> str:
     pickles = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
@@ -307,7 +364,8 @@ def _no_weights(folder: Path) -> str:
             f"and are not read; convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) where you trust it"
         )
-    return f"{folder} has no {SINGLE} and no {INDEX}"
+    adapter = _only_adapter(folder)
+    return f"{folder} has no {SINGLE} and no {INDEX}{adapter and f': {adapter}'}"
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -316,7 +374,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder, no such repository, no connection.
     """
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     if folder.exists():
         return folder
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model) or model.startswith("."):
@@ -324,21 +382,10 @@ def resolve(model: str, revision: str | None = None) -> Path:
             f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as "
             f"org/name"
         )
-    from huggingface_hub import snapshot_download
-
-    wanted = [
-        "*.safetensors",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-        "*.tiktoken",
-        "LICENSE*",
-        "NOTICE*",
-        "*.py",
-    ]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return _download(model, revision)
+    except CheckpointError:
+        raise
     except Exception as error:  # the Hub client raises a dozen kinds; each is the same to the user
         reason = " ".join(str(error).partition("An error happened")[0].split()).removeprefix(
             "Got: "
@@ -346,3 +393,40 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{model} is no folder here, and fetching it from the Hub failed: {reason}"
         ) from None
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """What a run needs of a Hub id: the files beside the weights and the single file or the index
+    first, then the shards that the index names, of the same commit.
+    """
+    from huggingface_hub import snapshot_download
+
+    beside = ["config.json", "report.json", *PATTERNS, "*.py", SINGLE, INDEX]
+    folder = Path(
+        snapshot_download(model, revision=revision, allow_patterns=beside, ignore_patterns=["*/*"])
+    )
+    weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)
+    rest = [f"{TEMPLATES}/*.jinja", *sorted(set(weight_map.values()))]
+    return Path(snapshot_download(model, revision=folder.name, allow_patterns=rest))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> shard, checked to be plain file names; nothing where there is no index.
+
+    Raises:
+        CheckpointError: the index names none, or others.
+    """
+    if not (path := folder / INDEX).is_file():
+        return {}
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(
+            r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors", shard
+        ):
+            raise CheckpointError(
+                f"{path} names the shard {str(shard)[:100]!r}, which is not a plain *.safetensors "
+                f"file name"
+            )
+    return weight_map

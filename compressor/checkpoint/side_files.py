@@ -20,6 +20,7 @@ _KNOWN = (
     "*.tokenizer", "*.model", "*.spm", "*.vocab", "*.tiktoken", "chat_template*.json", "*.jinja",
 )  # fmt: skip
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+PATTERNS = (*_KNOWN, *_LICENCES, *map(str.lower, _LICENCES))  # of all that belongs, as globs
 _OURS = {"config.json", "report.json", "recipe.toml", "plan.toml", "SHA256SUMS"}  # made anew
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 

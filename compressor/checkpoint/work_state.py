@@ -4,8 +4,10 @@ writes and reads it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from compressor.checkpoint.atomic import sync
 from compressor.errors import OutputError
 
 BEGIN, COMPLETE, REPORT = "begin", "complete", "report.json"
@@ -21,6 +23,31 @@ def report_path(output: Path) -> Path:
     not.
     """
     return output.with_name(f"{output.name}.report.json")
+
+
+def scores_path(folder: Path) -> Path:
+    """Where the scores of the checkpoint `folder` are stored."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.eval.json")
+
+
+def beside(output: Path) -> list[Path]:
+    """All that lies beside the folder `output` and is about it: record, scores, page."""
+    return [
+        report_path(output),
+        scores_path(output),
+        output.with_name(f"{output.name}.report.html"),
+    ]
+
+
+def name_folder(made: Path, output: Path) -> None:
+    """Give the finished folder `made` the name `output`, which nothing has. What lies beside an
+    earlier folder of that name is about that one, and goes first.
+    """
+    for path in beside(output):
+        path.unlink(missing_ok=True)
+    os.replace(made, output)
+    sync(output.parent)
 
 
 def is_complete(output: Path) -> bool:

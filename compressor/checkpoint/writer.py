@@ -23,37 +23,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from compressor.checkpoint import manifest
 from compressor.checkpoint.atomic import sha256, sync, tensor_bytes
-from compressor.checkpoint.reader import INDEX, ITEM_BITS, SINGLE, Reader
-from compressor.checkpoint.work_state import damaged, is_complete, report_path, work_path
+from compressor.checkpoint.reader import INDEX, ITEM_BITS, Reader
+from compressor.checkpoint.side_files import side_files
+from compressor.checkpoint.work_state import beside, damaged, is_complete, name_folder, work_path
 from compressor.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _COPY = 1 << 24  # bytes moved at once
-_SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"}
-_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-
-
-def is_side_file(name: str, *, code: bool) -> bool:
-    """Whether a file that goes with the weights (tokenizer, configuration, licence) has this name;
-    with `code` Python too.
-    """
-    suffix = Path(name).suffix
-    return (
-        suffix in _SIDE_FILES or name.upper().startswith(_SIDE_NAMES) or (code and suffix == ".py")
-    )
-
-
-def side_files(folder: Path, *, code: bool) -> list[Path]:
-    """The input's tokenizer and licence files; with `code` its Python files too."""
-    ours = (INDEX, "config.json", "report.json")
-    paths = sorted(folder.iterdir())
-    return [
-        path
-        for path in paths
-        if is_side_file(path.name, code=code) and path.is_file() and path.name not in ours
-    ]
 
 
 def check_output(output: Path, reader: Reader) -> None:
@@ -72,9 +50,13 @@ def check_output(output: Path, reader: Reader) -> None:
     there = (
         os.path.lexists(output) or output.resolve().exists()
     )  # the second for new/.. and the like
-    path = output if there else report_path(output)
-    if (there or os.path.lexists(path)) and not is_complete(output):
-        raise OutputError(f"output {path} exists already; choose another with -o or remove it")
+    if there and not is_complete(output):
+        raise OutputError(f"output {output} exists already; choose another with -o or remove it")
+    if in_the_way := [path for path in beside(output) if path.is_dir()]:
+        raise OutputError(
+            f"{in_the_way[0]} is a folder, a file about the output will be written there; choose "
+            "another with -o or remove it"
+        )
     if len(os.fsencode(output.name)) > 200:
         raise OutputError(
             f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a "
@@ -218,7 +200,9 @@ class Writer:
         self.todo = [shard for shard in self.todo if shard not in self.shards]
         self._told = set(self.parts), set(self.shards)
         for path in self.folder.iterdir():  # of the block that was cut off
-            if path.name not in self.shards:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in self.shards:
                 path.unlink()
         ends: dict[Path, int] = {}
         try:
@@ -311,7 +295,8 @@ class Writer:
         if self.pending or self.todo:
             raise AssertionError(f"complete() before {sorted(self.pending)} were replaced")
         contents = {
-            path.name: path.read_bytes() for path in side_files(self.reader.folder, code=code)
+            name: (self.reader.folder / name).read_bytes()
+            for name in side_files(self.reader.folder, code=code)
         }
         if self.reader.index is not None:
             metadata = {
@@ -329,9 +314,11 @@ class Writer:
         hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         contents[manifest.NAME] = manifest.manifest(hashes).encode()
         for name, content in contents.items():
+            (self.folder / name).parent.mkdir(exist_ok=True)
             (self.folder / name).write_bytes(content)
             sync(self.folder / name)
-        sync(self.folder)
+        for folder in {(self.folder / name).parent for name in contents}:
+            sync(folder)
 
     def finish(
         self, config: Mapping[str, Any], files: Mapping[str, str], *, code: bool = False
@@ -342,8 +329,7 @@ class Writer:
             raise OutputError(
                 f"output {self.output} has come into being meanwhile; it was left as it is"
             )
-        os.replace(self.folder, self.output)
-        sync(self.output.parent)
+        name_folder(self.folder, self.output)
 
 
 def _copy_range(path: Path, start: int, stop: int, target: BinaryIO, digest: Any) -> None:
@@ -371,6 +357,3 @@ def _dtype(tensor: Tensor) -> str:
         "int32": "I32",
     }
     return names[str(tensor.dtype).removeprefix("torch.")]
-
-
-__all__ = ["SINGLE", "Writer", "check_output", "report_path", "side_files"]

@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table
+from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table, tell
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
-    from compressor.engine.task import Job, Task
+    from compressor.engine.plan import Plan
+    from compressor.engine.task import Task
     from compressor.records.report import Report
 
 
@@ -36,13 +37,14 @@ def compress(
     if output is not None and not dry_run:
         run_and_show(recipe, output, device, max_memory, quiet=quiet, as_json=as_json)
         return
-    from compressor.run.check import make_job
+    from compressor.run.check import plan_run
 
-    job = make_job(recipe, output)
+    plan = plan_run(recipe, output)
+    tell(plan.reader.notes)
     if as_json:
-        print(json.dumps(job_facts(job, recipe), indent=1))
+        print(json.dumps(plan_facts(plan, recipe), indent=1))
     else:
-        _show_job(job, recipe)
+        _show_plan(plan, recipe)
 
 
 def run_and_show(
@@ -67,69 +69,77 @@ def run_and_show(
         raise ProcessError(f"{error}; {describe(output) or 'nothing was written'}") from None
     if not speaks():
         return
+    tell(report.notes)
     if as_json:
-        print(json.dumps(report.everything(), indent=1))
+        from compressor.records.report import to_json
+
+        print(to_json(report.everything(), ascii_only=True), end="")
     elif not quiet:
         _show_report(report)
     if not as_json:
         print(output)
 
 
-def show_left(job: Job) -> None:
+def show_left(plan: Plan) -> None:
     """The weights that stay dense, a line each."""
-    for left in job.left_dense:
+    for left in plan.left_dense:
         out.print(f"dense          {left.name}  {left.shape}  {left.reason}")
 
 
-def job_facts(job: Job, recipe: Recipe) -> dict[str, Any]:
+def plan_facts(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """What would be done, for `--dry-run --json`. Ranks are yet to be chosen where a part of the
     parameters is kept.
     """
     asked = (
         {"keep": recipe.keep}
-        if job.keep
+        if recipe.keep
         else {"plan": recipe.plan}
         if recipe.plan
         else {"pattern": recipe.pattern}
     )
+    linears = [
+        {
+            "name": task.linear.name,
+            "shape": list(task.linear.shape),
+            "goal": f"keep {recipe.keep}" if task.target is None else _target(task),
+        }
+        for task in plan.every
+    ]
+    left_dense = [
+        {"name": left.name, "shape": left.shape, "reason": left.reason} for left in plan.left_dense
+    ]
     return {
-        "model": recipe.model, "method": recipe.method, **asked, "seq_len": job.seq_len,
-        "blocks": len(job.tasks),
-        "linears": [
-            {"name": task.linear.name, "shape": list(task.linear.shape),
-            "goal": f"keep {recipe.keep}" if job.keep else _goal(task)}
-            for task in job.every
-        ],
-        "left_dense": [{"name": left.name, "shape": left.shape,
-        "reason": left.reason} for left in job.left_dense],
+        "model": recipe.model, "method": recipe.method, **asked, "seq_len": plan.seq_len,
+        "blocks": len(plan.tasks), "linears": linears, "left_dense": left_dense,
     }  # fmt: skip
 
 
-def _goal(task: Task) -> str:
-    return f"rank {task.goal}" if isinstance(task.goal, int) else str(task.goal)
+def _target(task: Task) -> str:
+    return f"rank {task.target}" if isinstance(task.target, int) else str(task.target)
 
 
-def show_tasks(job: Job) -> None:
+def show_tasks(plan: Plan) -> None:
     """What every linear becomes and by which method, a line each."""
-    for task in job.every:
+    for task in plan.every:
         method = task.method.__name__.rpartition(".")[2]
-        out.print(f"{method} {_goal(task)}  {task.linear.name}  {list(task.linear.shape)}")
+        out.print(f"{method} {_target(task)}  {task.linear.name}  {list(task.linear.shape)}")
 
 
-def _show_job(job: Job, recipe: Recipe) -> None:
+def _show_plan(plan: Plan, recipe: Recipe) -> None:
     """The dry run: where ranks are yet to be chosen, what stays dense is all that is known."""
-    if not job.keep:
-        show_tasks(job)
-    show_left(job)
-    if not any(isinstance(task.goal, int) for task in job.every):
-        packed = sum(map(job.packs, job.every))
-        goal = f"pruned, {packed} stored packed 2:4, {len(job.every) - packed} dense with zeros"
-    elif job.keep:
+    if not recipe.keep:
+        show_tasks(plan)
+    show_left(plan)
+    if recipe.keep:
         goal = f"factored by {recipe.method}, keep {recipe.keep} of the parameters"
-    else:
+    elif any(isinstance(task.target, int) for task in plan.every):
         goal = "compressed as planned"
+    else:
+        packed = sum(map(plan.packs, plan.every))
+        goal = f"pruned, {packed} stored packed 2:4, {len(plan.every) - packed} dense with zeros"
     out.print(
-        f"{len(job.every)} linears in {len(job.tasks)} blocks would be {goal}; nothing was written"
+        f"{len(plan.every)} linears in {len(plan.tasks)} blocks would be {goal}; nothing was "
+        f"written"
     )
 
 

@@ -73,6 +73,13 @@ def evaluate(
     cached: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Take numbers that are known from the cache.")
     ] = True,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a server of the model, such as vLLM's: its perplexity beside the model's.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -116,7 +123,7 @@ def evaluate(
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     begin(quiet, verbose)
-    from compressor.evaluate import evaluate_all, table
+    from compressor.evaluate import Settings, check_server, evaluate_all, score_server, table
     from compressor.run.pipeline import choose_device
 
     where = str(choose_device(device))
@@ -129,9 +136,12 @@ def evaluate(
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cached,
     }  # fmt: skip
     with scoring_progress(quiet) as (progress, note):
-        scored = dict(
-            evaluate_all(models, baseline=baseline, **settings, progress=progress, note=note)
-        )
+        settings |= {"progress": progress, "note": note}
+        answering = check_server(server, models, Settings(**settings)) if server else None
+        scored = dict(evaluate_all(models, baseline=baseline, **settings))
+        if answering:
+            served = score_server(answering, models[0], baseline, Settings(**settings))
+            scored[models[0]]["served"] = served
     result = (
         scored[models[0]]
         if len(models) == 1

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli import options
-from compressor.cli.show import err
+from compressor.cli.show import err, tell_of
 
 
 def import_legacy(
@@ -33,6 +33,7 @@ def import_legacy(
     from compressor.tools.import_bitmask import import_bitmask
 
     packed, dense = import_bitmask(folder, output)
+    tell_of(folder)
     if not quiet:
         err.print(f"{packed} linears packed, {dense} outside the decoder blocks written dense")
     print(output)

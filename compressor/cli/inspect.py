@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compressor.cli.show import out, size, table
+from compressor.cli.show import out, size, table, tell
 
 if TYPE_CHECKING:
     from compressor.checkpoint.reader import Reader
@@ -64,6 +64,7 @@ def describe(reader: Reader) -> dict[str, Any]:
         "dense_bytes": dense,
         "ratio": reader.nbytes / dense if dense else 1.0,
         "linears": linears,
+        "notes": reader.notes,
     }
 
 
@@ -139,6 +140,7 @@ def _show(found: dict[str, Any]) -> None:
     )
     for shard in found["shards"]:
         out.print(f"  {shard['name']}  {size(shard['bytes'])}")
+    tell(found["notes"])
     rows = table("", "matrix >shape format >zeros >bytes >of-dense")
     for row in found["linears"]:
         sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.1%}"

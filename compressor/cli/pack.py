@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli import options
-from compressor.cli.show import err, quiet_libraries
+from compressor.cli.show import err, quiet_libraries, tell_of
 
 
 def pack(
@@ -38,6 +38,7 @@ def pack(
 
     quiet_libraries(False)
     done = run(folder, output, trust_remote_code=trust_remote_code)
+    tell_of(folder, code=trust_remote_code)
     if not quiet:
         for left in done.left_dense:
             err.print(f"dense  {left.name}  {left.shape}  {left.reason}", soft_wrap=True)

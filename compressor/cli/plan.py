@@ -13,11 +13,12 @@ from rich.text import Text
 
 from compressor.cli import options
 from compressor.cli.compress import show_allocation
-from compressor.cli.show import begin, out, pruning_progress, table
+from compressor.cli.show import begin, out, pruning_progress, table, tell
 
 if TYPE_CHECKING:
+    from compressor.allocation.choice import Choice
     from compressor.config.recipe import Recipe
-    from compressor.engine.task import Job
+    from compressor.engine.plan import Plan
 
 
 @options.takes_settings("plan")
@@ -58,7 +59,7 @@ def plan(
     from compressor.config.read import ask
 
     merged = ask("plan", model, recipe, given, options.assignments(assign, max_sparsity))
-    from compressor.run.plan_file import Plan, check_new_file
+    from compressor.run.plan_file import PlanFile, check_new_file
 
     for path in (output, plot):
         if path:
@@ -70,15 +71,17 @@ def plan(
     if plot:
         heatmap.check_drawing(plot)
     with pruning_progress(quiet) as progress:
-        job = make_plan(merged, device=device, progress=progress)
-    Plan.of(job).save(output)
+        choice = make_plan(merged, device=device, progress=progress)
+    tell(choice.plan.reader.notes)
+    PlanFile.of(choice).save(output)
     if plot:
-        heatmap.draw(job, plot, f"{Path(merged.model).name}: {_chosen(merged)}", _what_goes(job))
+        title = f"{Path(merged.model).name}: {_chosen(merged)}"
+        heatmap.draw(choice.plan, plot, title, _what_goes(choice.plan))
     if as_json:
-        print(json.dumps(job.allocation, indent=1))
+        print(json.dumps(choice.measured, indent=1))
         return
     if not quiet:
-        _show(job)
+        _show(choice)
     print(output)
 
 
@@ -93,36 +96,40 @@ def _chosen(recipe: Recipe) -> str:
     return f"{recipe.pattern}, {how}"
 
 
-def _what_goes(job: Job) -> str:
+def _what_goes(plan: Plan) -> str:
     """What is counted: zeros, or where factors do without parameters as well these."""
     return (
-        "parameters removed" if any(isinstance(task.goal, int) for task in job.every) else "zeros"
+        "parameters removed"
+        if any(isinstance(task.target, int) for task in plan.every)
+        else "zeros"
     )
 
 
-def _show(job: Job) -> None:
+def _show(choice: Choice) -> None:
+    from compressor.engine.plan import ShareRanks
     from compressor.plots.heatmap import cells, sparsities
 
-    if job.keep:
+    plan = choice.plan
+    if isinstance(plan.choice, ShareRanks):
         columns, ranks = cells(
-            job, lambda task: task.goal if isinstance(task.goal, int) else math.inf, math.inf
+            plan, lambda task: task.target if isinstance(task.target, int) else math.inf, math.inf
         )
         _print(
             "Rank of every linear", columns, [[_span(each, _rank) for each in row] for row in ranks]
         )
     else:
-        columns, values = sparsities(job)
+        columns, values = sparsities(plan)
         _print(
-            f"{_what_goes(job).capitalize()} of every linear, %",
+            f"{_what_goes(plan).capitalize()} of every linear, %",
             columns,
             [[_span(each, _coloured) for each in row] for row in values],
         )
         size = sum(
-            linear.size for index in range(len(values)) for linear in job.skeleton.linears(index)
+            linear.size for index in range(len(values)) for linear in plan.skeleton.linears(index)
         )
-        gone = sum(task.removed * task.linear.size for task in job.every)
-        out.print(f"{_what_goes(job)}: {round(gone)} of {size}, {gone / size:.2%}")
-    show_allocation(job.allocation)
+        gone = sum(task.removed * task.linear.size for task in plan.every)
+        out.print(f"{_what_goes(plan)}: {round(gone)} of {size}, {gone / size:.2%}")
+    show_allocation(choice.measured)
 
 
 def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:

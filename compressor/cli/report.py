@@ -53,7 +53,7 @@ def report(
     record = read_record(folder)
     text = render(record)
     if png is not None:
-        from compressor.page.picture import write_pictures
+        from compressor.plots.picture import write_pictures
 
         write_pictures(draw(record), png)
     target.write_bytes(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -32,6 +33,20 @@ out = Console(
 err = Console(
     stderr=True, highlight=False, markup=False
 )  # names come from files: no markup in them is ours
+
+
+def tell(notes: Iterable[str]) -> None:
+    """What a user should know, a line each: also of those who want no progress."""
+    for note in notes:
+        err.print(f"note: {note}", soft_wrap=True)
+
+
+def tell_of(folder: Path, *, code: bool = False) -> None:
+    """What there is to know of a folder that another was made of."""
+    from compressor.checkpoint.reader import Reader
+
+    reader = Reader(folder)
+    tell([*reader.notes, *reader.left(code=code)])
 
 
 def speaks() -> bool:

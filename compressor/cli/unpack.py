@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli import options
-from compressor.cli.show import err
+from compressor.cli.show import err, tell_of
 
 
 def unpack(
@@ -27,6 +27,7 @@ def unpack(
     from compressor.tools.unpack import unpack as run
 
     count = run(folder, output)
+    tell_of(folder)
     if not quiet:
         err.print(f"{count} packed linears are dense again")
     print(output)

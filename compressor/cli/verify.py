@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from compressor.cli.show import counting, out
+from compressor.cli import options
+from compressor.cli.show import counting, out, quiet_libraries
 
 
 def verify(
@@ -16,13 +17,14 @@ def verify(
         Path,
         typer.Argument(metavar="DIR", help="A folder that this package made.", show_default=False),
     ],
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress; print problems only.")
     ] = False,
 ) -> None:
-    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers. Exit
-    code 1 for any problem.
+    """Check a finished folder: checksums, headers, patterns, packed tensors, finite numbers, and
+    that config, parameters and tokenizer load. Exit code 1 for any problem.
 
     [bold]Example[/bold]
 
@@ -30,8 +32,9 @@ def verify(
     """
     from compressor.tools.verify import verify as run
 
+    quiet_libraries(False)
     with counting("verifying", quiet) as progress:
-        found = run(folder, progress)
+        found = run(folder, progress, trust_remote_code=trust_remote_code)
     if as_json:
         print(json.dumps({"folder": str(folder), **found}, indent=1))
     else:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compressor.formats import Form
+from compressor.formats import Form, notes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
 Factors = dict[str, dict[str, nn.Parameter]]
@@ -110,9 +111,9 @@ def _caller(block: nn.Module, arguments: Arguments, place: Place) -> Call:
 def _rebuilt(form: Form, factors: Mapping[str, Tensor]) -> Form:
     """A form like `form`, of `factors` rounded to its dtype."""
     kinds = {part: tensor.dtype for part, tensor in form.factors().items()}
-    return type(form).from_factors(
-        **{part: factor.detach().to(kinds[part]) for part, factor in factors.items()}
-    )
+    rounded = {part: factor.detach().to(kinds[part]) for part, factor in factors.items()}
+    note = {"note": said} if (said := notes(form).get("note")) else {}
+    return replace(cast(Any, type(form).from_factors(**rounded)), **note)
 
 
 def _train(

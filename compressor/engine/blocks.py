@@ -10,24 +10,24 @@ block, still dense, for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from compressor.calibration import capture
-from compressor.calibration.capture import States
+from compressor.calibration.capture import Arguments, States
 from compressor.calibration.hidden_states import advance
 from compressor.engine.block_tuning import tune
 from compressor.engine.distributed import ALONE, Group
 from compressor.engine.memory import gram_bytes, in_groups
-from compressor.engine.task import Job, Task
-from compressor.errors import about
-from compressor.formats import Form
+from compressor.engine.plan import Plan, Prepared
+from compressor.engine.task import Rank, Task
+from compressor.errors import NumericalError, about
+from compressor.formats import Form, notes
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
@@ -54,7 +54,7 @@ class Seen:
     note: str
 
 
-Made = tuple[Form, Seen | None]
+Compressed = tuple[Form, Seen | None]
 """What became of a linear; nothing was seen where there is no calibration."""
 
 Store = Callable[[Task, Form, Seen | None], None]
@@ -62,8 +62,40 @@ Store = Callable[[Task, Form, Seen | None], None]
 """
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A block that is loaded, and what all steps on it need.
+
+    Attributes:
+        plan: what to do.
+        index: of the block; `tasks` are the plan's for it.
+        module: the block itself, on `device`.
+        states: calibration entering it; None where none is needed.
+        arguments: what it is called with beside hidden states.
+        sharing: the processes that hold other parts of the calibration.
+        prepared: what the run has ready for the blocks.
+        exact: outputs of the dense block, of the first batches.
+    """
+
+    plan: Plan
+    index: int
+    tasks: tuple[Task, ...]
+    module: nn.Module
+    states: States | None
+    arguments: Arguments
+    device: torch.device
+    sharing: Group
+    prepared: Prepared
+    exact: list[Tensor] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Such as `model.layers.3`."""
+        return f"{self.plan.skeleton.path}.{self.index}"
+
+
 def compress_blocks(
-    job: Job,
+    plan: Plan,
     states: States | None,
     device: torch.device,
     store: Store,
@@ -71,31 +103,49 @@ def compress_blocks(
     *,
     first: int = 0,
     group: Group = ALONE,
+    prepared: Prepared = Prepared(),  # noqa: B008  # frozen
 ) -> Iterator[BlockRow]:
     """Compress block after block; yields the row of each once `store` has been told of its linears.
 
     Args:
-        job: what to do.
+        plan: what to do; every task has a target.
         states: calibration on entering block `first`, run through the compressed blocks in place;
             None where none is needed.
         device: where the blocks are computed.
         store: told of each finished linear.
         progress: told after each linear.
         first: the block to begin with.
-        group: the processes that share the work; `store` is told in the first of them.
+        group: the processes that share the work.
+        prepared: what the run has ready for the blocks.
+
+    Raises:
+        NumericalError: a weight, a compressed weight or the output of a block is not finite.
     """
-    for index in range(first, len(job.tasks)):
-        yield BlockRow(index, _compress_block(job, index, states, device, store, progress, group))
+    for index in range(first, len(plan.tasks)):
+        block = _Block(
+            plan,
+            index,
+            plan.tasks[index],
+            plan.skeleton.load_block(index, device),
+            states,
+            states.arguments[index] if states else ((), {}),
+            device,
+            group if plan.splits_batches else ALONE,
+            prepared,
+        )
+        error = _compress_block(block, store, progress, group)
+        plan.skeleton.free_block(index)
+        yield BlockRow(index, error)
 
 
 def dense_blocks(
-    job: Job, states: States, device: torch.device, *, gram: bool = False
-) -> Iterator[tuple[list[Task], dict[str, InputStats]]]:
+    plan: Plan, states: States, device: torch.device, *, gram: bool = False
+) -> Iterator[tuple[tuple[Task, ...], dict[str, InputStats]]]:
     """Each block of the dense model, loaded meanwhile: its tasks and, by linear, the statistics of
     their inputs.
 
     Args:
-        job: its tasks' linears are observed.
+        plan: its tasks' linears are observed.
         states: calibration on entering block 0, left as it is.
         device: where the blocks are computed.
         gram: whether the statistics need the Gram matrix.
@@ -104,8 +154,8 @@ def dense_blocks(
         NumericalError: a linear saw no tokens, or others than finite ones.
     """
     hidden = list(states.hidden)
-    for index, tasks in enumerate(job.tasks):
-        block = job.skeleton.load_block(index, device)
+    for index, tasks in enumerate(plan.tasks):
+        block = plan.skeleton.load_block(index, device)
         with collecting(
             {task.linear.name: task.linear.module for task in tasks}, gram=gram
         ) as stats:
@@ -113,211 +163,201 @@ def dense_blocks(
         for task in tasks:
             (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
         yield tasks, stats
-        job.skeleton.free_block(index)
+        plan.skeleton.free_block(index)
 
 
-def _compress_block(
-    job: Job,
-    index: int,
-    states: States | None,
-    device: torch.device,
-    store: Store,
-    progress: Progress,
-    group: Group,
-) -> float | None:
+def _compress_block(block: _Block, store: Store, progress: Progress, group: Group) -> float | None:
     """Compress one block; returns the relative squared error of its output, None without
     calibration.
     """
-    block, tasks = job.skeleton.load_block(index, device), job.tasks[index]
-    arguments = states.arguments[index] if states else ((), {})
-    if (
-        states and job.tune
-    ):  # what the dense model makes of its own hidden states: the target of the tuning
-        advance(states.dense, lambda _, hidden: capture.run(block, hidden, arguments))
-    exact: list[Tensor] = []
-    inputs: dict[str, InputStats] = {}
-    forms: dict[str, Form] = {}  # those of a block that is still to be tuned
-    sharing = (
-        group if job.splits_batches else ALONE
-    )  # those that have other parts of the calibration
-    observe = partial(_observe, job, block, states, arguments, device, sharing, exact)
-    owners = group.owners([_cost(job, task) for task in tasks])
+    plan, tasks, states = block.plan, block.tasks, block.states
+    if states and plan.tune:  # the targets of the tuning: the dense model on its own hidden states
+        advance(states.dense, lambda _, hidden: capture.run(block.module, hidden, block.arguments))
+    owners = group.owners([_cost(plan, task) for task in tasks])
     own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
-    groups = _groups(job, own, block, states, arguments) if states else [own]
-    made = group.shared(owners, _made(job, tasks, groups, observe, inputs, device), device)
-    for number, (task, (form, seen)) in enumerate(zip(tasks, made, strict=True)):
-        if job.tune:
-            forms[task.linear.name] = form
+    inputs: dict[str, InputStats] = {}
+    untuned: dict[str, Form] = {}
+    compressed = group.shared(owners, _compressed(block, own, inputs), block.device)
+    for number, (task, (form, seen)) in enumerate(zip(tasks, compressed, strict=True)):
+        if plan.tune:
+            untuned[task.linear.name] = form
         else:
             task.linear.set(form.dense())
-            if group.first:
-                store(task, form, seen)
-        progress(
-            "linears",
-            number + 1,
-            len(tasks),
-            linear=task.linear.name,
-            losses=getattr(form, "losses", None),
-        )
-    if states and job.tune:
-        forms = _tune(job, index, tasks, block, forms, states, arguments)
+            store(task, form, seen)
+        losses = getattr(form, "losses", None)
+        progress("linears", number + 1, len(tasks), linear=task.linear.name, losses=losses)
+    if states and plan.tune:
+        forms = _tune(block, untuned, states)
         for task in tasks:
-            form = _packed(job, task, forms[task.linear.name])
+            name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
+            form, seen = _finished(plan, task, weight, forms[name], inputs.get(name))
             task.linear.set(form.dense())  # compute with what is stored from now on
-            store(
-                task,
-                form,
-                _seen(task.linear.read(job.reader).to(device), form, inputs.get(task.linear.name)),
-            )
-    error = _advance(block, states, arguments, exact, sharing) if states else None
-    job.skeleton.free_block(index)
-    return error
+            store(task, form, seen)
+    return _advance(block, states) if states else None
 
 
-def _cost(job: Job, task: Task) -> int:
+def _cost(plan: Plan, task: Task) -> int:
     """About what compressing a linear takes, to share the linears out among processes."""
     rows, columns = task.linear.shape
-    return rows * columns ** (2 if job.needs_gram else 1)
+    return rows * columns ** (2 if plan.needs_gram else 1)
 
 
-def _groups(
-    job: Job, own: list[Task], block: nn.Module, states: States, arguments: Any
-) -> list[list[Task]]:
+def _routing(block: _Block) -> AbstractContextManager[None]:
+    """Which tokens reach the experts of a block while they are observed."""
+    return seeing_all_tokens(block.module) if block.plan.all_tokens else nullcontext()
+
+
+def _groups(block: _Block, own: list[Task]) -> list[list[Task]]:
     """The linears `own` of this process, in the groups that are observed together."""
-    room = job.gram_room
-    if not job.needs_gram or room is None or sum(map(gram_bytes, own)) <= room:
+    room = block.prepared.gram_room
+    if block.states is None or not block.plan.needs_gram or room is None:
         return [own]
-    with (
-        _routing(job, block),
-        collecting({task.linear.name: task.linear.module for task in own}) as stats,
-    ):
-        capture.run(block, states.hidden[0], arguments)  # which of them read the same tensor
+    if sum(map(gram_bytes, own)) <= room:
+        return [own]
+    modules = {task.linear.name: task.linear.module for task in own}
+    with _routing(block), collecting(modules) as stats:  # which of them read the same tensor
+        capture.run(block.module, block.states.hidden[0], block.arguments)
     return in_groups(own, room, {name: id(inputs) for name, inputs in stats.items()})
 
 
-def _routing(job: Job, block: nn.Module) -> AbstractContextManager[None]:
-    """Which tokens reach the experts of `block` while they are observed."""
-    return seeing_all_tokens(block) if job.all_tokens else nullcontext()
+def _compressed(
+    block: _Block, own: list[Task], inputs: dict[str, InputStats]
+) -> Iterator[Compressed]:
+    """What becomes of each linear of this process; before the tuning, where there is one.
 
+    One by one, or all at the end where they are observed in several groups: the block has to stay
+    dense meanwhile.
 
-def _made(
-    job: Job,
-    tasks: list[Task],
-    groups: list[list[Task]],
-    observe: Callable[[list[Task]], dict[str, InputStats]],
-    inputs: dict[str, InputStats],
-    device: torch.device,
-) -> Iterator[Made]:
-    """What becomes of each linear of this process, in `groups`; before the tuning, where there is
-    one.
-
-    One by one, or all at the end where there are several groups: the block has to stay dense while
-        they are observed.
-    `inputs` gets the statistics that are still of use, without their Gram matrices.
+    Args:
+        block: whose linears they are.
+        own: the tasks of this process.
+        inputs: gets the statistics that the tuning needs, without their Gram matrices.
     """
-    waiting: list[Made] = []
-    for part in groups:
-        stats = observe(tasks if job.splits_batches else part)
-        for task in part:
-            weight = task.linear.read(job.reader).to(device)
-            form, seen = _compress(job, task, weight, stats.get(task.linear.name)), None
-            if not job.tune:
-                form = _packed(job, task, form)
-                seen = _seen(weight, form, stats.get(task.linear.name))
+    plan, groups = block.plan, _groups(block, own)
+    waiting: list[Compressed] = []
+    for tasks in groups:
+        stats = _observe(block, block.tasks if plan.splits_batches else tasks)
+        for task in tasks:
+            name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
+            form, seen = _form(block, task, weight, stats.get(name)), None
+            if not plan.tune:
+                form, seen = _finished(plan, task, weight, form, stats.get(name))
             if len(groups) == 1:
                 yield form, seen
             else:
                 waiting.append((form, seen))
         for used in stats.values():
             used.gram = None
-        if job.tune:
+        if plan.tune:
             inputs |= stats
     yield from waiting
 
 
-def _seen(weight: Tensor, form: Form, stats: InputStats | None) -> Seen | None:
-    return (
-        Seen(stats.tokens, output_error(weight, form.dense(), stats), stats.note) if stats else None
-    )
-
-
-def _observe(
-    job: Job,
-    block: nn.Module,
-    states: States | None,
-    arguments: Any,
-    device: torch.device,
-    group: Group,
-    exact: list[Tensor],
-    tasks: list[Task],
-) -> dict[str, InputStats]:
+def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
     """Statistics of the inputs of the tasks' linears, by name; the first call adds the outputs of
-    the first batches to `exact`.
+    the first batches to `block.exact`.
     """
+    states, plan = block.states, block.plan
     if states is None:
         return {}
-    modules, parts = {task.linear.name: task.linear.module for task in tasks}, group.size > 1
-    with _routing(job, block), collecting(modules, gram=job.needs_gram, parts=parts) as stats:
+    modules = {task.linear.name: task.linear.module for task in tasks}
+    parts = block.sharing.size > 1
+    with _routing(block), collecting(modules, gram=plan.needs_gram, parts=parts) as stats:
         for number, hidden in enumerate(states.hidden):
-            output = capture.run(block, hidden, arguments)
-            if number == len(exact) and number + states.offset < _ERROR_BATCHES:
-                exact.append(output)
-    stats = group.merged(stats, device)
-    enough = {name for name, inputs in stats.items() if inputs.tokens >= FEW_TOKENS}
+            output = capture.run(block.module, hidden, block.arguments)
+            if number == len(block.exact) and number + states.offset < _ERROR_BATCHES:
+                block.exact.append(output)
+    stats = block.sharing.merged(stats, block.device)
+    return stats if plan.all_tokens else stats | _observe_idle(block, states, tasks, stats)
+
+
+def _observe_idle(
+    block: _Block, states: States, tasks: Sequence[Task], routed: Mapping[str, InputStats]
+) -> dict[str, InputStats]:
+    """Statistics of all tokens for the experts that hardly a token was routed to."""
+    enough = {name for name, inputs in routed.items() if inputs.tokens >= FEW_TOKENS}
     idle = {
         task.linear.name: task.linear.module
         for task in tasks
         if task.linear.experts and task.linear.name not in enough
     }
-    if (
-        idle and not job.all_tokens
-    ):  # experts that hardly a token was routed to: what they would make of all of them
-        with seeing_all_tokens(block), collecting(idle, gram=job.needs_gram, parts=parts) as more:
-            for hidden in states.hidden:
-                capture.run(block, hidden, arguments)
-        more = group.merged(more, device)
-        for inputs in more.values():
-            inputs.note = f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
-        stats |= more
+    if not idle:
+        return {}
+    gram, parts = block.plan.needs_gram, block.sharing.size > 1
+    with seeing_all_tokens(block.module), collecting(idle, gram=gram, parts=parts) as stats:
+        for hidden in states.hidden:
+            capture.run(block.module, hidden, block.arguments)
+    stats = block.sharing.merged(stats, block.device)
+    for inputs in stats.values():
+        inputs.note = f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
     return stats
 
 
-def _compress(job: Job, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
+def _form(block: _Block, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
     """The form of `weight` `[out, in]`, refined if asked."""
-    if job.needs_inputs:
+    if block.plan.needs_inputs:
         (stats or InputStats(1)).check(task.linear.name)
-    if job.factored and isinstance(task.goal, int) and task.needs_gradients:
-        return job.factored.of(task.linear.name, task.goal, weight.device)
+    factors = block.prepared.factors
+    if factors and task.needs_gradients and isinstance(task.target, Rank):
+        return factors.of(task.linear.name, task.target, weight.device)
+    return _compress(block.plan, task, weight, stats)
+
+
+def _compress(plan: Plan, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
+    """What method and refinement make of `weight` `[out, in]`."""
     with about(task.linear.name):
-        form: Form = task.method.compress(weight, stats, task.goal, **task.options)
-        if job.refine and task.refined:
-            form = Dense(
-                job.refine.refine(weight, form.dense(), stats, task.goal, **job.refine_options)
+        form: Form = task.method.compress(weight, stats, task.chosen, **task.options)
+        if plan.refine and task.refined:
+            refined = plan.refine.refine(
+                weight, form.dense(), stats, task.target, **plan.refine_options
             )
+            form = Dense(refined)
     return form
 
 
-def _packed(job: Job, task: Task, form: Form) -> Form:
-    """The form a linear is stored in: packed where it can be."""
-    return Sparse24.from_dense(form.weight) if isinstance(form, Dense) and job.packs(task) else form
+def _finished(
+    plan: Plan, task: Task, weight: Tensor, form: Form, stats: InputStats | None
+) -> Compressed:
+    """What is stored of a linear, packed where it can be, and its error against `weight` `[out,
+    in]`.
+
+    Raises:
+        NumericalError: it is not finite, whatever made it: method, refinement, factors or tuning.
+    """
+    weight_now = form.dense()
+    if not bool(torch.isfinite(weight_now).all()):
+        method = task.method.__name__.rpartition(".")[2]
+        raise NumericalError(
+            f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
+            f"{str(weight_now.dtype).removeprefix('torch.')}: try another method or other options, "
+            f"or leave it dense with --ignore {task.linear.name!r}"
+        )
+    if not plan.packed and not isinstance(form, Dense):
+        form = _multiplied(form)
+    if plan.packs(task) and isinstance(form, Dense):
+        form = replace(Sparse24.from_dense(form.weight), **notes(form))
+    if stats is None:
+        return form, None
+    return form, Seen(stats.tokens, output_error(weight, weight_now, stats), stats.note)
 
 
-def _tune(
-    job: Job,
-    index: int,
-    tasks: list[Task],
-    block: nn.Module,
-    forms: Mapping[str, Form],
-    states: States,
-    arguments: Any,
-) -> dict[str, Form]:
+def _multiplied(form: Form) -> Dense:
+    """The weight that a form stands for, as every tool reads it."""
+    carried = notes(form)
+    if len(form.factors()) > 1:
+        said = [carried.get("note", ""), "format dense: its factors are multiplied"]
+        carried["note"] = "; ".join(filter(None, said))
+    return Dense(form.dense(), **carried)
+
+
+def _tune(block: _Block, forms: Mapping[str, Form], states: States) -> dict[str, Form]:
     """The forms of a block's linears, trained together."""
-    prefix = f"{job.skeleton.path}.{index}."
+    prefix = f"{block.name}."
 
     def place(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         placed: dict[str, Tensor] = {}
         stacks: dict[str, list[tuple[ExpertLinear, Tensor]]] = {}
-        for linear in (task.linear for task in tasks):
+        for linear in (task.linear for task in block.tasks):
             weight = weights[linear.name].T if linear.transposed else weights[linear.name]
             name = linear.parameter.removeprefix(prefix)
             if linear.experts:
@@ -327,35 +367,48 @@ def _tune(
         return placed | {name: stacked(parts) for name, parts in stacks.items()}
 
     tuned, _, _ = tune(
-        block,
+        block.module,
         forms,
         states.hidden,
         states.dense,
-        arguments,
+        block.arguments,
         place=place,
-        epochs=job.tune,
-        seed=job.seed,
+        epochs=block.plan.tune,
+        seed=block.plan.seed,
     )
     return tuned
 
 
-def _advance(
-    block: nn.Module, states: States, arguments: Any, exact: list[Tensor], sharing: Group
-) -> float:
+def _advance(block: _Block, states: States) -> float:
     """Run the states through the compressed block, in place; returns the error against the `exact`
     outputs.
+
+    Raises:
+        NumericalError: what leaves the block is not finite.
     """
     errors: list[tuple[float, float]] = []
 
     def step(number: int, hidden: Tensor) -> Tensor:
-        output = capture.run(block, hidden, arguments)
-        if number < len(exact):
-            difference = (output - exact[number]).double().square().sum().item()
-            errors.append((difference, exact[number].double().square().sum().item()))
+        output = capture.run(block.module, hidden, block.arguments)
+        if not bool(torch.isfinite(output).all()):
+            raise NumericalError(
+                f"what leaves {block.name} is not finite (NaN or Inf activations): try --dtype "
+                f"bfloat16 or float32"
+            )
+        if number < len(block.exact):
+            errors.append(_squares(output, block.exact[number]))
         return output
 
     advance(states.hidden, step)
-    everywhere = sharing.joined(errors)
+    everywhere = block.sharing.joined(errors)
     return sum(difference for difference, _ in everywhere) / max(
         sum(total for _, total in everywhere), 1e-300
     )
+
+
+def _squares(output: Tensor, exact: Tensor) -> tuple[float, float]:
+    """‖output - exact‖² and ‖exact‖². In 16 bits a difference of finite numbers may overflow."""
+    difference = (output - exact).double().square().sum().item()
+    if not math.isfinite(difference):
+        difference = (output.double() - exact.double()).square().sum().item()
+    return difference, exact.double().square().sum().item()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compressor.errors import CompressError, OutputError, ProcessError, UsageError
-from compressor.formats import Form, form_class
+from compressor.formats import Form, form_class, notes
 from compressor.stats import InputStats
 
 Made = tuple[Form, Any]
@@ -153,7 +153,7 @@ class Group:
         form, beside = made
         packed = form.pack() if form else {}
         kinds = [(suffix, tensor.shape, tensor.dtype) for suffix, tensor in packed.items()]
-        said = {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
+        said = notes(form) if form else {}
         name, kinds, said, beside = self._gathered(
             (form.FORMAT, kinds, said, beside) if form else None
         )[owner]

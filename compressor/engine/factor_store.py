@@ -17,6 +17,7 @@ class Factored:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._notes: dict[str, str] = {}
 
     def keep(self, index: int, forms: dict[str, LowRank]) -> None:
         """Write those of block `index`, by the names of the linears."""
@@ -28,9 +29,10 @@ class Factored:
         }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
         self._files |= dict.fromkeys(forms, path)
+        self._notes |= {name: form.note for name, form in forms.items()}
 
     def of(self, name: str, rank: int, device: torch.device) -> LowRank:
         """Those of the linear `name`, cut to `rank`; only that part of the file is read."""
         with safe_open(self._files[name], framework="pt") as file:
             u, v = file.get_slice(f"{name}.u")[:, :rank], file.get_slice(f"{name}.v")[:rank]
-        return LowRank(u.contiguous().to(device), v.contiguous().to(device))
+        return LowRank(u.contiguous().to(device), v.contiguous().to(device), self._notes[name])

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
 from compressor.stats import SAMPLE_TOKENS
+from compressor.text import size
 
 if TYPE_CHECKING:
     import torch
 
-    from compressor.engine.task import Job, Task
+    from compressor.engine.plan import Plan
+from compressor.engine.task import Task
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -32,12 +34,12 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def hidden_bytes(job: Job, tokens: int) -> int:
+def hidden_bytes(plan: Plan, tokens: int) -> int:
     """Bytes of the hidden states of so many tokens; those of the dense model too where blocks are
     tuned towards it.
     """
-    width = getattr(job.skeleton.config.get_text_config(decoder=True), "hidden_size", 0)
-    return tokens * width * job.skeleton.dtype.itemsize * (2 if job.tune else 1)
+    width = getattr(plan.skeleton.config.get_text_config(decoder=True), "hidden_size", 0)
+    return tokens * width * plan.skeleton.dtype.itemsize * (2 if plan.tune else 1)
 
 
 def gram_bytes(task: Task) -> int:
@@ -46,25 +48,25 @@ def gram_bytes(task: Task) -> int:
     return 4 * width * (width + SAMPLE_TOKENS)
 
 
-def block_bytes(job: Job) -> int:
+def block_bytes(plan: Plan) -> int:
     """About what work on the largest block takes, Gram matrices aside: its weights, copies and
     temporaries of them, and what a method makes of one Gram matrix.
     """
     size = (
-        max(sum(p.numel() for p in block.parameters()) for block in job.skeleton.blocks)
-        * job.skeleton.dtype.itemsize
+        max(sum(p.numel() for p in block.parameters()) for block in plan.skeleton.blocks)
+        * plan.skeleton.dtype.itemsize
     )
-    return 3 * size + (4 * max(gram_bytes(task) for task in job.every) if job.needs_gram else 0)
+    return 3 * size + (4 * max(gram_bytes(task) for task in plan.every) if plan.needs_gram else 0)
 
 
 def choose_home(
-    job: Job, tokens: int, device: torch.device, limit: str, folder: Path
+    plan: Plan, tokens: int, device: torch.device, limit: str, folder: Path
 ) -> torch.device | Path:
     """The device, the host's memory, or `folder` on disk: the first that has room for the hidden
     states of `tokens` tokens.
 
     Args:
-        job: what will be done.
+        plan: what will be done.
         tokens: of the calibration, in this process.
         device: where blocks are computed; a GPU keeps hidden states while they take less than half
             of its free memory.
@@ -77,28 +79,27 @@ def choose_home(
     """
     import torch
 
-    needed = hidden_bytes(job, tokens)
+    needed = hidden_bytes(plan, tokens)
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device
     host = torch.device("cpu")
     if not limit:
         return host if needed < _free() / 2 else folder
-    room = _left(job, device, limit)
+    room = _left(plan, device, limit)
     if room < 0:
-        used = (parse_size(limit) - room) / 1e9
+        used = size(parse_size(limit) - room)
         raise UsageError(
-            f"max-memory {limit} is too little: one block and the libraries take about {used:.2f} "
-            f"GB"
+            f"max-memory {limit} is too little: one block and the libraries take about {used}"
         )
     grams = (
-        max(sum(map(gram_bytes, tasks)) for tasks in job.tasks)
-        if job.needs_gram and device.type != "cuda"
+        max(sum(map(gram_bytes, tasks)) for tasks in plan.tasks)
+        if plan.needs_gram and device.type != "cuda"
         else 0
     )
     return host if needed + grams < room else folder
 
 
-def gram_room(job: Job, device: torch.device, limit: str) -> int:
+def gram_room(plan: Plan, device: torch.device, limit: str) -> int:
     """Bytes that the Gram matrices of a block may take together: what `limit` leaves, or half of
     what is free on the device.
     """
@@ -106,7 +107,7 @@ def gram_room(job: Job, device: torch.device, limit: str) -> int:
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return max(0, _left(job, device, limit)) if limit else _free() // 2
+    return max(0, _left(plan, device, limit)) if limit else _free() // 2
 
 
 def in_groups(tasks: Sequence[Task], room: int, inputs: Mapping[str, int]) -> list[list[Task]]:
@@ -133,14 +134,14 @@ def in_groups(tasks: Sequence[Task], room: int, inputs: Mapping[str, int]) -> li
     return groups
 
 
-def _left(job: Job, device: torch.device, limit: str) -> int:
+def _left(plan: Plan, device: torch.device, limit: str) -> int:
     """Of `limit`, what this process does not use yet, nor will for work on a block."""
     import psutil
 
     return (
         parse_size(limit)
         - psutil.Process().memory_info().rss
-        - (0 if device.type == "cuda" else block_bytes(job))
+        - (0 if device.type == "cuda" else block_bytes(plan))
     )
 
 

@@ -7,11 +7,23 @@ speed.py      tokens a second on a GPU
 candidate.py  one model to be scored: what it is by content, loaded only if something about it is
               not known yet
 run.py        all of it for many models, from the cache where it is known, in lm-eval's schema
+served.py     perplexity of what a server says, beside that of the model
 markdown.py   the table; plot.py the picture
 """
 
 from compressor.evaluate.markdown import table
-from compressor.evaluate.run import evaluate, evaluate_all
+from compressor.evaluate.run import Settings, evaluate, evaluate_all
+from compressor.evaluate.served import check_server, score_server
 from compressor.evaluate.windows import DIVERGENCE, METRIC, perplexity
 
-__all__ = ["DIVERGENCE", "METRIC", "evaluate", "evaluate_all", "perplexity", "table"]
+__all__ = [
+    "DIVERGENCE",
+    "METRIC",
+    "Settings",
+    "check_server",
+    "evaluate",
+    "evaluate_all",
+    "perplexity",
+    "score_server",
+    "table",
+]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.evaluate.windows import METRIC
 from compressor.records.scores import arrow, label, metrics
 
 
@@ -50,3 +51,8 @@ def _rows(results: list[Mapping[str, Any]]) -> Iterator[list[str]]:
             heading,
             *cells(lambda result, at=(task, metric): result["results"].get(at[0], {}).get(at[1])),
         ]
+    served = [result.get("served", {}).get("results", {}) for result in results]
+    for task in dict.fromkeys(task for result in served for task in result):
+        values = [result.get(task, {}).get(METRIC) for result in served]
+        heading = f"{task} token perplexity of the server ↓"
+        yield [heading, *["-" if value is None else f"{value:.4g}" for value in values]]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+from torch import Tensor
 
 from compressor.calibration.dataset import check_dataset, has_columns
 from compressor.checkpoint import cache
@@ -26,6 +27,7 @@ from compressor.evaluate.speed import measure_speed
 from compressor.evaluate.windows import DIVERGENCE, METRIC, Sums, score_windows
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
+from compressor.text import size
 
 _SCHEME = 1  # of what is cached; counts up when the meaning of a number changes
 
@@ -141,9 +143,8 @@ def evaluate_all(
     """
     asked = Settings(**settings)
     lmeval.check_tasks(asked.tasks, asked.include_path)
-    candidates = [
-        asked.candidate(name) for name in dict.fromkeys(models)
-    ]  # all of them are there before the first is scored
+    # all of them are there before the first is scored
+    candidates = [asked.candidate(name) for name in dict.fromkeys(models)]
     original = asked.candidate(baseline) if baseline else None
     before = _evaluate(original, None, asked) if original else None
     if original and before:
@@ -180,6 +181,8 @@ def _store(
 def _evaluate(candidate: Candidate, original: Candidate | None, asked: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     candidate.window(asked.seq_len)
+    for text in candidate.reader.notes:
+        asked.note(f"{candidate.name}: {text}")
     found: dict[str, Any] = {key: {} for key in BY_TASK}
     for task in asked.tasks:
         scored = _score_task(candidate, task, asked)
@@ -274,7 +277,7 @@ def _score_dataset(
 ) -> dict[str, Any]:
     """The entries of one data set under each key of `BY_TASK`."""
     name, window = asked.name_of(dataset), candidate.window(asked.seq_len)
-    text = _text(candidate, original, dataset, asked)
+    text = text_of(candidate, original, dataset, asked)
     against = (
         original if original and _comparable(candidate, original, dataset, text, asked) else None
     )
@@ -307,7 +310,9 @@ def _score_dataset(
     }
 
 
-def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings) -> Text:
+def text_of(
+    candidate: Candidate, original: Candidate | None, dataset: str, asked: Settings
+) -> Text:
     """The rows to score. Those of `self` are named by who writes them: they are written only if
     they have to be scored.
     """
@@ -327,6 +332,13 @@ def _text(candidate: Candidate, original: Candidate | None, dataset: str, asked:
     return Text([], cache.make_key("self", *by), asked.num_samples)
 
 
+def rows_of(candidate: Candidate, text: Text, writer: Candidate, asked: Settings) -> list[Tensor]:
+    """The rows of `text`; those of `self` are written by `writer` here, if they have not been."""
+    how = (asked.num_samples, asked.seed, asked.device, asked.trust_remote_code)
+    rows = text.rows or own_text(writer.name, candidate.window(asked.seq_len), *how)
+    return rows[: asked.limit]
+
+
 def _comparable(
     candidate: Candidate, original: Candidate, dataset: str, text: Text, asked: Settings
 ) -> bool:
@@ -340,7 +352,7 @@ def _comparable(
         reason = f"it has {candidate.vocab_size} tokens, {original.name} has {original.vocab_size}"
     elif (
         original.window(0) < candidate.window(asked.seq_len)
-        or _text(original, original, dataset, asked).key != text.key
+        or text_of(original, original, dataset, asked).key != text.key
     ):
         reason = f"{original.name} reads {dataset} as other windows"
     else:
@@ -352,10 +364,7 @@ def _comparable(
         )
         if needed * 1.1 > free:
             original.free()
-            reason = (
-                f"both models in memory take {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are "
-                f"free"
-            )
+            reason = f"both models in memory take {size(needed)} more, {size(free)} are free"
     if reason:
         asked.note(f"no KL divergence of {candidate.name} on {asked.name_of(dataset)}: {reason}")
     return not reason
@@ -373,17 +382,9 @@ def _pass(
     """Score the rows of `text`, from where an earlier pass was interrupted; the sums."""
     key = cache.make_key("windows", *parts)
     asked.progress(name, 0, 1)
-    rows = text.rows or own_text(
-        writer.name,
-        candidate.window(asked.seq_len),
-        asked.num_samples,
-        asked.seed,
-        asked.device,
-        asked.trust_remote_code,
-    )
     sums = score_windows(
         candidate.model,
-        rows[: asked.limit],
+        rows_of(candidate, text, writer, asked),
         baseline=against.model if against else None,
         start=Sums.read(cache.load("partial", key)) if asked.cached else None,
         save=lambda sums: cache.save("partial", key, sums),

@@ -7,11 +7,11 @@ from __future__ import annotations
 from compressor.errors import CheckpointError
 from compressor.formats.armor import Armor
 from compressor.formats.dense import Dense
-from compressor.formats.form import Form, Spec
+from compressor.formats.form import Form, Spec, notes
 from compressor.formats.lowrank import LowRank
 from compressor.formats.sparse24 import Sparse24
 
-__all__ = ["FORMATS", "PACKED", "Form", "Spec", "form_class"]
+__all__ = ["FORMATS", "PACKED", "Form", "Spec", "form_class", "notes"]
 
 FORMATS: dict[str, type[Form]] = {
     "dense": Dense,

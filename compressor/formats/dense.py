@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressor.formats.form import Form, Spec, matrix, zeros
@@ -19,6 +19,8 @@ class Dense(Form):
     FORMAT: ClassVar[str] = "dense"
     SUFFIXES: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Tensor
+    note: str = field(default="", compare=False)
+    losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @staticmethod
     def dense_spec(stored: Mapping[str, Spec]) -> Spec:

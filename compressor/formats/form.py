@@ -30,8 +30,8 @@ class Spec(NamedTuple):
 
 
 class Form(Protocol):
-    """What every stored form can do. The members with a body are defaults: those of a form with
-    zeros, whose entry says nothing but its format, and which no fine-tuning trains where it lies.
+    """What every stored form can do. The members with a body are defaults, right for a form of one
+    matrix with zeros whose entry is its format alone.
     """
 
     FORMAT: ClassVar[str]
@@ -41,26 +41,26 @@ class Form(Protocol):
     """What replaces `weight` in the names of its tensors, in the order they are written."""
 
     SPARSE: ClassVar[bool] = True
-    """Whether there are zeros in it: a weight without is smaller because there are fewer numbers
-    (factors of a rank).
+    """Whether it has zeros. Factors of a rank have none: they are smaller by having fewer
+    numbers.
     """
 
     TRAINABLE: ClassVar[tuple[str, ...]] = ()
-    """The suffixes of plain matrices, which a recovery fine-tuning may train as they are."""
+    """Suffixes of plain matrices: fine-tuning can train them, torch multiplies them anywhere."""
 
     # Of headers and entries: no torch.
 
     @staticmethod
     def dense_spec(stored: Mapping[str, Spec]) -> Spec:
         """The dense weight `[out, in]` that tensors with these headers, by suffix, stand for.
-        Raises ValueError where a shape tells no weight.
+        Raises ValueError for a shape that no weight has.
         """
         ...
 
     @staticmethod
     def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
-        """The tensors, by suffix, of a dense weight `[out, in]`, for an entry that fits it. A value
-        that is stored in another way (a dtype, scales of its own) is said here and nowhere else.
+        """The tensors, by suffix, that store a dense weight `[out, in]` as an entry says that fits
+        it. The only list of them: other dtypes of the values, or scales beside them, stand here.
         """
         ...
 
@@ -72,7 +72,7 @@ class Form(Protocol):
 
     @classmethod
     def parameters(cls, entry: Mapping[str, Any], shape: Shape) -> int:
-        """Numbers of the matrices that stand in memory once it is unpacked."""
+        """How many numbers are in memory once it is unpacked: of the weight, or of its factors."""
         return math.prod(shape)
 
     @classmethod
@@ -82,7 +82,7 @@ class Form(Protocol):
 
     @staticmethod
     def told(rows: Sequence[Mapping[str, Any]]) -> str:
-        """What follows "12 linears, " in a card, of the report's rows of these linears."""
+        """Words for people that go on from "12 linears, ", of the report's rows of these."""
         ...
 
     # Modules.
@@ -98,8 +98,8 @@ class Form(Protocol):
 
     @classmethod
     def example(cls, weight: Tensor) -> Self | None:
-        """One of the 2:4 `weight` `[out, in]`, or with random numbers and of its shape, to time the
-        kernels with. None where there are none for it.
+        """What the benchmarks time: the 2:4 `weight` `[out, in]` in this form, or random factors of
+        its shape. None where no kernel runs it.
         """
         return None
 
@@ -162,6 +162,13 @@ class Form(Protocol):
     def from_factors(cls, *args: Any, **factors: Any) -> Self:
         """The form of these factors, in their dtype."""
         return cls.from_dense(factors["weight"])
+
+
+def notes(form: Form) -> dict[str, Any]:
+    """What a form carries for the report, by the names of its fields: `note`, a sentence, and
+    `losses`, the relative loss its method started from and arrived at; only those it has.
+    """
+    return {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
 
 
 def matrix(stored: Mapping[str, Spec], suffix: str) -> Shape:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressor.formats.form import Form, Shape, Spec, matrix, weights
@@ -24,6 +24,7 @@ class LowRank(Form):
     TRAINABLE: ClassVar[tuple[str, ...]] = SUFFIXES
     u: Tensor
     v: Tensor
+    note: str = field(default="", compare=False)
 
     @staticmethod
     def dense_spec(stored: Mapping[str, Spec]) -> Spec:

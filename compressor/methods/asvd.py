@@ -8,12 +8,14 @@ uniform unless `--ranks` says otherwise.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from compressor.errors import UsageError
 from compressor.formats.lowrank import LowRank
-from compressor.methods.factor import singular_values, truncate, whiten
+from compressor.methods.factor import UNUSED, singular_values, truncate, whiten
 from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
@@ -24,8 +26,9 @@ RANKS = "uniform"
 
 
 def spectrum(weight: Tensor, stats: InputStats, *, alpha: float = 0.5) -> Tensor:
-    """σ(W S), `[min(out, in)]`."""
-    return singular_values(whiten(weight, None, _scale(stats, alpha)))
+    """σ(W S), `[min(out, in)]`; zeros where no input is ever other than zero."""
+    values = singular_values(whiten(weight, None, _scale(stats, alpha)))
+    return values if bool(stats.norm.any()) else torch.zeros_like(values)
 
 
 def compress(weight: Tensor, stats: InputStats, rank: int, *, alpha: float = 0.5) -> LowRank:
@@ -42,12 +45,15 @@ def compress(weight: Tensor, stats: InputStats, rank: int, *, alpha: float = 0.5
     """
     if alpha < 0:
         raise UsageError(f"alpha is {alpha:g}; accepted: 0 or more")
-    return truncate(weight, rank, right=_scale(stats, alpha))
+    factors = truncate(weight, rank, right=_scale(stats, alpha))
+    return factors if bool(stats.norm.any()) else replace(factors, note=UNUSED)
 
 
 def _scale(stats: InputStats, alpha: float) -> Tensor:
-    """Diagonal float64 `[in, in]`; an input that is always zero counts as a millionth of the
-    largest.
+    """The diagonal of S, float64 `[in]`. An input that is always zero counts as a millionth of the
+    largest; where all are, S is the identity.
     """
-    rms = (stats.norm.double() / max(stats.tokens, 1) ** 0.5).clamp_min(1e-300)
-    return torch.diag(torch.maximum(rms, rms.max() * 1e-6) ** alpha)
+    rms = stats.norm.double() / max(stats.tokens, 1) ** 0.5
+    if not bool(rms.any()):
+        return torch.ones_like(rms)
+    return torch.maximum(rms, rms.max() * 1e-6) ** alpha

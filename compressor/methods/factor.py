@@ -19,6 +19,8 @@ from compressor.errors import NumericalError, UsageError
 from compressor.formats.lowrank import LowRank
 
 _TRIES = 6
+UNUSED = "its inputs are all zero: factored by its weight alone"
+"""The note of a linear for which no metric can be made of its inputs."""
 
 
 def root(gram: Tensor, damp: float) -> Tensor:
@@ -53,10 +55,12 @@ def check_damp(damp: float) -> None:
 
 
 def whiten(weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """M = Lᵀ W R, float64 `[out, in]`; None stands for the identity."""
+    """M = Lᵀ W R, float64 `[out, in]`; None stands for the identity, a vector R `[in]` for a
+    diagonal.
+    """
     whitened = weight.double()
     if right is not None:
-        whitened = whitened @ right
+        whitened = whitened * right if right.dim() == 1 else whitened @ right
     return whitened if left is None else left.T @ whitened
 
 
@@ -87,7 +91,8 @@ def decompose(
         weight: `[out, in]`.
         rank: 1 to min(out, in).
         left: lower triangular L, float64 `[out, out]`; None for the identity.
-        right: lower triangular R, float64 `[in, in]`; None for the identity.
+        right: lower triangular R, float64 `[in, in]`, or the diagonal of one, `[in]`; None for the
+            identity.
 
     Raises:
         UsageError: a rank out of range.
@@ -109,9 +114,23 @@ def decompose(
         return _balanced(u, v, scale, weight.dtype), _values(squares)
     squares, vectors = torch.linalg.eigh(whitened.T @ whitened)
     basis, scale = _leading(squares, vectors, rank)
-    u = weight.double() @ (basis if right is None else right @ basis)
-    v = basis.T if right is None else solve_triangular(right, basis.T, upper=False, left=False)
+    u = weight.double() @ _times(right, basis)
+    v = basis.T if right is None else _over(basis.T, right)
     return _balanced(u, v, 1 / scale, weight.dtype), _values(squares)
+
+
+def _times(right: Tensor | None, basis: Tensor) -> Tensor:
+    """R Q."""
+    if right is None:
+        return basis
+    return right[:, None] * basis if right.dim() == 1 else right @ basis
+
+
+def _over(basis: Tensor, right: Tensor) -> Tensor:
+    """Qᵀ R⁻¹."""
+    if right.dim() == 1:
+        return basis / right
+    return solve_triangular(right, basis, upper=False, left=False)
 
 
 def _values(squares: Tensor) -> Tensor:

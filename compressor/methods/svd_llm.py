@@ -8,10 +8,13 @@ out · in / (out + in).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from compressor.formats.lowrank import LowRank
-from compressor.methods.factor import check_damp, root, singular_values, truncate, whiten
+from compressor.methods.factor import UNUSED, check_damp, root, singular_values, truncate, whiten
 from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
@@ -22,8 +25,12 @@ RANKS = "uniform"
 
 
 def spectrum(weight: Tensor, stats: InputStats, *, damp: float = 1e-6) -> Tensor:
-    """σ(W R), `[min(out, in)]`, for the sum over tokens."""
-    return singular_values(whiten(weight, None, _root(stats, damp)))
+    """σ(W R), `[min(out, in)]`, for the sum over tokens; zeros where no input is ever other than
+    zero.
+    """
+    right = _root(stats, damp)
+    values = singular_values(whiten(weight, None, right))
+    return torch.zeros_like(values) if right is None else values
 
 
 def compress(weight: Tensor, stats: InputStats, rank: int, *, damp: float = 1e-6) -> LowRank:
@@ -40,9 +47,12 @@ def compress(weight: Tensor, stats: InputStats, rank: int, *, damp: float = 1e-6
         NumericalError: the Gram matrix cannot be factored.
     """
     check_damp(damp)
-    return truncate(weight, rank, right=_root(stats, damp))
+    right = _root(stats, damp)
+    factors = truncate(weight, rank, right=right)
+    return replace(factors, note=UNUSED) if right is None else factors
 
 
-def _root(stats: InputStats, damp: float) -> Tensor:
+def _root(stats: InputStats, damp: float) -> Tensor | None:
+    """R; None where no input is ever other than zero."""
     assert stats.gram is not None
-    return root(stats.gram, damp)
+    return root(stats.gram, damp) if bool(stats.gram.any()) else None

@@ -1,10 +1,8 @@
 """One self-contained HTML page about a run: no scripts, nothing fetched, light and dark, narrow and
 wide.
 
-record    what the page says, checked
-charts    SVG trees, spectra those of low rank; picture writes them as PNG files
-page.html the template; every string passes through jinja2's escaping or the XML writer's, none is
-put in by hand
+records/read_report.py has what the page says, checked, and plots/ its charts, as SVG trees. Every
+string passes through jinja2's escaping (the template is page.html) or the XML writer's.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from xml.etree import ElementTree
 
 from compressor import text
 from compressor.methods import command
-from compressor.page import charts
-from compressor.page.charts import Chart
-from compressor.page.spectra import spectra
+from compressor.plots import charts
+from compressor.plots.charts import Chart
+from compressor.plots.spectra import spectra
 from compressor.records.read_report import Record, Row, read_record
 
 __all__ = ["draw", "read_record", "render"]
@@ -33,7 +31,7 @@ def render(record: Record) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from compressor.page.colours import DARK, LIGHT
+    from compressor.plots.colours import DARK, LIGHT
 
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(

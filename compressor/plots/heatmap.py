@@ -13,24 +13,27 @@ from compressor.plots.need_matplotlib import require_matplotlib
 from compressor.text import part
 
 if TYPE_CHECKING:
-    from compressor.engine.task import Job, Task
+    from compressor.engine.plan import Plan
+from compressor.engine.task import Task
 
 T = TypeVar("T")
 
 
-def cells(job: Job, value: Callable[[Task], T], dense: T) -> tuple[list[str], list[list[list[T]]]]:
+def cells(
+    plan: Plan, value: Callable[[Task], T], dense: T
+) -> tuple[list[str], list[list[list[T]]]]:
     """Names of the linears inside a block, those of its experts as one, and per block the values of
     each.
 
     `dense` is the value of one left dense; there is no value of a linear that a block has not, and
     one of every expert.
     """
-    known = {task.linear.name: value(task) for task in job.every}
+    known = {task.linear.name: value(task) for task in plan.every}
     blocks: list[dict[str, list[T]]] = []
-    for index in range(len(job.skeleton.blocks)):
-        prefix = f"{job.skeleton.path}.{index}."
+    for index in range(len(plan.skeleton.blocks)):
+        prefix = f"{plan.skeleton.path}.{index}."
         blocks.append({})
-        for linear in job.skeleton.linears(index):
+        for linear in plan.skeleton.linears(index):
             blocks[-1].setdefault(part(linear.name.removeprefix(prefix)), []).append(
                 known.get(linear.name, dense)
             )
@@ -50,11 +53,11 @@ def headings(columns: Sequence[str]) -> list[str]:
     ]
 
 
-def sparsities(job: Job) -> tuple[list[str], list[list[list[float]]]]:
+def sparsities(plan: Plan) -> tuple[list[str], list[list[list[float]]]]:
     """As `cells`: the fractions of the numbers that go, zeros of a pattern or what factors do
     without.
     """
-    return cells(job, lambda task: task.removed, 0.0)
+    return cells(plan, lambda task: task.removed, 0.0)
 
 
 def check_drawing(path: Path) -> None:
@@ -66,13 +69,13 @@ def check_drawing(path: Path) -> None:
         raise UsageError(f"--plot {path} ends in {path.suffix!r}; accepted: .png, .svg, .pdf")
 
 
-def draw(job: Job, path: Path, title: str, what: str) -> None:
-    """Draw the plan of `job`, `what` goes of each linear (of experts the mean), into the file
+def draw(plan: Plan, path: Path, title: str, what: str) -> None:
+    """Draw the plan of `plan`, `what` goes of each linear (of experts the mean), into the file
     `path`. Raises OutputError.
     """
     from matplotlib.figure import Figure
 
-    columns, rows = sparsities(job)
+    columns, rows = sparsities(plan)
     figure = Figure(
         figsize=(1.6 + 0.9 * len(columns), 1.8 + 0.34 * len(rows)), layout="constrained"
     )

@@ -18,6 +18,7 @@ from compressor.formats import form_class
 from compressor.methods import command, counterpart
 from compressor.publish.licence import Licence
 from compressor.records.scores import arrow, label, metrics
+from compressor.text import size
 
 EVAL_RESULTS = ".eval_results/compress.yaml"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
@@ -206,12 +207,12 @@ def _what_was_done(facts: Facts) -> str:
         "refinement": _summary("refine", recipe["refine"]) if recipe.get("refine") else "",
         "calibration": f"{tokens} tokens of {source}" if tokens else "none",
         "compressed": _forms(report["linears"]),
-        "their bytes": f"{_megabytes(totals['dense_bytes'])} → {_megabytes(totals['bytes'])} "
+        "their bytes": f"{size(totals['dense_bytes'])} → {size(totals['bytes'])} "
         f"({totals['ratio']:.4f} of dense)",
         "parameters kept": ""
         if facts.kept is None
         else f"{facts.kept:.1%} of those of all linears in the decoder blocks",
-        "checkpoint": f"{_megabytes(report['input_bytes'])} → {_megabytes(report['output_bytes'])}",
+        "checkpoint": f"{size(report['input_bytes'])} → {size(report['output_bytes'])}",
         "left dense": f"{_counted(len(left), 'weight')}, {inside or 'none'} inside the decoder "
         "blocks: report.json has reasons",
     }
@@ -301,7 +302,13 @@ def _how_to_load(facts: Facts) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(name)\n"
         'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")\n```'
     )
-    return f"## How to load it\n\n{install}{code}"
+    serve = (
+        f"\n\nvLLM serves it where this package is installed as well:\n\n"
+        f"```\npip install vllm compress-llm\nvllm serve {facts.repo}\n```"
+        if facts.packed
+        else ""
+    )
+    return f"## How to load it\n\n{install}{code}{serve}"
 
 
 def _limits(facts: Facts) -> str:
@@ -310,8 +317,8 @@ def _limits(facts: Facts) -> str:
     if facts.packed:
         limits.append(
             "The weights are stored in a packed form. Without `import compressor.runtime` "
-            "transformers refuses the checkpoint; "
-            "other tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
+            "transformers refuses the checkpoint; without this package vLLM refuses it, and other "
+            "tools do not read it. `compress unpack` makes a plain dense checkpoint of it."
         )
         limits.append(
             "It takes fewer bytes. Nothing is said here about its speed, which depends on the GPU: "
@@ -349,7 +356,3 @@ def _how_to_repeat(facts: Facts, recipe_text: str) -> str:
         f"## How to make it again\n\n{line}{plan}, with this recipe's model and "
         f"text:\n\n```toml\n{recipe_text.strip()}\n```"
     )
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -20,7 +20,7 @@ import tomli_w
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.packed_config import packed_modules
 from compressor.checkpoint.reader import INDEX, Reader, read_json
-from compressor.checkpoint.writer import is_side_file
+from compressor.checkpoint.side_files import is_side_file, names
 from compressor.errors import CheckpointError
 from compressor.publish.card import EVAL_RESULTS, Facts, eval_results_file, make_card
 from compressor.publish.licence import Licence, from_file, from_folder
@@ -202,28 +202,20 @@ def _base(
 def _choose(reader: Reader, made: Mapping[str, str], *, code: bool) -> tuple[list[File], list[str]]:
     folder = reader.folder
     chosen = list(reader.shards)
-    for path in sorted(folder.iterdir()):
-        wanted = (
-            is_side_file(path.name, code=code)
-            or path.suffix in _PICTURES
-            or path.name in (CARD, PLAN)
-        )
-        if (
-            wanted
-            and path.is_file()
-            and path.name not in (*chosen, *made)
-            and not path.name.startswith(".")
-        ):
-            chosen.append(path.name)
-    if reader.index is None and INDEX in chosen:
-        chosen.remove(INDEX)
+    ours = {"config.json", CARD, PLAN, *([INDEX] if reader.index is not None else [])}
+    for name in names(folder):
+        pictures = name.endswith(_PICTURES) and not name.startswith(".")
+        wanted = is_side_file(name, code=code) or pictures or name in ours
+        if wanted and name not in (*chosen, *made):
+            chosen.append(name)
     for name in chosen:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(
                 f"{folder / name} is a link that leads out of the folder; put a copy of the file "
                 f"in its place"
             )
-    stays = sorted(path.name for path in folder.iterdir() if path.name not in (*chosen, *made))
+    goes = {name.partition("/")[0] for name in (*chosen, *made)}
+    stays = sorted(path.name for path in folder.iterdir() if path.name not in goes)
     files = [File(name, folder / name) for name in chosen]
     return files + [File(name, text.encode()) for name, text in made.items()], stays
 

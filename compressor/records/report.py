@@ -7,6 +7,8 @@ run to run.
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -63,7 +65,9 @@ class LeftDense:
 class Report:
     """Everything about one run of `prune`. `allocation` is what chose the goals of the linears
     measured, if anything did,
-    `spectra` what ranks were chosen from (compressor/allocation/rank/measured.py)."""
+    `spectra` what ranks were chosen from (compressor/allocation/rank/measured.py), `notes` what
+    there is to know of the model's folder.
+    """
 
     recipe: dict[str, Any]
     architecture: str
@@ -76,6 +80,7 @@ class Report:
     output_bytes: int = 0
     calibration_tokens: int = 0
     spectra: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -115,6 +120,19 @@ class Report:
             "bytes": stored,
             "ratio": stored / dense if dense else 1.0,
         }
+
+
+def to_json(value: Any, *, ascii_only: bool = False) -> str:
+    """A report as JSON text. A number that is not finite becomes null: JSON has none of these."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=ascii_only, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def versions() -> dict[str, str]:

@@ -17,15 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.reader import read_json
+from compressor.checkpoint.work_state import scores_path
 from compressor.errors import CheckpointError
 
 BY_TASK = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
-
-
-def scores_path(folder: Path) -> Path:
-    """Where the scores of the checkpoint `folder` are stored."""
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}.eval.json")
 
 
 def read_scores(folder: Path, digest: str) -> dict[str, Any] | None:

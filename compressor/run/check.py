@@ -4,108 +4,150 @@ linear, dataset, lengths.
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from compressor.allocation.rank import allocator as rank_allocator
 from compressor.allocation.rank import check_align, uniform
-from compressor.allocation.sparsity import allocator
+from compressor.allocation.sparsity import allocator, leave_dense
 from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.checkpoint.writer import check_output
 from compressor.config.options import check_options
 from compressor.config.recipe import Recipe
-from compressor.engine.task import Job, Task
+from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
+from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
-from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
+from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton, require_finite
 from compressor.pattern import Pattern, parse_fraction
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.run import plan_file
 from compressor.run.preflight import rehearse, rehearse_rank, rehearse_ranks
 
-if TYPE_CHECKING:
-    pass
+_CHECKED_AT_ONCE = 1 << 24  # numbers of a tensor: a vocabulary is not in memory whole
 
 
-def make_job(recipe: Recipe, output: Path | None) -> Job:
-    """Check everything cheap: names, options, output, checkpoint, pattern against every linear,
-    dataset, lengths.
+def plan_run(recipe: Recipe, output: Path | None) -> Plan:
+    """What a run will do, everything cheap checked: names, options, output, checkpoint, pattern
+    against every linear, dataset, lengths.
+
+    Args:
+        recipe: what is asked for.
+        output: the folder to be made; None where nothing will be written.
+
+    Raises:
+        CompressError: the first thing that cannot be done.
     """
     pattern = Pattern.parse(recipe.pattern)
     method = method_module(recipe.method)
     options = check_options(f"method {recipe.method}", options_of(method), recipe.options)
-    refine = refinement(recipe.refine) if recipe.refine else None
-    refine_options = (
-        check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options)
-        if refine
-        else {}
-    )
-    if refine and not method.REFINABLE:
-        raise UsageError(
-            f"--refine improves a plain pruned weight; method {recipe.method} stores another form"
-        )
+    refine, refine_options = _refinement(recipe, method)
     entries = plan_file.read(Path(recipe.plan)) if recipe.plan else {}
     if factors(method):
         rehearse_rank(method, options)
     else:
         for each in plan_file.patterns(entries) if entries else [pattern]:
             rehearse(method, options, refine, refine_options, each)
-    goal = 1 if factors(method) else pattern
-    allocation = _ranks(recipe, method) if factors(method) else _allocation(recipe, pattern)
+    choice = _rank_choice(recipe, method) if factors(method) else _zeros_choice(recipe, pattern)
+    skeleton = _skeleton(recipe, output)
+    seq_len = _sequence_length(recipe.seq_len, tokens.context_length(skeleton.config))
+    blocks, left_dense = _split(skeleton, recipe.ignore)
+    _check_weights(skeleton.reader, blocks, None if entries or factors(method) else pattern)
+    refined = _refined(recipe, [linear.name for block in blocks for linear in block])
+    target = None if factors(method) else pattern
+    plan = Plan(
+        reader=skeleton.reader, skeleton=skeleton,
+        tasks=tuple(
+            tuple(Task(linear, method, options, target, linear.name in refined) for linear in block)
+            for block in blocks
+        ),
+        refine=refine, refine_options=refine_options, tune=recipe.tune,
+        packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all",
+        seq_len=seq_len, seed=recipe.seed, left_dense=left_dense, choice=choice,
+    )  # fmt: skip
+    if plan.needs_inputs:
+        _check_dataset(recipe, skeleton)
+    if isinstance(choice, ShareRanks):  # every choice of ranks begins with these
+        shapes = {task.linear.name: task.linear.shape for task in plan.every}
+        uniform.of_shapes(shapes, choice.keep, choice.align)
+    plan = _as_planned(plan, entries, recipe.plan) if entries else plan.check_experts()
+    _check_finite(skeleton)
+    return plan
+
+
+def _as_planned(plan: Plan, entries: plan_file.Entries, file: str) -> Plan:
+    """The plan with the targets of a plan file."""
+    reasons = {left.name: left.reason for left in plan.left_dense}
+    targets = plan_file.fit(entries, [task.linear for task in plan.every], reasons)
+    if not any(targets.values()):
+        raise UsageError(f"there is nothing to compress: the plan {file} leaves every linear dense")
+    return plan.with_targets(targets, "the plan")
+
+
+def _refinement(recipe: Recipe, method: ModuleType) -> tuple[ModuleType | None, dict[str, Any]]:
+    """The refinement and its options; None and nothing where none is asked for."""
+    if not recipe.refine:
+        return None, {}
+    refine = refinement(recipe.refine)
+    options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options)
+    if not method.REFINABLE:
+        raise UsageError(
+            f"--refine improves a plain pruned weight; method {recipe.method} stores another form"
+        )
+    return refine, options
+
+
+def _skeleton(recipe: Recipe, output: Path | None) -> Skeleton:
+    """The checkpoint, opened; `output` may be made from it."""
     reader = Reader(resolve(recipe.model, recipe.revision or None))
     if output is not None:
         check_output(output, reader)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    skeleton = Skeleton(reader, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    seq_len = _sequence_length(recipe.seq_len, tokens.context_length(skeleton.config))
-    blocks, left_dense = _choose(skeleton, recipe.ignore)
+    return Skeleton(reader, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+
+
+def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern | None) -> None:
+    """Raise where a linear cannot have the pattern, or has a dtype that is not accepted."""
     for linear in (linear for block in blocks for linear in block):
-        if not entries and not factors(method):
+        if pattern:
             pattern.check_width(linear.name, linear.shape[1])
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be "
                 f"compressed"
             )
-    refined = _refined(recipe, [linear.name for block in blocks for linear in block])
-    tasks = [
-        [Task(linear, method, options, goal, linear.name in refined) for linear in block]
-        for block in blocks
-    ]
-    job = Job(
-        reader=reader, skeleton=skeleton, tasks=tasks, refine=refine, refine_options=refine_options,
-        tune=recipe.tune,
-        packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all", seq_len=seq_len,
-        seed=recipe.seed,
-        left_dense=left_dense, **allocation,
-    )  # fmt: skip
-    if job.needs_inputs:
-        _check_dataset(recipe, skeleton)
-    if job.keep:  # every choice of ranks begins with these
-        uniform.of_shapes(
-            {task.linear.name: task.linear.shape for task in job.every},
-            job.keep,
-            job.rank_options.get("align", 0),
-        )
-    if not entries:
-        return job.check_experts()
-    goals = plan_file.fit(
-        entries,
-        [task.linear for task in job.every],
-        {left.name: left.reason for left in left_dense},
-    )
-    if not any(goals.values()):
-        raise UsageError(
-            f"there is nothing to compress: the plan {recipe.plan} leaves every linear dense"
-        )
-    return job.assign(goals, "the plan")
+
+
+def _check_finite(skeleton: Skeleton) -> None:
+    """Read what no block is loaded with, and the norms and biases of the blocks: all that is copied
+    as it is, and small. The matrices of a block are checked when it is loaded.
+
+    Raises:
+        NumericalError: a number is not finite.
+    """
+    reader, prefix = skeleton.reader, f"{skeleton.path}."
+    loaded = {
+        tensor
+        for parameter, _ in skeleton.model.named_parameters()
+        if parameter.startswith(prefix)
+        for tensor in skeleton.on_disk.get(parameter, ())
+        if len(reader.tensors[tensor].shape) > 1
+    }
+    with reader.opened() as lazy:
+        for name, entry in reader.tensors.items():
+            if name in loaded or entry.dtype not in (*WEIGHT_DTYPES, "F64") or 0 in entry.shape:
+                continue
+            rows = max(1, _CHECKED_AT_ONCE // math.prod(entry.shape[1:]))
+            for start in range(0, entry.shape[0], rows) if entry.shape else ():
+                require_finite(name, lazy(name)[start : start + rows])
 
 
 def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
@@ -131,8 +173,8 @@ def _refined(recipe: Recipe, names: list[str]) -> set[str]:
     }
 
 
-def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
-    """The fields keep, ranks and rank_options of a job that makes factors."""
+def _rank_choice(recipe: Recipe, method: ModuleType) -> ShareRanks | None:
+    """What is to choose the ranks; None where a plan file says them."""
     if recipe.ratios or recipe.dense_fraction or recipe.ratio_options:
         raise UsageError(
             f"method {recipe.method} makes factors: --ratios and --dense-fraction are for "
@@ -151,18 +193,18 @@ def _ranks(recipe: Recipe, method: ModuleType) -> dict[str, Any]:
     if recipe.plan:
         if recipe.ranks or recipe.rank_options:
             raise UsageError("--ranks chooses what --plan says already: give one of them")
-        return {}
+        return None
     name = recipe.ranks or method.RANKS
     module = rank_allocator(name)
     options = check_options(f"ranks {name}", module.allocate, recipe.rank_options)
     check_align(options.get("align", 0))
     rehearse_ranks(module, options)
-    return {"keep": parse_fraction("keep", recipe.keep), "ranks": module, "rank_options": options}
+    return ShareRanks(parse_fraction("keep", recipe.keep), module, options)
 
 
-def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
-    """What was asked for beyond one goal for all: the fields ratios, dense_fraction and
-    ratio_options of the job.
+def _zeros_choice(recipe: Recipe, pattern: Pattern) -> ShareZeros | LeaveDense | None:
+    """What is to choose the zeros; None where all linears have one pattern, or a plan file says
+    them.
     """
     if recipe.keep or recipe.ranks or recipe.rank_options:
         raise UsageError(
@@ -180,34 +222,33 @@ def _allocation(recipe: Recipe, pattern: Pattern) -> dict[str, Any]:
             "give a sparsity such as --pattern 50%, or let linears stay dense with "
             "--dense-fraction 10%"
         )
+    if recipe.ratios and recipe.dense_fraction:
+        raise UsageError(
+            "--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself"
+        )
     if recipe.ratios:
-        if recipe.dense_fraction:
-            raise UsageError(
-                "--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself"
-            )
         module = allocator(recipe.ratios)
         options = check_options(f"ratios {recipe.ratios}", module.allocate, recipe.ratio_options)
         check_ratio_options(options, pattern.sparsity)
-        return {"ratios": module, "ratio_options": options}
+        return ShareZeros(module, pattern.sparsity, options)
     if recipe.dense_fraction:
-        if not pattern.m:
-            raise UsageError(
-                f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios"
-            )
-        from compressor.allocation.sparsity import leave_dense
-
-        options = check_options("--dense-fraction", leave_dense.choose, recipe.ratio_options)
-        check_ratio_options(options, pattern.sparsity)
-        return {
-            "dense_fraction": parse_fraction("dense-fraction", recipe.dense_fraction),
-            "ratio_options": options,
-        }
+        return _dense_choice(recipe, pattern)
     if recipe.ratio_options:
         raise UsageError(
             f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; "
             f"neither is given"
         )
-    return {}
+    return None
+
+
+def _dense_choice(recipe: Recipe, pattern: Pattern) -> LeaveDense:
+    if not pattern.m:
+        raise UsageError(
+            f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios"
+        )
+    options = check_options("--dense-fraction", leave_dense.select, recipe.ratio_options)
+    check_ratio_options(options, pattern.sparsity)
+    return LeaveDense(parse_fraction("dense-fraction", recipe.dense_fraction), options)
 
 
 def _sequence_length(asked: int, limit: int | None) -> int:
@@ -218,7 +259,7 @@ def _sequence_length(asked: int, limit: int | None) -> int:
     return asked or min(2048, limit or 2048)
 
 
-def _choose(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], list[LeftDense]]:
+def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], list[LeftDense]]:
     """Split the weights into those to compress and those left dense, with reasons. Nothing is
     skipped in silence.
     """

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.checkpoint.atomic import sha256
 from compressor.checkpoint.reader import Reader
 from compressor.records.report import versions
+from compressor.text import home_path
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 
 def fingerprint(
-    recipe: Recipe, reader: Reader, others: Iterable[Path], device: torch.device, processes: int = 1
+    recipe: Recipe, reader: Reader, others: Iterable[str], device: torch.device, processes: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Options, model, calibration text, machine and versions of a run, as JSON values.
 
     Args:
         recipe: the options.
         reader: the model.
-        others: files beside its shards that go into the output.
+        others: names of files beside its shards that go into the output.
         device: what computes; bits differ between kinds, and with the number of threads.
         processes: how many share the work.
     """
@@ -46,12 +47,14 @@ def fingerprint(
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-    files = [*(reader.folder / name for name in (*reader.shards, "config.json")), *others]
-    dataset = Path(recipe.dataset).expanduser()
+    files = {name: reader.folder / name for name in (*reader.shards, "config.json", *others)}
+    dataset = home_path(recipe.dataset)
     plan = Path(recipe.plan)
     return {
         "option": asdict(recipe),
-        "model file": {path.name: _file(path, header=path.name in reader.shards) for path in files},
+        "model file": {
+            name: _file(path, header=name in reader.shards) for name, path in files.items()
+        },
         "plan": {recipe.plan: sha256(plan)} if recipe.plan else {},
         "dataset": {recipe.dataset: _time(dataset)} if dataset.is_file() else {},
         "machine": {**machine, "processes": processes},

@@ -38,6 +38,7 @@ from compressor.checkpoint.work_state import (
     REPORT,
     damaged,
     is_complete,
+    name_folder,
     report_path,
     state_file,
     work_path,
@@ -220,8 +221,7 @@ class Journal:
                     f"output {output} has come into being meanwhile; move it away, then: "
                     f"{describe(output)}"
                 )
-            os.replace(folder, output)
-            sync(output.parent)
+            name_folder(folder, output)
         if (self.folder / REPORT).exists():
             os.replace(self.folder / REPORT, report_path(output))
             sync(output.parent)

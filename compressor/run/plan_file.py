@@ -18,18 +18,20 @@ entry of those that have none of their own; the first that matches counts.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from compressor.allocation.rank import largest_rank, rank_keeping
+from compressor.engine.task import Rank, Target
 from compressor.errors import OutputError, UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
 
 if TYPE_CHECKING:
-    from compressor.engine.task import Job
+    from compressor.allocation.choice import Choice
+    from compressor.engine.plan import Plan
     from compressor.model.skeleton import Linear
 
 FILE = "plan.toml"
@@ -43,7 +45,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanFile:
     """What every linear becomes.
 
     Attributes:
@@ -58,10 +60,10 @@ class Plan:
     text: str
 
     @classmethod
-    def of(cls, job: Job) -> Self:
-        """The plan of a job."""
-        text = dumps(job)
-        return cls(tomllib.loads(text)["linears"], job.allocation, text)
+    def of(cls, choice: Choice) -> Self:
+        """The file of targets that were chosen."""
+        text = dumps(choice.plan)
+        return cls(tomllib.loads(text)["linears"], choice.measured, text)
 
     def save(self, path: Path) -> None:
         """Write the file, which must not exist. Raises OutputError."""
@@ -79,28 +81,28 @@ def check_new_file(path: Path) -> None:
         raise OutputError(f"the folder of {path} does not exist")
 
 
-def dumps(job: Job) -> str:
-    """The plan of `job`, comments and all."""
-    goals = {task.linear.name: task.goal for task in job.every}
-    reasons = {left.name: left.reason for left in job.left_dense}
+def dumps(plan: Plan) -> str:
+    """The text of a plan file for `plan`, comments and all."""
+    targets = {task.linear.name: task.target for task in plan.every}
+    reasons = {left.name: left.reason for left in plan.left_dense}
     lines = [
-        f"# What every linear becomes. Edit it, then: compress {_command(job)} MODEL -o OUT "
+        f"# What every linear becomes. Edit it, then: compress {_command(plan)} MODEL -o OUT "
         f"--plan THIS",
         "version = 1",
         "",
         "[linears]",
     ]
-    for index in range(len(job.skeleton.blocks)):
+    for index in range(len(plan.skeleton.blocks)):
         lines += [
             f"{_quoted(linear.name)} = "
-            f"{_entry(goals.get(linear.name), linear, reasons.get(linear.name, ''))}"
-            for linear in job.skeleton.linears(index)
+            f"{_entry(targets.get(linear.name), linear, reasons.get(linear.name, ''))}"
+            for linear in plan.skeleton.linears(index)
         ]
     return "\n".join(lines) + "\n"
 
 
-def _command(job: Job) -> str:
-    return "lowrank" if any(isinstance(task.goal, int) for task in job.every) else "prune"
+def _command(plan: Plan) -> str:
+    return "lowrank" if any(isinstance(task.target, Rank) for task in plan.every) else "prune"
 
 
 def _quoted(name: str) -> str:
@@ -110,18 +112,16 @@ def _quoted(name: str) -> str:
     return tomli_w.dumps({"k": name}).removeprefix("k = ").strip()
 
 
-def _entry(goal: Pattern | int | None, linear: Linear, reason: str) -> str:
+def _entry(target: Target | None, linear: Linear, reason: str) -> str:
     rows, columns = linear.shape
-    if goal is None:
+    if target is None:
         return "{ dense = true }" + f"  # {' '.join(reason.split())}" * bool(reason)
-    if isinstance(goal, int):
-        return (
-            f"{{ rank = {goal} }}  # factors of {goal * (rows + columns) / (rows * columns):.2%} "
-            f"of {rows}×{columns}"
-        )
-    if goal.zeros is not None:
-        return f"{{ zeros = {goal.zeros} }}  # {float(goal.sparsity):.2%} of {rows}×{columns}"
-    return f'{{ pattern = "{goal}" }}'
+    if isinstance(target, Rank):
+        kept = target * (rows + columns) / (rows * columns)
+        return f"{{ rank = {target} }}  # factors of {kept:.2%} of {rows}×{columns}"
+    if target.zeros is not None:
+        return f"{{ zeros = {target.zeros} }}  # {float(target.sparsity):.2%} of {rows}×{columns}"
+    return f'{{ pattern = "{target}" }}'
 
 
 def read(path: Path) -> Entries:
@@ -184,8 +184,8 @@ def patterns(entries: Entries) -> list[Pattern]:
 
 def fit(
     entries: Entries, linears: Sequence[Linear], dense: Mapping[str, str]
-) -> dict[str, Pattern | int | None]:
-    """The goal of every linear: a pattern, a rank, or None for one that stays dense.
+) -> dict[str, Target | None]:
+    """The target of every linear: a pattern, a rank, or None for one that stays dense.
 
     Args:
         entries: of a plan.
@@ -196,7 +196,7 @@ def fit(
         UsageError: a linear without an entry, a name that is none, zeros, a rank or a pattern that
             a linear cannot have.
     """
-    names = [linear.name for linear in linears]
+    names = {linear.name: linear for linear in linears}
     entries = _named(entries, names, dense)
     for name, entry in entries.items():
         if name in dense and "dense" not in entry:
@@ -207,17 +207,17 @@ def fit(
         if name not in names and name not in dense:
             raise UsageError(
                 f"the plan names {name[:100]!r}, which is no linear of this "
-                f"model{did_you_mean(name, names)}"
+                f"model{did_you_mean(name, list(names))}"
             )
     if missing := [name for name in names if name not in entries]:
         raise UsageError(
             f"the plan lacks {len(missing)} linears of this model, {missing[0]} among them; leave "
             f"one out as {{ dense = true }}"
         )
-    return {linear.name: _goal(entries[linear.name], linear) for linear in linears}
+    return {name: _target(entries[name], linear) for name, linear in names.items()}
 
 
-def _named(entries: Entries, names: Sequence[str], dense: Mapping[str, str]) -> Entries:
+def _named(entries: Entries, names: Collection[str], dense: Mapping[str, str]) -> Entries:
     """The entries with globs replaced by the names they are for. Raises UsageError where one
     matches nothing.
     """
@@ -225,14 +225,15 @@ def _named(entries: Entries, names: Sequence[str], dense: Mapping[str, str]) -> 
     found = {name: entry for name, entry in entries.items() if name not in globs}
     for glob, entry in globs.items():
         if not any(fnmatchcase(name, glob) for name in (*names, *dense)):
+            example = next(iter(names))
             raise UsageError(
-                f"the plan's {glob[:100]!r} matches no linear; names look like {names[0]!r}"
+                f"the plan's {glob[:100]!r} matches no linear; names look like {example!r}"
             )
         found |= {name: entry for name in names if name not in found and fnmatchcase(name, glob)}
     return found
 
 
-def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
+def _target(entry: Mapping[str, Any], linear: Linear) -> Target | None:
     if "rank" in entry:
         most = largest_rank(linear.shape)
         if not 1 <= entry["rank"] <= most:
@@ -240,14 +241,14 @@ def _goal(entry: Mapping[str, Any], linear: Linear) -> Pattern | int | None:
                 f"the plan asks for rank {entry['rank']} of {linear.name}; factors are smaller "
                 f"than it from rank 1 to {most}"
             )
-        return entry["rank"]
+        return Rank(entry["rank"])
     if "keep" in entry:
         if not (rank := rank_keeping(linear.shape, parse_fraction("keep", entry["keep"]))):
             raise UsageError(
                 f"the plan keeps {entry['keep']} of {linear.name}, which has {linear.size} "
                 f"weights: that is less than rank 1"
             )
-        return rank
+        return Rank(rank)
     if "pattern" in entry:
         pattern = Pattern.parse(entry["pattern"])
         pattern.check_width(linear.name, linear.shape[1])

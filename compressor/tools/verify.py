@@ -1,5 +1,5 @@
 """Whether a finished folder is what it was made to be: checksums, headers, packed tensors,
-patterns, finite numbers.
+patterns, finite numbers, and that it loads (loadable.py).
 
 One tensor is in memory at a time. Nothing is repaired: each problem is one line.
 """
@@ -20,16 +20,22 @@ from compressor.formats import Form, form_class
 from compressor.formats.dense import Dense
 from compressor.formats.headers import packed_headers, unlisted
 from compressor.pattern import Pattern
+from compressor.tools import loadable
 
 
 def verify(
-    folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Check the folder.
 
     Args:
         folder: made by `prune`, or by another command that writes SHA256SUMS.
         progress: told how many tensors are checked of how many.
+        trust_remote_code: run Python code that the checkpoint brings; what needs it is a problem
+            without.
 
     Returns:
         How many `files`, `tensors` and `linears` were checked, and `problems`, a list of lines.
@@ -63,6 +69,7 @@ def verify(
         found["problems"] += _plain(reader, row)
     stray = unlisted(reader.tensors, modules)
     found["problems"] += [f"{name} is packed, but config.json does not list it" for name in stray]
+    found["problems"] += loadable.problems(reader, trust_remote_code=trust_remote_code)
     return {**found, "tensors": len(reader.tensors), "linears": len(modules) + len(dense)}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compressor.errors import CheckpointError
+from compressor.formats import FORMATS
 from compressor.runtime.vllm_plugin.fused import Part, allocate, suffixes
 from compressor.runtime.vllm_plugin.slicing import Share
 from tests.vllm.folders import stored
@@ -130,7 +131,7 @@ def test_damaged_metadata_is_refused_by_name(form, packed):
         load_all(parts[0], tensors)
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse24", "armor", "lowrank"])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("packed", [True, False])
 def test_tensors_of_another_shape_are_refused_by_name(form, packed):
     for suffix, tensor in linear(form, 32)[1].items():
@@ -147,7 +148,22 @@ def test_a_tensor_of_another_form_is_refused():
         parts[0].load("weight_u", torch.zeros(32, 4))
 
 
+def test_wrappers_of_another_size_than_config_json_says_are_refused():
+    _, tensors, _ = linear("armor", 32)
+    entry = {"format": "armor", "block_a": 16, "block_b": 16}
+    for packed in (True, False):
+        part = Part("block.0", entry, Share(torch.arange(32), 0, INPUTS, INPUTS), packed)
+        allocate([part], torch.float32, torch.device("cpu"))
+        with pytest.raises(CheckpointError, match=r"block\.0"):
+            load_all(part, tensors)
+
+
+def test_a_form_of_a_later_version_is_refused():
+    with pytest.raises(CheckpointError, match=r"unknown format 'sparse48'.*update compress-llm"):
+        suffixes({"format": "sparse48"})
+
+
 def test_names_of_stored_tensors():
-    for form in ("dense", "sparse24", "armor", "lowrank"):
+    for form in FORMATS:
         entry, tensors, _ = linear(form, 32)
         assert set(suffixes(entry)) == set(tensors)

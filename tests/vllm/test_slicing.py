@@ -7,12 +7,13 @@ from itertools import combinations
 import pytest
 import torch
 
-from compressor.formats import form_class
-from compressor.runtime.vllm_plugin.slicing import Share, cut, obstacle, shapes
+from compressor.formats import FORMATS, form_class
+from compressor.runtime.vllm_plugin.fused import specs
+from compressor.runtime.vllm_plugin.slicing import Share, cut, obstacle
 from compressor_kernels.packing import metadata_of_columns, pack24
 from tests.vllm.folders import largest_two, stored
 
-FORMS = ("dense", "sparse24", "armor", "lowrank")
+FORMS = tuple(FORMATS)
 
 
 def whole(form, rows, columns, blocks=(8, 4)):
@@ -29,9 +30,8 @@ def check(form, rows, columns, share):
     entry, tensors, weight = whole(form, rows, columns)
     assert obstacle(entry, share) == ""
     local = {suffix: cut(entry, suffix, tensor, share) for suffix, tensor in tensors.items()}
-    assert {suffix: tuple(part.shape) for suffix, part in local.items()} == shapes(
-        entry, *share.shape
-    )
+    due = specs(entry, share.shape, torch.float64)
+    assert {key: (part.dtype, tuple(part.shape)) for key, part in local.items()} == due
     made = form_class(form).unpack({key: part.contiguous() for key, part in local.items()}).dense()
     expected = weight[share.rows][:, share.start : share.stop]
     if form in ("dense", "sparse24"):
@@ -44,9 +44,9 @@ def check(form, rows, columns, share):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_rows_of_every_rank(form, ranks):
-    rows = torch.arange(64)
+    rows = torch.arange(128)
     for own in rows.chunk(ranks):
-        check(form, 64, 48, Share(own, 0, 48, 48))
+        check(form, 128, 48, Share(own, 0, 48, 48))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,21 +105,27 @@ ARMOR = {"format": "armor", "block_a": 8, "block_b": 16}
     ("entry", "share", "reason"),
     [
         ({"format": "sparse24"}, Share(torch.arange(3), 6, 12, 12), "cut a group of four"),
-        (ARMOR, Share(torch.arange(8), 0, 18, 36), "cut a group of four"),
-        (ARMOR, Share(torch.arange(12), 0, 32, 32), "not whole blocks of 8"),
+        (ARMOR, Share(torch.arange(8), 0, 18, 36), "which do not divide [8, 18]"),
+        (ARMOR, Share(torch.arange(12), 0, 32, 32), "which do not divide [12, 32]"),
         (ARMOR, Share(torch.arange(4, 12), 0, 32, 32), "not whole blocks of 8"),
         (ARMOR, Share(torch.arange(8).flip(0), 0, 32, 32), "not whole blocks of 8"),
-        (ARMOR, Share(torch.arange(8), 8, 32, 32), "not whole blocks of 16"),
-        (ARMOR, Share(torch.arange(8), 0, 24, 48), "not whole blocks of 16"),
+        (ARMOR, Share(torch.arange(8), 8, 24, 32), "8 to 24 are not whole blocks of 16"),
+        (ARMOR, Share(torch.arange(8), 0, 24, 48), "which do not divide [8, 24]"),
+        ({"format": "armor"}, Share(torch.arange(8), 0, 16, 16), "wrappers of"),
+        ({"format": "lowrank", "rank": 5}, Share(torch.arange(4), 0, 16, 16), "the rank 5"),
+        ({"format": "lowrank", "rank": "5"}, Share(torch.arange(4), 0, 16, 16), "the rank 5"),
     ],
 )
 def test_what_cannot_be_cut_is_said(entry, share, reason):
     assert reason in obstacle(entry, share)
 
 
+def test_forms_whose_tensors_are_not_known_here_are_not_cut(monkeypatch):
+    monkeypatch.setattr(FORMATS["sparse24"], "SUFFIXES", ("weight_values", "weight_scales"))
+    assert "weight_scales" in obstacle({"format": "sparse24"}, Share(torch.arange(4), 0, 16, 16))
+
+
 def test_thin_factors_and_dense_weights_are_cut_anywhere():
-    share = Share(torch.tensor([5, 1]), 3, 7, 11)
-    assert obstacle({"format": "lowrank", "rank": 2}, share) == ""
-    assert obstacle({"format": "dense"}, share) == ""
+    share = Share(torch.tensor([5, 1, 9, 2, 0, 7]), 3, 9, 11)
     check("lowrank", 12, 11, share)
     check("dense", 12, 11, share)

@@ -1,9 +1,9 @@
 """Ranks: how many of the parameters each factored linear gets; one file per allocator, the file
 name is the option's value.
 
-An allocator is a module: docstring with the paper, its URL and formula; and a function
-`allocate(spectra, budget, *, align=0, option=default, …) -> ranks`, whose keyword-only parameters
-are its options.
+An allocator is a module: docstring with the paper, its URL and formula; `NEEDS_SPECTRA`, whether
+it looks at more than the shapes; and a function `allocate(spectra, budget, *, align=0,
+option=default, …) -> ranks`, whose keyword-only parameters are its options.
 
     spectra   name -> Spectrum: shape and singular values of each linear, in the metric of the
               method

@@ -10,12 +10,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compressor.allocation.choice import Choice
 from compressor.allocation.guard import TOKENS, Trial, better
 from compressor.allocation.rank import (
     Ranks,
@@ -30,145 +30,148 @@ from compressor.allocation.rank.measured import measured
 from compressor.calibration.capture import States
 from compressor.engine.blocks import dense_blocks
 from compressor.engine.factor_store import Factored
-from compressor.engine.task import Job, Task
+from compressor.engine.plan import Plan, Prepared, ShareRanks
+from compressor.engine.task import Rank, Task
+from compressor.errors import NumericalError
 from compressor.progress import Progress
 from compressor.stats import InputStats
 
 Spectra = dict[str, Spectrum]
 
 
-def with_gradients(
-    job: Job, states: States | None, device: torch.device, folder: Path, progress: Progress
+def factored_by_gradients(
+    plan: Plan, states: States | None, device: torch.device, folder: Path, progress: Progress
 ) -> tuple[Factored | None, Spectra | None]:
-    """What methods that need gradients make of their linears, spilled into `folder`, and the
-    spectra that fell off.
+    """Factors, written into a new folder in `folder`, and spectra of the linears whose method needs
+    gradients; None where there are none.
 
     It is repeated where a run goes on: the pass is deterministic, and its factors are too large to
         keep twice.
     """
-    if not job.needs_gradients:
+    if not plan.needs_gradients:
         return None, None
     assert states
-    return factor_all(
-        job, states, device, Path(tempfile.mkdtemp(prefix="factors-", dir=folder)), progress
-    )
+    own_folder = Path(tempfile.mkdtemp(prefix="factors-", dir=folder))
+    return factor_all(plan, states, device, own_folder, progress)
 
 
-def allocate(
-    job: Job,
+def share_ranks(
+    plan: Plan,
+    asked: ShareRanks,
     states: States | None,
     spectra: Spectra | None,
     device: torch.device,
+    prepared: Prepared,
     progress: Progress,
-) -> Job:
-    """The job with a rank for every linear, or dense.
+) -> Choice:
+    """A rank for every linear, or dense.
 
     Args:
-        job: with `keep` and `ranks`.
+        plan: no linear has a target.
+        asked: the allocator, and what part of the parameters to keep.
         states: calibration on entering block 0, left as it is; None where the method is blind to
             inputs.
         spectra: if they are known already.
         device: where blocks are computed.
+        prepared: what the run has ready for the blocks.
         progress: told after each step.
 
     Raises:
         UsageError: so few parameters cannot be kept, or so many that nothing is factored.
     """
-    assert job.keep
-    assert job.ranks
-    shapes = {task.linear.name: Spectrum(task.linear.shape, torch.zeros(0)) for task in job.every}
-    budget = int(job.keep * sum(spectrum.size for spectrum in shapes.values()))
-    even = sharing(
-        job,
+    shapes = {task.linear.name: Spectrum(task.linear.shape, torch.zeros(0)) for task in plan.every}
+    even = with_ranks(
+        plan,
+        asked,
         uniform.of_shapes(
-            {name: each.shape for name, each in shapes.items()},
-            job.keep,
-            job.rank_options.get("align", 0),
+            {name: each.shape for name, each in shapes.items()}, asked.keep, asked.align
         ),
     )
-    name = job.ranks.__name__.rpartition(".")[2]
-    facts: dict[str, Any] = {"by": name, "budget": budget}
-    if job.ranks is uniform:
-        return _counted(replace(even, allocation=facts), spectra or shapes)
-    spectra = spectra or _spectra(job, states, device, progress)
-    chosen = sharing(job, job.ranks.allocate(spectra, budget, **job.rank_options))
-    if not job.measures:
-        return _counted(replace(chosen, allocation=facts), spectra)
+    budget = int(asked.keep * plan.weights)
+    name = asked.allocator.__name__.rpartition(".")[2]
+    total: dict[str, Any] = {"by": name, "budget": budget}
+    if not asked.by_spectra:
+        return _counted(Choice(even, total), spectra or shapes)
+    spectra = spectra or _spectra(plan, states, device, progress)
+    chosen = with_ranks(plan, asked, asked.allocator.allocate(spectra, budget, **asked.options))
+    if not plan.measures:
+        return _counted(Choice(chosen, total), spectra)
     assert states
-    return _counted(
-        better(Trial(job, states, device), {"uniform": even, name: chosen}, facts, progress),
-        spectra,
-    )
+    trial = Trial(plan, states, device, prepared)
+    return _counted(better(trial, {"uniform": even, name: chosen}, total, progress), spectra)
 
 
-def sharing(job: Job, ranks: Ranks) -> Job:
-    """The job with these ranks; a linear without one stays dense. Raises UsageError where no linear
-    has one.
+def with_ranks(plan: Plan, asked: ShareRanks, ranks: Ranks) -> Plan:
+    """The plan with these ranks; a linear without one stays dense. Raises UsageError where no
+    linear has one.
     """
-    return job.assign(
-        _whole(job, check_some(ranks, job.keep or Fraction(0))), "factors would not pay"
-    )
+    whole = _whole(plan, check_some(ranks, asked.keep), asked.align)
+    targets = {name: Rank(rank) if rank else None for name, rank in whole.items()}
+    return plan.with_targets(targets, "factors would not pay")
 
 
-def _whole(job: Job, ranks: Ranks) -> Ranks:
+def _whole(plan: Plan, ranks: Ranks, align: int) -> Ranks:
     """The ranks, with the largest that pays for matrices of experts that would stay dense beside
     others that do not.
 
     A loader needs all matrices of a module of experts in factors, or none. It costs no parameters,
     for factors are smaller.
     """
-    factored = {task.linear.experts for task in job.every if ranks[task.linear.name]} - {""}
+    factored = {task.linear.experts for task in plan.every if ranks[task.linear.name]} - {""}
     most = {
-        task.linear.name: rounded_down(
-            largest_rank(task.linear.shape), task.linear.shape, job.rank_options.get("align", 0)
-        )
+        task.linear.name: rounded_down(largest_rank(task.linear.shape), task.linear.shape, align)
         or None
-        for task in job.every
+        for task in plan.every
         if task.linear.experts in factored and not ranks[task.linear.name]
     }
     return {name: rank or most.get(name) for name, rank in ranks.items()}
 
 
-def _counted(job: Job, linears: Mapping[str, Spectrum]) -> Job:
-    """With what is kept in `allocation`: parameters of the linears, and ranks (WeLore's effective
-    rank reduction).
+def _counted(choice: Choice, linears: Mapping[str, Spectrum]) -> Choice:
+    """With what is kept: parameters of the linears, and ranks (WeLore's effective rank reduction).
 
     Where spectra were measured, and not only shapes, they are kept as well.
     """
-    goals = {task.linear.name: task.goal for task in job.every}
-    ranks = {name: goal if isinstance(goal := goals.get(name), int) else None for name in linears}
-    kept = sum(spectrum.parameters(ranks[name]) for name, spectrum in linears.items())
+    targets = {task.linear.name: task.target for task in choice.plan.every}
+    ranks: Ranks = {
+        name: target if isinstance(target := targets.get(name), Rank) else None for name in linears
+    }
     full = {name: min(spectrum.shape) for name, spectrum in linears.items()}
-    removed = sum(full[name] - rank for name, rank in ranks.items() if rank)
     numbers = {
-        "parameters": kept,
+        "parameters": sum(spectrum.parameters(ranks[name]) for name, spectrum in linears.items()),
         "dense_parameters": sum(spectrum.size for spectrum in linears.values()),
-        "rank_reduction": removed / sum(full.values()),
+        "rank_reduction": sum(full[name] - rank for name, rank in ranks.items() if rank)
+        / sum(full.values()),
     }
     known = {name: spectrum for name, spectrum in linears.items() if len(spectrum.values)}
-    return replace(job, allocation={**job.allocation, **numbers}, spectra=measured(known, ranks))
+    return replace(choice, measured={**choice.measured, **numbers}, spectra=measured(known, ranks))
 
 
-def _spectra(job: Job, states: States | None, device: torch.device, progress: Progress) -> Spectra:
+def _spectra(
+    plan: Plan, states: States | None, device: torch.device, progress: Progress
+) -> Spectra:
     """Singular values of every linear in its method's metric, of Frobenius norm 1: comparable
     without a backward pass.
     """
     spectra: Spectra = {}
-    if not job.every[0].method.NEEDS_INPUTS:
-        for done, task in enumerate(job.every):
-            spectra[task.linear.name] = _spectrum(job, task, None, device)
-            progress("spectra", done + 1, len(job.every))
+    if not plan.every[0].method.NEEDS_INPUTS:
+        for done, task in enumerate(plan.every):
+            spectra[task.linear.name] = _spectrum(plan, task, None, device)
+            progress("spectra", done + 1, len(plan.every))
         return spectra
     assert states
     for done, (tasks, stats) in enumerate(
-        dense_blocks(job, states.at_least(TOKENS), device, gram=job.needs_gram)
+        dense_blocks(plan, states.at_least(TOKENS), device, gram=plan.needs_gram)
     ):
         for task in tasks:
-            spectra[task.linear.name] = _spectrum(job, task, stats[task.linear.name], device)
-        progress("spectra", done + 1, len(job.tasks))
+            spectra[task.linear.name] = _spectrum(plan, task, stats[task.linear.name], device)
+        progress("spectra", done + 1, len(plan.tasks))
     return spectra
 
 
-def _spectrum(job: Job, task: Task, stats: InputStats | None, device: torch.device) -> Spectrum:
-    values = task.method.spectrum(task.linear.read(job.reader).to(device), stats, **task.options)
-    return Spectrum(task.linear.shape, (values / values.norm().clamp_min(1e-300)).cpu())
+def _spectrum(plan: Plan, task: Task, stats: InputStats | None, device: torch.device) -> Spectrum:
+    values = task.method.spectrum(task.linear.read(plan.reader).to(device), stats, **task.options)
+    values = (values / values.norm().clamp_min(1e-300)).cpu()
+    if not bool(torch.isfinite(values).all()):
+        raise NumericalError(f"{task.linear.name}: its singular values are not finite")
+    return Spectrum(task.linear.shape, values)

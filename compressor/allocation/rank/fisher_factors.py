@@ -3,7 +3,8 @@ linear in that metric.
 
 To second order the loss rises by ½ Σ_t (g_tᵀ ΔW x_t)² = ½ vec(ΔW)ᵀ F vec(ΔW), x_t the input of a
 linear at token t, g_t the gradient at its output, F = Σ_t (g_t ⊗ x_t)(g_t ⊗ x_t)ᵀ the empirical
-Fisher information. Its marginals over the two sides are
+Fisher information. Its nearest Kronecker product, after one step of the power method, has the
+factors
 
     A = Σ_t ‖g_t‖² x_t x_tᵀ      B = Σ_t ‖x_t‖² g_t g_tᵀ      and      F ≈ B ⊗ A / tr F
 
@@ -18,6 +19,7 @@ lower rank are the first columns.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,43 +30,49 @@ from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks
 from compressor.engine.factor_store import Factored
-from compressor.engine.task import Job, Task
+from compressor.engine.plan import Plan
+from compressor.engine.task import Task
 from compressor.errors import about
 from compressor.formats.lowrank import LowRank
+from compressor.methods.factor import UNUSED
 from compressor.progress import Progress
 
 TOKENS = 32_768  # of the calibration, if there are so many
 
 
 def factor_all(
-    job: Job, states: States, device: torch.device, folder: Path, progress: Progress
+    plan: Plan, states: States, device: torch.device, folder: Path, progress: Progress
 ) -> tuple[Factored, dict[str, Spectrum]]:
     """One pass over the calibration; gives the factors of every linear whose method needs
     gradients, and its singular values.
 
+    A linear that no gradient reaches (what follows it is zero) is factored by its inputs alone, one
+    whose inputs are zero by its weight alone: neither can move the loss, so their singular values
+    are zero, and a note says so.
+
     Args:
-        job: with `keep` a linear is factored to the largest rank that pays, else to that of its
-            goal.
+        plan: a linear without a target is factored to the largest rank that pays, else to that of
+            its target.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
         folder: for the files; it exists.
         progress: told of every block.
     """
-    skeleton, part = in_float32(job.skeleton, states, TOKENS, device)
-    found, spectra = Factored(folder), {}
+    skeleton, part = in_float32(plan.skeleton, states, TOKENS, device)
+    factors, spectra = Factored(folder), {}
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
         forms = {}
-        for task in job.tasks[index]:
+        for task in plan.tasks[index]:
             if task.needs_gradients:
                 name = task.linear.name
-                forms[name], values = _factor(job, task, taps.pop(name), device)
+                forms[name], values = _factor(plan, task, taps.pop(name), device)
                 spectra[name] = Spectrum(task.linear.shape, values.cpu())
-        found.keep(index, forms)
-        progress("gradients", done + 1, len(job.tasks))
-    return found, spectra
+        factors.keep(index, forms)
+        progress("gradients", done + 1, len(plan.tasks))
+    return factors, spectra
 
 
-def marginals(tap: Taps) -> tuple[Tensor, Tensor]:
+def kronecker_factors(tap: Taps) -> tuple[Tensor, Tensor]:
     """A `[in, in]` and B `[out, out]` of what went through one linear, float32."""
     first, gradient = tap.inputs[0], tap.gradients[0]
     a = torch.zeros(first.shape[-1], first.shape[-1], device=first.device)
@@ -77,10 +85,26 @@ def marginals(tap: Taps) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _factor(job: Job, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
+def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
+    """The factors of one linear, and its singular values in units of the loss."""
     check_seen(task.linear.name, tap)
-    rank = max(1, largest_rank(task.linear.shape)) if job.keep else task.goal
+    largest = max(1, largest_rank(task.linear.shape))
+    rank = largest if task.target is None else task.target
+    weight = task.linear.read(plan.reader).to(device)
+    inputs, outputs = kronecker_factors(tap)
+    note = ""
+    if not bool(inputs.any()):
+        inputs, outputs, note = _without_gradient(tap, outputs)
     with about(task.linear.name):
-        return task.method.decompose(
-            task.linear.read(job.reader).to(device), rank, *marginals(tap), **task.options
-        )
+        form, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
+    return replace(form, note=note), values.new_zeros(len(values)) if note else values
+
+
+def _without_gradient(tap: Taps, outputs: Tensor) -> tuple[Tensor, Tensor, str]:
+    """What takes the place of A and B where both are zero, and what the report says of it."""
+    identity = torch.eye(len(outputs), device=outputs.device)
+    gram = sum(x.float().T @ x.float() for x in tap.inputs)
+    assert isinstance(gram, Tensor)
+    if bool(gram.any()):
+        return gram, identity, "no gradient of the loss reaches it: factored by its inputs alone"
+    return torch.eye(len(gram), device=gram.device), identity, UNUSED

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from compressor.allocation.rank import Ranks, Spectrum, check_align, largest_ran
 from compressor.errors import UsageError
 
 _HALVINGS = 100
+NEEDS_SPECTRA = True
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,31 @@ def _spend(
     align: int,
 ) -> Ranks:
     """Raise ranks by single steps, the most valuable first, while they fit."""
-    left = budget - parameters(spectra, ranks)
-    while True:
-        offers = []
-        for name, curve in curves.items():
-            rank, size = ranks[name], step(spectra[name].shape, align)
-            if rank is not None and rank < int(curve.sizes[-1]) and size * curve.cost <= left:
-                index = rank // size - 1
-                offers.append(
-                    (
-                        float(curve.tails[index] - curve.tails[index + 1]) / (size * curve.cost),
-                        name,
-                        size,
-                    )
-                )
-        gain, name, size = max(offers, default=(0.0, "", 0))
-        if gain <= 0:
-            return ranks
-        ranks = {**ranks, name: (ranks[name] or 0) + size}
-        left -= size * curves[name].cost
+    left, ranks = budget - parameters(spectra, ranks), dict(ranks)
+    steps = {name: step(spectrum.shape, align) for name, spectrum in spectra.items()}
+    last_first = {name: -place for place, name in enumerate(sorted(spectra))}
+
+    def offer(name: str) -> list[tuple[float, int, str]]:
+        """What one more step of a linear is worth a parameter, negative: a heap gives the least
+        first. Of equal ones the last name counts.
+        """
+        curve, rank, size = curves[name], ranks[name], steps[name]
+        if rank is None or rank >= int(curve.sizes[-1]):
+            return []
+        index = rank // size - 1
+        gain = float(curve.tails[index] - curve.tails[index + 1]) / (size * curve.cost)
+        return [(-gain, last_first[name], name)]
+
+    offers = [each for name in spectra for each in offer(name)]
+    heapify(offers)
+    while offers:
+        negative_gain, _, name = heappop(offers)
+        cost = steps[name] * curves[name].cost
+        if negative_gain >= 0:
+            break
+        if cost <= left:  # what does not fit now never will
+            ranks[name] = (ranks[name] or 0) + steps[name]
+            left -= cost
+            for each in offer(name):
+                heappush(offers, each)
+    return ranks

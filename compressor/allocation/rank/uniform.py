@@ -20,6 +20,8 @@ from compressor.allocation.rank import (
 )
 from compressor.errors import UsageError
 
+NEEDS_SPECTRA = False
+
 
 def of_shapes(shapes: Mapping[str, tuple[int, int]], keep: Fraction, align: int = 0) -> Ranks:
     """The ranks of `allocate` with `keep` of the parameters, by the shapes of the linears.
@@ -53,13 +55,13 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
     steps = {name: step(spectrum.shape, align) for name, spectrum in spectra.items()}
     exact = {name: keep * spectrum.size / sum(spectrum.shape) for name, spectrum in spectra.items()}
     ranks: Ranks = {name: int(exact[name] // steps[name]) * steps[name] for name in spectra}
+    left = budget - parameters(spectra, ranks)
     for name in sorted(spectra, key=lambda name: (ranks[name] or 0) - exact[name]):
-        raised = (ranks[name] or 0) + steps[name]
-        if (
-            raised <= largest_rank(spectra[name].shape)
-            and parameters(spectra, {**ranks, name: raised}) <= budget
-        ):
+        shape, raised = spectra[name].shape, (ranks[name] or 0) + steps[name]
+        cost = steps[name] * sum(shape)
+        if raised <= largest_rank(shape) and cost <= left:
             ranks[name] = raised
+            left -= cost
     if empty := [name for name, rank in ranks.items() if not rank]:
         raise UsageError(
             f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set "

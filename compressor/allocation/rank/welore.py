@@ -29,6 +29,7 @@ from compressor.allocation.rank import (
 )
 from compressor.errors import UsageError
 
+NEEDS_SPECTRA = True
 _CONSTANT = 1e-6  # relative spread of singular values that is rounding
 
 

@@ -2,10 +2,10 @@
 option's value.
 
 An allocator is a module: docstring with the paper, its URL and formula; `NEEDS_INPUTS`, whether it
-needs calibration; and a function `allocate(job, zeros, states, device, progress, *, option=default,
-…) -> (shares, facts)`, whose keyword-only parameters are its options.
+needs calibration; and a function `allocate(plan, zeros, states, device, progress, *,
+option=default, …) -> (shares, facts)`, whose keyword-only parameters are its options.
 
-    job       the job with the same goal for every linear
+    plan       the plan with the same goal for every linear
     zeros     weights to prune in all its linears together
     states    calibration on entering block 0, left as it is; None where NEEDS_INPUTS is false
     shares    weights to prune in each linear, by name; `zeros` in all

@@ -19,7 +19,8 @@ from compressor.allocation.sparsity.fisher import error_curves
 from compressor.allocation.sparsity.groups import ceiling, groups, inside
 from compressor.allocation.sparsity.knapsack import share_out
 from compressor.calibration.capture import States
-from compressor.engine.task import Job, Task
+from compressor.engine.plan import Plan
+from compressor.engine.task import Task
 from compressor.pattern import Pattern
 from compressor.progress import Progress
 
@@ -28,7 +29,7 @@ _STEP = Fraction(1, 20)
 
 
 def allocate(
-    job: Job,
+    plan: Plan,
     zeros: int,
     states: States,
     device: torch.device,
@@ -43,7 +44,7 @@ def allocate(
     """Zeros by measured curves of the loss.
 
     Args:
-        job, zeros, states, device, progress: as compressor/ratios/__init__.py says.
+        plan, zeros, states, device, progress: as compressor/allocation/sparsity/__init__.py says.
         granularity: `block` or `linear`.
         max_sparsity: of a group; 0 for 20 % more than the sparsity of the whole, 95 % at most.
         tokens: calibration tokens the curves are made from.
@@ -51,8 +52,8 @@ def allocate(
         direct: measure the divergence with each linear compressed alone instead: many more forward
             passes, no labels.
     """
-    grouped = groups(job, granularity)
-    weights = sum(task.linear.size for task in job.every)
+    grouped = groups(plan, granularity)
+    weights = plan.weights
     most = ceiling(max_sparsity, zeros, weights, min(zeros / weights + 0.2, 0.95))
     grid = [step * _STEP for step in range(1, 20) if step * _STEP < most] + [most]
 
@@ -60,10 +61,10 @@ def allocate(
         return [Pattern.exact(int(share * task.linear.size), task.linear.size) for share in grid]
 
     if direct:
-        errors = divergence_curves(job, levels, states, device, progress, tokens=tokens)
+        errors = divergence_curves(plan, levels, states, device, progress, tokens=tokens)
     else:
         errors = error_curves(
-            job, levels, states, device, progress, tokens=tokens, sampled=labels == "model"
+            plan, levels, states, device, progress, tokens=tokens, sampled=labels == "model"
         )
     sizes = [sum(linear.size for linear in linears) for linears in grouped.values()]
     curves = {

@@ -18,7 +18,7 @@ from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import in_float32
 from compressor.calibration.head import divergence, head
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
 from compressor.stats import InputStats, collecting
@@ -26,7 +26,7 @@ from compressor.stats import InputStats, collecting
 
 @torch.no_grad()
 def divergence_curves(
-    job: Job,
+    plan: Plan,
     levels: Levels,
     states: States,
     device: torch.device,
@@ -37,10 +37,10 @@ def divergence_curves(
     """Divergence, nats a token, for every linear and each of its levels; arguments as for
     `fisher.error_curves`.
     """
-    skeleton, part = in_float32(job.skeleton, states, tokens, device)
+    skeleton, part = in_float32(plan.skeleton, states, tokens, device)
     exact = _through(skeleton, part, [list(part.hidden)], 0, device)[0]
     hidden, curves = list(part.hidden), {}
-    for index, tasks in enumerate(job.tasks):
+    for index, tasks in enumerate(plan.tasks):
         block, arguments = skeleton.load_block(index, device), part.arguments[index]
         linears = {linear.name: linear for linear in skeleton.linears(index)}
         modules = {task.linear.name: linears[task.linear.name].module for task in tasks}
@@ -48,7 +48,7 @@ def divergence_curves(
             leaving = [capture.run(block, batch, arguments) for batch in hidden]
         for task in tasks:
             stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
-            linear, weight = linears[task.linear.name], task.linear.read(job.reader).to(device)
+            linear, weight = linears[task.linear.name], task.linear.read(plan.reader).to(device)
             variants = []
             for goal in levels(task):
                 linear.set(
@@ -61,7 +61,7 @@ def divergence_curves(
                 curves[linear.name] = [divergence(logits, exact, variant) for variant in variants]
         skeleton.free_block(index)
         hidden = leaving
-        progress("divergence curves", index + 1, len(job.tasks))
+        progress("divergence curves", index + 1, len(plan.tasks))
     return curves
 
 

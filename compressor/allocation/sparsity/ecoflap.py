@@ -30,7 +30,7 @@ from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks, next_token_loss
 from compressor.calibration.head import head
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
 
@@ -40,7 +40,7 @@ _STEADY = 0.5
 
 
 def allocate(
-    job: Job,
+    plan: Plan,
     zeros: int,
     states: States,
     device: torch.device,
@@ -56,7 +56,7 @@ def allocate(
     """Zeros by the gradients of each group.
 
     Args:
-        job, zeros, states, device, progress: as compressor/ratios/__init__.py says.
+        plan, zeros, states, device, progress: as compressor/allocation/sparsity/__init__.py says.
         score: `first`, `product` or `zeroth`.
         granularity: `block` or `linear`.
         max_sparsity: of a group; 0 for a tenth more than the sparsity of the whole, as published.
@@ -68,17 +68,17 @@ def allocate(
     Raises:
         NumericalError: scores that are not finite, or all zero.
     """
-    grouped = groups(job, granularity)
+    grouped = groups(plan, granularity)
     sizes = [sum(linear.size for linear in linears) for linears in grouped.values()]
     most = ceiling(max_sparsity, zeros, sum(sizes), zeros / sum(sizes) + 0.1)
-    skeleton, part = in_float32(job.skeleton, states, tokens, device)
+    skeleton, part = in_float32(plan.skeleton, states, tokens, device)
     facts: dict[str, Any] = {"score": score}
     if score == "zeroth":
-        halves = zeroth_order(job, skeleton, part, device, progress, evaluations, epsilon)
+        halves = zeroth_order(plan, skeleton, part, device, progress, evaluations, epsilon)
         scores = {name: sum(both) / evaluations for name, both in halves.items()}
         facts |= _steadiness(halves, evaluations)
     else:
-        scores = first_order(job, skeleton, part, device, progress, weighted=score == "product")
+        scores = first_order(plan, skeleton, part, device, progress, weighted=score == "product")
     summed = [sum(scores[linear.name] for linear in linears) for linears in grouped.values()]
     kept = waterfill(sizes, summed, sum(sizes) - zeros, most)
     counts = [size - keep for size, keep in zip(sizes, kept, strict=True)]
@@ -86,7 +86,7 @@ def allocate(
 
 
 def first_order(
-    job: Job,
+    plan: Plan,
     skeleton: Skeleton,
     states: States,
     device: torch.device,
@@ -99,7 +99,7 @@ def first_order(
     """
     scores: dict[str, float] = {}
     for done, (index, taps) in enumerate(backward_blocks(skeleton, states, device)):
-        for task in job.tasks[index]:
+        for task in plan.tasks[index]:
             tap = taps[task.linear.name]
             check_seen(task.linear.name, tap)
             if weighted:
@@ -108,14 +108,14 @@ def first_order(
                     torch.zeros(task.linear.shape, device=device),
                 )
                 total = (
-                    (task.linear.read(job.reader).to(device).float().abs() * gradient)
+                    (task.linear.read(plan.reader).to(device).float().abs() * gradient)
                     .sum(dtype=torch.float64)
                     .item()
                 )
             else:
                 total = sum(g.norm().item() for g in _batch_gradients(tap))
             scores[task.linear.name] = total / len(tap.inputs)
-        progress("gradients", done + 1, len(job.tasks))
+        progress("gradients", done + 1, len(plan.tasks))
     return scores
 
 
@@ -126,7 +126,7 @@ def _batch_gradients(tap: Taps) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def zeroth_order(
-    job: Job,
+    plan: Plan,
     skeleton: Skeleton,
     states: States,
     device: torch.device,
@@ -140,10 +140,10 @@ def zeroth_order(
     leaves the block taken through the blocks after it: the passes through the blocks before it are
     made once. z comes from a generator of its own on the CPU.
     """
-    generator = torch.Generator().manual_seed(job.seed)
+    generator = torch.Generator().manual_seed(plan.seed)
     hidden = list(states.hidden)
     scores: dict[str, tuple[float, float]] = {}
-    for index, tasks in enumerate(job.tasks):
+    for index, tasks in enumerate(plan.tasks):
         block, arguments = skeleton.load_block(index, device), states.arguments[index]
         names = {task.linear.name for task in tasks}
         linears = [linear for linear in skeleton.linears(index) if linear.name in names]
@@ -168,7 +168,7 @@ def zeroth_order(
         )
         for linear, row in zip(linears, slopes, strict=True):
             scores[linear.name] = (row[0::2].sum().item(), row[1::2].sum().item())
-        progress("zeroth-order scores", index + 1, len(job.tasks))
+        progress("zeroth-order scores", index + 1, len(plan.tasks))
     return scores
 
 

@@ -24,17 +24,17 @@ from torch.nn.functional import cross_entropy
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Loss, Taps, backward_blocks, next_token_loss
-from compressor.engine.task import Job, Task
-from compressor.pattern import Pattern
+from compressor.engine.plan import Plan
+from compressor.engine.task import Target, Task
 from compressor.progress import Progress
 from compressor.stats import InputStats
 
-Levels = Callable[[Task], Sequence[Pattern | int]]
-"""The goals to try for a linear."""
+Levels = Callable[[Task], Sequence[Target]]
+"""The targets to try for a linear."""
 
 
 def error_curves(
-    job: Job,
+    plan: Plan,
     levels: Levels,
     states: States,
     device: torch.device,
@@ -46,7 +46,7 @@ def error_curves(
     """Estimated rise of the loss, nats a token, for every linear and each of its levels.
 
     Args:
-        job: the method and its options; a refinement is left out, it changes the order of the
+        plan: the method and its options; a refinement is left out, it changes the order of the
             linears little.
         levels: what to try.
         states: calibration on entering block 0, left as it is.
@@ -55,25 +55,25 @@ def error_curves(
         tokens: calibration tokens to use at least, if there are so many.
         sampled: draw the labels from the model, else take the tokens that follow in the text.
     """
-    skeleton, part = in_float32(job.skeleton, states, tokens, device)
+    skeleton, part = in_float32(plan.skeleton, states, tokens, device)
     curves: dict[str, list[float]] = {}
-    loss = sampled_label_loss(job.seed) if sampled else next_token_loss
+    loss = sampled_label_loss(plan.seed) if sampled else next_token_loss
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device, loss=loss)):
         statistics: dict[int, InputStats] = {}
-        for task in job.tasks[index]:
+        for task in plan.tasks[index]:
             tap = taps[task.linear.name]
             check_seen(task.linear.name, tap)
             stats = _shared_statistics(statistics, tap, gram=task.method.NEEDS_GRAM)
-            weight = task.linear.read(job.reader).to(device)
+            weight = task.linear.read(plan.reader).to(device)
             curves[task.linear.name] = [
                 _rise(
-                    task.method.compress(weight, stats, goal, **task.options).dense().float()
+                    task.method.compress(weight, stats, target, **task.options).dense().float()
                     - weight.float(),
                     tap,
                 )
-                for goal in levels(task)
+                for target in levels(task)
             ]
-        progress("error curves", done + 1, len(job.tasks))
+        progress("error curves", done + 1, len(plan.tasks))
     return curves
 
 

@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from compressor.allocation.sparsity.apportion import evenly
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.errors import UsageError
 from compressor.model.skeleton import Linear
 
 Groups = Mapping[str, Sequence[Linear]]
 
 
-def groups(job: Job, granularity: str) -> dict[str, list[Linear]]:
+def groups(plan: Plan, granularity: str) -> dict[str, list[Linear]]:
     """The linears to prune: those of a `block` together, or each `linear` by itself."""
     if granularity == "linear":
-        return {task.linear.name: [task.linear] for task in job.every}
+        return {task.linear.name: [task.linear] for task in plan.every}
     named = {
-        f"{job.skeleton.path}.{index}": [task.linear for task in tasks]
-        for index, tasks in enumerate(job.tasks)
+        f"{plan.skeleton.path}.{index}": [task.linear for task in tasks]
+        for index, tasks in enumerate(plan.tasks)
     }
     return {name: linears for name, linears in named.items() if linears}
 

@@ -22,7 +22,7 @@ from compressor.errors import NumericalError, UsageError
 Curve = Sequence[tuple[int, float]]
 """Points (zeros, error) of one linear or group, zeros rising."""
 
-_UNITS = 50_000  # steps the budget of `choose` is counted in at most
+_UNITS = 50_000  # steps the budget of `best_set` is counted in at most
 
 
 def share_out(curves: Mapping[str, Curve], zeros: int) -> dict[str, int]:
@@ -71,7 +71,7 @@ def lower_hull(curve: Curve) -> list[tuple[int, float]]:
     return hull
 
 
-def choose(values: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> set[str]:
+def best_set(values: Mapping[str, float], sizes: Mapping[str, int], budget: int) -> set[str]:
     """The names with the largest total value whose sizes sum to at most `budget`.
 
     Where the sizes have no large common divisor they are rounded up to one part in 50 000 of the

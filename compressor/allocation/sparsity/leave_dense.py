@@ -15,12 +15,12 @@ import torch
 from compressor.allocation.sparsity import knapsack
 from compressor.allocation.sparsity.fisher import error_curves
 from compressor.calibration.capture import States
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.progress import Progress
 
 
-def choose(
-    job: Job,
+def select(
+    plan: Plan,
     fraction: Fraction,
     states: States,
     device: torch.device,
@@ -32,7 +32,7 @@ def choose(
     """Names of the linears that stay dense.
 
     Args:
-        job: every linear with the same n:m goal.
+        plan: every linear with the same n:m target.
         fraction: of the weights of its linears, at most.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
@@ -41,8 +41,8 @@ def choose(
         labels: `text` or `model`, as for `curve`.
     """
     errors = error_curves(
-        job,
-        lambda task: [task.goal],
+        plan,
+        lambda task: [task.chosen],
         states,
         device,
         progress,
@@ -50,5 +50,5 @@ def choose(
         sampled=labels == "model",
     )
     values = {name: curve[0] for name, curve in errors.items()}
-    sizes = {task.linear.name: task.linear.size for task in job.every}
-    return knapsack.choose(values, sizes, int(fraction * sum(sizes.values()))), {"errors": values}
+    sizes = {task.linear.name: task.linear.size for task in plan.every}
+    return knapsack.best_set(values, sizes, int(fraction * sum(sizes.values()))), {"errors": values}

@@ -24,7 +24,7 @@ from compressor.allocation.sparsity.apportion import apportion
 from compressor.allocation.sparsity.groups import ceiling, groups, inside
 from compressor.calibration.capture import States
 from compressor.engine.blocks import dense_blocks
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.errors import UsageError
 from compressor.progress import Progress
 
@@ -32,7 +32,7 @@ NEEDS_INPUTS = True
 
 
 def allocate(
-    job: Job,
+    plan: Plan,
     zeros: int,
     states: States,
     device: torch.device,
@@ -45,14 +45,14 @@ def allocate(
     """Zeros by the outliers of each block.
 
     Args:
-        job, zeros, states, device, progress: as compressor/ratios/__init__.py says.
+        plan, zeros, states, device, progress: as compressor/allocation/sparsity/__init__.py says.
         spread: λ; 0.08 in all of the authors' commands.
         outlier: M; 5 in all of them.
         max_sparsity: of a block; 0 for no limit but 1.
     """
-    blocks = groups(job, "block")
+    blocks = groups(plan, "block")
     sizes = [sum(linear.size for linear in linears) for linears in blocks.values()]
-    ratios = _outlier_ratios(job, states, device, progress, outlier)
+    ratios = _outlier_ratios(plan, states, device, progress, outlier)
     low, high = min(ratios), max(ratios)
     kept = [
         Fraction(2 * spread * (ratio - low) / (high - low) if high > low else 0) for ratio in ratios
@@ -84,15 +84,15 @@ def shifted(
 
 
 def _outlier_ratios(
-    job: Job, states: States, device: torch.device, progress: Progress, outlier: float
+    plan: Plan, states: States, device: torch.device, progress: Progress, outlier: float
 ) -> list[float]:
     """D of every block that has linears to prune, from the dense model."""
     found = []
-    for done, (tasks, stats) in enumerate(dense_blocks(job, states, device)):
+    for done, (tasks, stats) in enumerate(dense_blocks(plan, states, device)):
         scores = [task.linear.get().abs().float() * stats[task.linear.name].norm for task in tasks]
         if scores:
             found.append(_share_above(scores, outlier))
-        progress("outliers", done + 1, len(job.tasks))
+        progress("outliers", done + 1, len(plan.tasks))
     return found
 
 

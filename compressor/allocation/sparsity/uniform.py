@@ -10,21 +10,21 @@ import torch
 
 from compressor.allocation.sparsity.apportion import evenly
 from compressor.calibration.capture import States
-from compressor.engine.task import Job
+from compressor.engine.plan import Plan
 from compressor.progress import Progress
 
 NEEDS_INPUTS = False
 
 
 def allocate(
-    job: Job, zeros: int, states: States | None, device: torch.device, progress: Progress
+    plan: Plan, zeros: int, states: States | None, device: torch.device, progress: Progress
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """In proportion to the number of weights. Nothing is measured."""
-    return uniform(job, zeros), {}
+    return uniform(plan, zeros), {}
 
 
-def uniform(job: Job, zeros: int) -> dict[str, int]:
+def uniform(plan: Plan, zeros: int) -> dict[str, int]:
     """Weights to prune in each linear, by name."""
-    linears = [task.linear for task in job.every]
+    linears = [task.linear for task in plan.every]
     counts = evenly(zeros, [linear.size for linear in linears])
     return {linear.name: count for linear, count in zip(linears, counts, strict=True)}

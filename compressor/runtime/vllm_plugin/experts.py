@@ -19,7 +19,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
 from compressor.errors import CheckpointError
-from compressor.runtime.vllm_plugin.fused import DENSE, Entry, dense_weight, suffixes
+from compressor.runtime.vllm_plugin.fused import DENSE, Entry, suffixes, unpacked
 
 _STACKS = ("w13", "w2")  # what vLLM calls gate and up in one, and down
 
@@ -104,7 +104,7 @@ class CompressMoEMethod(UnquantizedFusedMoEMethod):
         stack = "w2" if shard_id == "w2" else "w13"
         dense = getattr(layer, f"{stack}_{self.carrier}")
         try:
-            weight = dense_weight(form, tensors, dense.dtype)
+            weight = unpacked(form, tensors, dense.dtype).dense()
         except ValueError as error:
             raise CheckpointError(f"{self.stem}.{expert_id} is damaged: {error}") from None
         self.fill(dense, weight, f"{stack}_weight", shard_id=shard_id, expert_id=expert_id)

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint.packed_config import TRANSPOSED
 from compressor.errors import CheckpointError
-from compressor.formats import form_class
+from compressor.formats import Form, Spec, form_class
 from compressor.runtime.modules import packed_module
-from compressor.runtime.vllm_plugin.slicing import Share, cut, shapes
+from compressor.runtime.vllm_plugin.slicing import Share, cut
 from compressor_kernels.packing import check24
 
 Entry = Mapping[str, Any]
 """What config.json says of a linear: its format, and what else its shapes take."""
 
 DENSE: Entry = {"format": "dense"}
+_DTYPES = {"I16": torch.int16}  # of stored tensors that have a dtype of their own
 _PAIR = 0x4444  # a word of metadata in which every group names its columns 0 and 1
 
 
@@ -78,7 +80,8 @@ class Part:
 
     def _check_shape(self, suffix: str, tensor: Tensor) -> None:
         rows = int(self.share.rows.max()) + 1
-        least = shapes(DENSE if suffix == "weight" else self.entry, rows, self.share.inputs)[suffix]
+        entry = DENSE if suffix == "weight" else self.entry
+        _, least = specs(entry, (rows, self.share.inputs), tensor.dtype)[suffix]
         shape = tuple(tensor.shape)
         any_rows = suffix not in ("weight_b", "weight_v") and len(shape) == len(least)
         fits = shape[1:] == least[1:] and shape[0] >= least[0] if any_rows else shape == least
@@ -91,9 +94,13 @@ class Part:
     def _unpack(self) -> None:
         share, place = self.share, self.place["weight"]
         try:
-            weight = dense_weight(self.entry["format"], self.whole, place.dtype)
+            form = unpacked(self.entry["format"], self.whole, place.dtype)
         except ValueError as error:
             raise CheckpointError(f"{self.name} is damaged: {error}") from None
+        due = {key: value for key, value in self.entry.items() if key != TRANSPOSED}
+        if form.entry != due:
+            raise CheckpointError(f"config.json says that {self.name} is {due}, it is {form.entry}")
+        weight = form.dense()
         self._check_shape("weight", weight)
         place.copy_(cut(DENSE, "weight", weight, share))
         self.whole.clear()
@@ -133,19 +140,32 @@ class Segment:
 
 
 def suffixes(entry: Entry) -> tuple[str, ...]:
-    """What stands in place of `weight` in the names of a linear's stored tensors."""
+    """What stands in place of `weight` in the names of a linear's stored tensors. Raises
+    CheckpointError for a form that this version does not know.
+    """
     return form_class(entry["format"]).SUFFIXES
 
 
-def dense_weight(form: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The weight `[out, in]` that the stored tensors of a form stand for, in `dtype`. Raises
-    ValueError where they are damaged.
+def specs(
+    entry: Entry, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the stored tensors of a weight of that shape and dtype, by suffix."""
+    stored = form_class(entry["format"]).stored_specs(entry, Spec("", shape))
+    return {
+        suffix: (dtype if spec.dtype == "" else _DTYPES[spec.dtype], spec.shape)
+        for suffix, spec in stored.items()
+    }
+
+
+def unpacked(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Form:
+    """The form of that name of these stored tensors, their numbers in `dtype`. Raises ValueError
+    where they are damaged.
     """
     cast = {
         suffix: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for suffix, tensor in tensors.items()
     }
-    return form_class(form).unpack(cast).dense()
+    return form_class(name).unpack(cast)
 
 
 def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) -> list[Segment]:
@@ -153,19 +173,17 @@ def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) ->
     place.
     """
 
-    def kind(part: Part) -> str:
-        form = part.held["format"]
-        return form if form in ("dense", "sparse24") else part.name
+    def together(part: Part) -> str:
+        rows_alone = set(part.held) <= {"format", TRANSPOSED}  # neither blocks nor a rank
+        return part.held["format"] if rows_alone else part.name
 
     segments = []
-    for _, group in groupby(parts, key=kind):
+    for _, group in groupby(parts, key=together):
         members = list(group)
         shape = sum(part.share.shape[0] for part in members), members[0].share.shape[1]
         tensors = {
-            suffix: torch.full(size, _PAIR, dtype=torch.int16, device=device)
-            if suffix == "weight_metadata"
-            else torch.zeros(size, dtype=dtype, device=device)
-            for suffix, size in shapes(members[0].held, *shape).items()
+            suffix: torch.full(size, _PAIR if kind == torch.int16 else 0, dtype=kind, device=device)
+            for suffix, (kind, size) in specs(members[0].held, shape, dtype).items()
         }
         segments.append(Segment(members[0].held, tensors, shape))
         start = 0

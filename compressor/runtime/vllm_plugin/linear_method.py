@@ -24,7 +24,7 @@ from compressor.formats import form_class
 from compressor.runtime.placement import asked_by_environment
 from compressor.runtime.vllm_plugin.fused import DENSE, Entry, Part, allocate, suffixes
 from compressor.runtime.vllm_plugin.slicing import Share, obstacle
-from compressor_kernels import backend
+from compressor_kernels.layouts import kernel_layout
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -129,19 +129,17 @@ def _runs_packed(dtype: torch.dtype, device: torch.device) -> bool:
     runtime = asked_by_environment()
     if runtime != "auto":
         return runtime == "packed"
-    runs = backend.runs(torch.empty(0, dtype=dtype, device=device))
+    runs = kernel_layout(torch.empty(1, 8, dtype=dtype, device=device)) is not None
     how = "compute from packed weights" if runs else "are unpacked: none of our kernels runs there"
     logger.info_once("packed linears on %s in %s %s", device.type, dtype, how)
     return runs
 
 
 def _held_packed(name: str, entry: Entry, share: Share, packed: bool, layer: Any) -> bool:
-    """Whether a linear stays as it is stored. Plain matrices, thin factors, do anywhere; the others
-    do where kernels run, unless a border between ranks goes through a block.
+    """Whether a linear stays as it is stored. Thin factors do anywhere, forms with zeros where
+    kernels run; but not where a border between ranks goes through a block.
     """
-    if form_class(entry["format"]).TRAINABLE:
-        return True
-    if entry == DENSE or not packed:
+    if entry == DENSE or (not packed and form_class(entry["format"]).SPARSE):
         return False
     reason = obstacle(entry, share)
     if reason and layer.tp_rank == 0:

@@ -15,18 +15,15 @@ rank's partial sums, which are added up afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.formats import Spec, form_class
+from compressor.formats import form_class
 from compressor_kernels.packing import metadata_of_columns
-
-_CUT = ("dense", "sparse24", "armor", "lowrank")
-"""Forms that `cut` knows; another one is unpacked."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +52,19 @@ def obstacle(entry: Mapping[str, Any], share: Share) -> str:
     """Why a weight stored as `entry` says cannot be cut to `share` in that form; empty where it
     can be.
     """
-    form, span = entry["format"], f"its columns {share.start} to {share.stop}"
-    if form not in _CUT:
-        return f"the form {form} is not cut"
-    if form in ("sparse24", "armor") and (share.start % 4 or share.stop % 4):
+    form, span = form_class(entry["format"]), f"its columns {share.start} to {share.stop}"
+    if strange := [suffix for suffix in form.SUFFIXES if suffix not in _CUTS]:
+        return f"a share of {strange[0]} is not known"
+    try:
+        form.check_entry(entry, share.shape)
+    except ValueError as error:
+        return f"a rank's part would have {error}"
+    if "weight_values" in form.SUFFIXES and (share.start % 4 or share.stop % 4):
         return f"{span} cut a group of four"
-    if form == "armor":
-        size_a, size_b = entry["block_a"], entry["block_b"]
-        if _blocks(share.rows, size_a) is None:
-            return f"its {len(share.rows)} rows are not whole blocks of {size_a}"
-        if share.start % size_b or share.stop % size_b:
-            return f"{span} are not whole blocks of {size_b}"
+    if "weight_a" in form.SUFFIXES and _blocks(share.rows, entry["block_a"]) is None:
+        return f"its rows are not whole blocks of {entry['block_a']}"
+    if "weight_b" in form.SUFFIXES and share.start % entry["block_b"]:
+        return f"{span} are not whole blocks of {entry['block_b']}"
     return ""
 
 
@@ -77,21 +76,30 @@ def cut(entry: Mapping[str, Any], suffix: str, tensor: Tensor, share: Share) -> 
         suffix: which of its tensors, such as `weight_values`.
         tensor: the whole one.
     """
-    start, stop = share.start, share.stop
-    if suffix == "weight_a":
-        blocks = _blocks(share.rows, entry["block_a"])
-        assert blocks is not None
-        return _pick(tensor, blocks)
-    if suffix == "weight_b":
-        return tensor[start // entry["block_b"] : stop // entry["block_b"]]
-    if suffix == "weight_v":
-        return tensor[:, start:stop]
-    tensor = _pick(tensor, share.rows)
-    if suffix == "weight_values":
-        return tensor[:, start // 2 : stop // 2]
-    if suffix == "weight_metadata":
-        return metadata_of_columns(tensor, start, stop, share.inputs)
-    return tensor if suffix == "weight_u" else tensor[:, start:stop]
+    return _CUTS[suffix](tensor, share, entry)
+
+
+def _whole_blocks(tensor: Tensor, share: Share, entry: Mapping[str, Any]) -> Tensor:
+    blocks = _blocks(share.rows, entry["block_a"])
+    assert blocks is not None
+    return _pick(tensor, blocks)
+
+
+def _metadata(tensor: Tensor, share: Share, _: Mapping[str, Any]) -> Tensor:
+    rows = _pick(tensor, share.rows)
+    return metadata_of_columns(rows, share.start, share.stop, share.inputs)
+
+
+_CUTS: dict[str, Callable[[Tensor, Share, Mapping[str, Any]], Tensor]] = {
+    "weight": lambda t, s, _: _pick(t, s.rows)[:, s.start : s.stop],
+    "weight_values": lambda t, s, _: _pick(t, s.rows)[:, s.start // 2 : s.stop // 2],
+    "weight_metadata": _metadata,
+    "weight_a": _whole_blocks,
+    "weight_b": lambda t, s, entry: t[s.start // entry["block_b"] : s.stop // entry["block_b"]],
+    "weight_u": lambda t, s, _: _pick(t, s.rows),
+    "weight_v": lambda t, s, _: t[:, s.start : s.stop],
+}
+"""The part of each stored tensor, by suffix, that belongs to a share of a linear with an entry."""
 
 
 def _blocks(rows: Tensor, size: int) -> Tensor | None:
@@ -109,9 +117,3 @@ def _pick(tensor: Tensor, index: Tensor) -> Tensor:
     first, stop = int(index[0]), int(index[0]) + len(index)
     together = torch.equal(index, torch.arange(first, stop, device="cpu"))
     return tensor[first:stop] if together else tensor[index]
-
-
-def shapes(entry: Mapping[str, Any], rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """The stored tensors of a weight `[rows, columns]`, by suffix."""
-    specs = form_class(entry["format"]).stored_specs(entry, Spec("BF16", (rows, columns)))
-    return {suffix: spec.shape for suffix, spec in specs.items()}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from compressor.page.charts import WIDTH, Chart, canvas, curve, line, rect, short, write
+from compressor.plots.charts import WIDTH, Chart, canvas, curve, line, rect, short, write
 from compressor.records.read_report import Spectrum
 
 DEPTHS = 6  # colours of the lines

@@ -7,8 +7,8 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from compressor.errors import OutputError
-from compressor.page.charts import Chart
-from compressor.page.colours import LIGHT
+from compressor.plots.charts import Chart
+from compressor.plots.colours import LIGHT
 from compressor.plots.need_matplotlib import require_matplotlib
 
 
