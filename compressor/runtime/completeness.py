@@ -77,7 +77,7 @@ def _check_one(folder: Path, name: str, entry: Entry, expected: Any) -> None:
 def check_loaded(model: Any) -> None:
     """The same of a model that was given a state dict, afterwards. Raises CheckpointError."""
     kept = model.state_dict().keys()
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.named_parameters(remove_duplicate=False))  # tied ones under each name
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
     given = "_is_hf_initialized"  # transformers sets it on what it was given
     random = {name for name, tensor in tensors.items() if not getattr(tensor, given, False)}
