@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels import backend, reference
-from compressor_kernels.backend import launch, words
+from compressor_kernels.backend import launch, power_of_two, words
 from compressor_kernels.fragments import Fragments, from_fragments
 from compressor_kernels.kernel_config import choose
 from compressor_kernels.library import define
@@ -127,42 +127,31 @@ def run_armor(
     config: dict[str, Any],
 ) -> Tensor:
     """One call with settings of one's own choosing, unchecked: for benchmarks and tests."""
-    from triton import next_power_of_2
-
     from compressor_kernels import fused_armor
 
     n, k, m = a.shape[0] * a.shape[1], x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = core.words.shape[:2]
-    stack, rows, parts, tiles, pdl = (
-        config["stack"],
-        config["row_tiles"],
-        config["split"],
-        -(-m // 8),
-        config.get("pdl", False),
-    )
-    programs, piece = (
-        -(-nt // (stack * rows)),
-        16 if not backend.hopper(x.device) else 128 if tiles <= 2 else 32,
-    )
+    stack, rows, parts = config["stack"], config["row_tiles"], config["split"]
+    tiles, pdl = -(-m // 8), config.get("pdl", False)
+    programs = -(-nt // (stack * rows))
+    piece = 16 if not backend.hopper(x.device) else 128 if tiles <= 2 else 32
     common: dict[str, Any] = {
-        "TILES": tiles, "BM": max(16, next_power_of_2(8 * tiles)), "WIDE": backend.interpreting(),
+        "TILES": tiles, "BM": max(16, power_of_two(8 * tiles)), "WIDE": backend.interpreting(),
         "PDL": pdl,
     }  # fmt: skip
-    inner = torch.empty(kt, tiles, 2, 32, 8, dtype=x.dtype, device=x.device)
-    partial = torch.empty(
-        parts * programs * stack * rows * tiles * 128, dtype=torch.float32, device=x.device
-    )
-    y, size_a, size_b = x.new_empty(m, n), a.shape[1], b.shape[1]
+    inner = x.new_empty(kt, tiles, 2, 32, 8)
+    sums = parts * programs * stack * rows * tiles * 128
+    partial = x.new_empty(sums, dtype=torch.float32)
+    y, size_a, size_b = x.new_empty(*x.shape[:-1], n), a.shape[1], b.shape[1]
     launch(fused_armor.apply_b, (k // size_b, -(-size_b // 32)),
-        x.reshape(m, k).contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
+        x.contiguous(), b, inner, m, k, SIZE=size_b, ROWS=min(size_b, 32), **common,
     )  # fmt: skip
     launch(fused_armor.product, (programs, parts),
         words(inner), words(core.values), core.words, a, bias, partial, semaphore, y, m, n, k, kt,
-        nt, WARPS=config["warps"],
-        STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts, SIZE=size_a, PIECE=min(size_a,
-        piece),
+        nt, WARPS=config["warps"], STACK=stack, ROWS=rows, UNROLL=config["unroll"], PARTS=parts,
+        SIZE=size_a, PIECE=min(size_a, piece),
         BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **common,
         num_warps=config["warps"], num_stages=1,  # more would hold all blocks of A in shared memory
         pdl=pdl, counter=semaphore,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], n)
+    return y

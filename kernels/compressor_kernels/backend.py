@@ -15,6 +15,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+@cache
 def interpreting() -> bool:
     """Triton runs kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,6 +122,11 @@ def launch(
         if counter is not None:
             counter.zero_()
         raise
+
+
+def power_of_two(number: int) -> int:
+    """The least that is at least `number`. Triton's own function takes 15 µs a call."""
+    return 1 << (number - 1).bit_length()
 
 
 def words(x: Tensor) -> Tensor:

@@ -53,7 +53,10 @@ class PackedLinear(StoredLinear):
     @property
     def core(self) -> Layout:
         """The 2:4 core as it is held now."""
-        tensors = [getattr(self, name) for name in self.layout.names]
+        parameters, buffers = self._parameters, self._buffers
+        tensors = [
+            parameters[name] if name in parameters else buffers[name] for name in self.layout.names
+        ]
         return self.layout(self.out_features, self.in_features, *tensors)
 
     @property
@@ -281,7 +284,10 @@ class ArmorLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         x, core, bias = self._operands(x)
-        a, b = (t.detach().to(core.dtype) for t in (self.weight_a, self.weight_b))
+        parameters: Any = self._parameters
+        a, b = parameters["weight_a"], parameters["weight_b"]
+        if a.dtype != core.dtype or a.requires_grad or b.requires_grad:
+            a, b = a.detach().to(core.dtype), b.detach().to(core.dtype)
         return core.armor(x, a, b, bias)
 
     def extra_repr(self) -> str:

@@ -80,13 +80,13 @@ def run_skinny(
     if config["kernel"] == "dense":
         return linear(x, w, bias)
     (n, k), m = w.shape, x.numel() // x.shape[-1]
-    y, bm, bn = x.new_empty(m, n), config["bm"], config["bn"]
+    y, bm, bn = x.new_empty(*x.shape[:-1], n), config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
     launch(skinny.product, (programs[0], parts, programs[1]),
-        x.reshape(m, k).contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
+        x.contiguous(), w, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
         BK=config["bk"], PARTS=parts,
         BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"],
         num_stages=config["stages"], counter=semaphore,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], n)
+    return y

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
-from compressor_kernels.backend import launch, words
+from compressor_kernels.backend import launch, power_of_two, words
 from compressor_kernels.fragments import Fragments, from_fragments
 from compressor_kernels.kernel_config import choose
 from compressor_kernels.library import define
@@ -218,18 +218,18 @@ def run_stored(
     (n, k), m = (len(values), x.shape[-1]), x.numel() // x.shape[-1]
     if config["kernel"] == "dense":
         return linear(x, unpack_stored(values, metadata), bias)
-    x2, y = x.reshape(m, k).contiguous(), x.new_empty(m, n)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], n)
     bm, bn = config["bm"], config["bn"]
     programs = (-(-n // bn), -(-m // bm))
     parts, partial = workspace(x, semaphore, config["split"], programs[0] * programs[1], bn * bm)
     launch(decompress.product, (programs[0], parts, programs[1]),
-        x2, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
+        x, words(values), metadata, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
         BK=config["bk"], PARTS=parts,
         BIAS=bias is not None, ASM=backend.nvidia(), WIDE=backend.interpreting(),
         num_warps=config["warps"],
         num_stages=config["stages"], counter=semaphore,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], n)
+    return y
 
 
 def run_fragments(
@@ -243,20 +243,18 @@ def run_fragments(
     """One call with a kernel and settings of one's own choosing, unchecked: for benchmarks and
     tests.
     """
-    from triton import next_power_of_2
-
     from compressor_kernels import gemv, mma
 
     n, k, m = out_features, x.shape[-1], x.numel() // x.shape[-1]
     nt, kt = fragments.words.shape[:2]
     if config["kernel"] == "dense":
         return linear(x, unpack_fragments(fragments, n, k), bias)
-    x2, y = x.reshape(m, k).contiguous(), x.new_empty(m, n)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], n)
     warps, bf16, values = config["warps"], x.dtype == torch.bfloat16, words(fragments.values)
     if config["kernel"] == "gemv":
         parts, partial = workspace(x, semaphore, config["split"], nt, 16)
         launch(gemv.product, (nt, parts),
-            words(x2), values, fragments.words, bias, partial, semaphore, y, n, k, kt,
+            words(x), values, fragments.words, bias, partial, semaphore, y, n, k, kt,
             WARPS=warps, PARTS=parts, BF16=bf16, BIAS=bias is not None, num_warps=warps,
             counter=semaphore,
         )  # fmt: skip
@@ -269,16 +267,16 @@ def run_fragments(
         )
         programs, lanes = -(-nt // (stack * rows)), 32 * stack * rows * tiles
         parts, partial = workspace(x, semaphore, config["split"], programs, 4 * lanes)
-        x2 = ordered(x2, tiles, pdl) if config["ordered"] else words(x2)
+        x = ordered(x.view(m, k), tiles, pdl) if config["ordered"] else words(x)
         launch(mma.product, (programs, parts),
-            x2, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps,
+            x, values, fragments.words, bias, partial, semaphore, y, m, n, k, kt, nt, WARPS=warps,
             STACK=stack, ROWS=rows,
             TILES=tiles, UNROLL=config["unroll"], PARTS=parts, ORDERED=config["ordered"],
             EVEN=k % 64 == 0, BF16=bf16,
-            BIAS=bias is not None, PDL=pdl, SIZE=next_power_of_2(lanes), num_warps=warps, pdl=pdl,
+            BIAS=bias is not None, PDL=pdl, SIZE=power_of_two(lanes), num_warps=warps, pdl=pdl,
             counter=semaphore,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], n)
+    return y
 
 
 def ordered(x: Tensor, tiles: int, pdl: bool = False) -> Tensor:
