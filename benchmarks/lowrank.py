@@ -44,9 +44,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "welore": {"method": "welore"},
     "asvd": {"method": "asvd"},
     "svd_llm": {"method": "svd_llm"},
-    "kfac": {"method": "kfac"},
+    "fisher": {"method": "fisher"},
     "svd_llm, threshold": {"method": "svd_llm", "ranks": "threshold"},
-    "kfac, tune 4": {"method": "kfac", "tune": 4},
+    "fisher, tune 4": {"method": "fisher", "tune": 4},
 }
 KEY = ("model", "method", "keep")
 ROUTES = {  # to the factors of rank 1024
@@ -140,7 +140,7 @@ def table(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any] | None, dense: float) -> str:
     if row is None:
         return "–"
-    mark = " u" if row["taken"] == "uniform" and row["method"] == "kfac" else ""
+    mark = " u" if row["taken"] == "uniform" and row["method"] == "fisher" else ""
     return f"{row['ppl']:.3f} ({math.log(row['ppl'] / dense):.3f}){mark}"
 
 

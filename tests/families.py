@@ -160,7 +160,75 @@ MORE: dict[str, dict[str, Any]] = {
 }
 """Tested on request, with `pytest -m slow`."""
 
-EVERY = CORE | MORE
+_MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)
+_INDEXED = dict(
+    **{**_LLAMA, "num_hidden_layers": 4, "num_key_value_heads": 4},
+    **_MLA,
+    head_dim=8,
+    moe_intermediate_size=32,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    index_topk=4,
+    index_head_dim=16,
+    index_n_heads=2,
+    indexer_types=["full", "full", "shared", "shared"],
+    mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+)
+_GEMMA_E = {
+    **_HEADS,
+    "num_hidden_layers": 6,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 128,
+}
+
+HANDING: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        **_GEMMA_E,
+        "intermediate_size": [96] * 6,
+        "laurel_rank": 16,
+        "activation_sparsity_pattern": [0.0] * 6,
+    },
+    "gemma4_text": {**_GEMMA_E, "global_head_dim": 32},
+    "deepseek_v4": {
+        **_HEADS,
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "sliding_window": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+        "layer_types": ["heavily_compressed_attention"] * 3 + ["compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe"] * 3 + ["moe"],
+    },
+    "glm_moe_dsa": _INDEXED,
+    "hy_v4": _INDEXED,
+    "zaya": {
+        **_HEADS,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "router_hidden_size": 32,
+        "layer_types": ["hybrid"] * 3,
+    },
+    "openai-gpt": dict(n_embd=64, n_layer=3, n_head=4, n_positions=256),
+}
+"""Blocks that are called with what depends on the tokens, or that hand more than hidden states to
+later ones, or that return a list.
+"""
+
+EVERY = CORE | MORE | HANDING
 
 
 def build(family: str, folder: Path, dtype: Any = None) -> Path:
@@ -174,6 +242,9 @@ def build(family: str, folder: Path, dtype: Any = None) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # which experts a token goes to
+                buffer.copy_(torch.randint(4, buffer.shape))
     model.save_pretrained(folder, max_shard_size="60KB")
     return folder
 

@@ -220,7 +220,7 @@ def test_labels_of_the_model_follow_its_predictions():
 ], ids=str)  # fmt: skip
 def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings, pattern):
     job, states = begin(tiny("llama"), rows, pattern=pattern, **settings)
-    before = [hidden.clone() for hidden in states.hidden]
+    before = [batch.hidden.clone() for batch in states.hidden]
     weights = sum(task.linear.size for task in job.every)
     zeros = int(Pattern.parse(pattern).sparsity * weights)
     shares = job.choice.allocator.allocate(job, zeros, states, CPU, silent, **job.choice.options)[0]
@@ -233,7 +233,7 @@ def test_every_allocator_gives_exactly_the_zeros_asked_for(tiny, rows, settings,
             for tasks in job.tasks
         ]
         assert all(count <= most * size + 1 for count, size in blocks)
-    assert all(torch.equal(was, now) for was, now in zip(before, states.hidden, strict=True))
+    assert all(torch.equal(was, now.hidden) for was, now in zip(before, states.hidden, strict=True))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon"])

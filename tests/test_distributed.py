@@ -36,7 +36,7 @@ CASES = {
     "armor": {"method": "armor", "options": {"iterations": 2, "finish": 1, "block_size": 16}},
     "admm": {"method": "wanda", "refine": "admm"},
     "ratios": {"method": "wanda", "pattern": "50%", "ratios": "owl"},
-    "kfac": {"method": "kfac", "pattern": "50%", "keep": "40%"},
+    "fisher": {"method": "fisher", "pattern": "50%", "keep": "40%"},
     "experts": {"method": "sparsegpt", "family": "qwen3_moe", "expert_tokens": "routed"},
     "experts, wanda": {"method": "wanda", "family": "qwen3_moe", "expert_tokens": "routed"},
 }
@@ -123,8 +123,8 @@ def test_two_processes_with_too_little_memory_write_the_bytes_of_one(monkeypatch
 
 
 def test_factors_of_a_plan_are_made_by_several_processes(recipe, tmp_path):
-    job = replace(recipe("kfac"), keep="", plan=str(tmp_path / "plan.toml"))
-    planned = pipeline.make_plan(recipe("kfac"))
+    job = replace(recipe("fisher"), keep="", plan=str(tmp_path / "plan.toml"))
+    planned = pipeline.make_plan(recipe("fisher"))
     Path(job.plan).write_text(plan_file.dumps(planned.plan))
     codes, said = in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "two"))
     assert codes == [0, 0], said

@@ -24,7 +24,7 @@ from compressor.methods import (
     FACTORIZATIONS,
     asvd,
     factors,
-    kfac,
+    fisher,
     method_module,
     options_of,
     svd,
@@ -87,7 +87,7 @@ def test_two_sided_error_is_the_dropped_tail(shape):
         -1, 1, shape[0]
     )
     gradients = g.T @ g
-    form, values = kfac.decompose(weight, 9, stats.gram, gradients)
+    form, values = fisher.decompose(weight, 9, stats.gram, gradients)
     found = weight - form.dense()
     left, right = (
         root(gradients, 1e-3),
@@ -119,7 +119,7 @@ def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_
     pairs = Taps(
         [x.repeat_interleave(len(g), 0)], [g.repeat(len(x), 1)]
     )  # every input with every gradient
-    form, values = kfac.decompose(
+    form, values = fisher.decompose(
         weight, 5, *kronecker_factors(pairs), damp=1e-10, gradient_damp=1e-10
     )
     change = (form.dense() - weight).double()
@@ -133,8 +133,8 @@ def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_
 
 def test_factors_of_a_lower_rank_are_the_first_columns(tmp_path):
     weight, _, stats = problem(24, 40)
-    form, _ = kfac.decompose(weight, 14, stats.gram, weight @ weight.T)
-    lower, _ = kfac.decompose(weight, 6, stats.gram, weight @ weight.T)
+    form, _ = fisher.decompose(weight, 14, stats.gram, weight @ weight.T)
+    lower, _ = fisher.decompose(weight, 6, stats.gram, weight @ weight.T)
     files = Factored(tmp_path)
     files.keep(0, {"linear": form})
     found = files.of("linear", 6, torch.device("cpu"))
@@ -145,7 +145,7 @@ def test_factors_of_a_lower_rank_are_the_first_columns(tmp_path):
 def test_a_linear_that_no_gradient_reaches_is_refused():
     weight, _, stats = problem(24, 40)
     with pytest.raises(NumericalError, match="no gradient of the loss reaches it"):
-        kfac.decompose(weight, 3, 0 * stats.gram, 0 * weight @ weight.T)
+        fisher.decompose(weight, 3, 0 * stats.gram, 0 * weight @ weight.T)
 
 
 def test_asvd_scales_columns_and_alpha_zero_is_plain():

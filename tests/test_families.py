@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import compressor.runtime
 from compressor.calibration import capture
+from compressor.calibration.head import head
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError
 from compressor.model.skeleton import Skeleton
 from compressor.run.pipeline import prune
 from compressor.tools.unpack import unpack
-from tests.families import CORE, EVERY, MORE, REFUSED, build
+from tests.families import CORE, EVERY, HANDING, MORE, REFUSED, build
 
 IDS = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(0))
 FAMILIES = [*CORE, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
@@ -32,7 +33,7 @@ def blocks_output(model, path):
     with torch.no_grad():
         model(input_ids=IDS, use_cache=False)
     handle.remove()
-    return caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    return caught[0][0] if isinstance(caught[0], tuple | list) else caught[0]
 
 
 def score(model):
@@ -60,10 +61,65 @@ def test_streams_to_the_same_bits(family, tiny, tmp_path, monkeypatch):
     for index, arguments in enumerate(states.arguments):
         assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
         block = skeleton.load_block(index, cpu)
-        states.hidden = [capture.run(block, hidden, arguments) for hidden in states.hidden]
+        states.hidden = [capture.run(block, batch, arguments) for batch in states.hidden]
         skeleton.free_block(index)
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert torch.equal(torch.cat(states.hidden), blocks_output(whole, skeleton.path))
+    assert torch.equal(
+        torch.cat([batch.hidden for batch in states.hidden]), blocks_output(whole, skeleton.path)
+    )
+
+
+@pytest.mark.parametrize("batch_tokens", [48, 96])  # two batches of two rows, one of four
+@pytest.mark.parametrize("family", HANDING)
+def test_every_block_sees_what_it_sees_in_the_whole_model(
+    family, batch_tokens, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", batch_tokens)
+    folder = build(family, tmp_path, torch.float32)
+    skeleton, cpu = Skeleton(Reader(folder)), torch.device("cpu")
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    leaving = [[] for _ in skeleton.blocks]
+    for block, seen in zip(whole.get_submodule(skeleton.path), leaving, strict=True):
+        block.register_forward_hook(
+            lambda _, __, output, seen=seen: seen.append(
+                output[0] if isinstance(output, tuple | list) else output
+            )
+        )
+    with torch.no_grad():
+        logits = [
+            whole(ids, use_cache=False).logits for ids in IDS.split(batch_tokens // IDS.shape[1])
+        ]
+    states = capture.capture(skeleton, IDS, cpu)
+    for index, arguments in enumerate(states.arguments):
+        block = skeleton.load_block(index, cpu)
+        states.hidden = [capture.run(block, batch, arguments) for batch in states.hidden]
+        skeleton.free_block(index)
+        for batch, exact in zip(states.hidden, leaving[index], strict=True):
+            assert (batch.hidden - exact).abs().max() <= 1e-4 * exact.abs().max()
+    assert not states.hidden[0].handed  # nothing is kept that no block reads
+    with head(skeleton, states, cpu) as head_of, torch.no_grad():
+        for batch, exact in zip(states.hidden, logits, strict=True):
+            torch.testing.assert_close(head_of(batch.number, batch.hidden), exact)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "glm_moe_dsa"])
+def test_a_run_that_goes_on_has_what_blocks_handed_on(family, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
+    folder = build(family, tmp_path / "model", torch.float32)
+    recipe = Recipe(str(folder), dataset=str(rows), num_samples=8, seq_len=32)
+
+    def stop(step, done, *_, **__):
+        if step == "blocks" and done == 3:  # shared keys, shared indices are under way
+            raise KeyboardInterrupt
+
+    prune(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        prune(recipe, tmp_path / "out", progress=stop)
+    assert list((tmp_path / ".out.partial").glob("hidden.0.handed.*"))
+    assert prune(recipe, tmp_path / "out").run["resumed_at_block"] == 3
+    whole, out = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    assert whole.keys() == out.keys()
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,7 +34,7 @@ METHODS = {
     "asvd": {"method": "asvd", "keep": "60%"},
     "svd_llm": {"method": "svd_llm", "keep": "60%"},
     "svd_llm, threshold": {"method": "svd_llm", "keep": "60%", "ranks": "threshold"},
-    "fisher": {"method": "kfac", "keep": "60%"},
+    "fisher": {"method": "fisher", "keep": "60%"},
 }
 SVDS = ["asvd", "svd_llm", "svd_llm, threshold", "fisher"]
 
@@ -268,7 +268,7 @@ def test_format_dense_is_the_unpacked_packed_folder(cli, tiny, recipe, tmp_path)
         {"method": "sparsegpt", "refine": "admm", "dense_fraction": "20%"},
         {"method": "wanda", "pattern": "50%", "ratios": "owl"},
         {"method": "svd_llm", "keep": "60%", "ranks": "threshold"},
-        {"method": "kfac", "keep": "60%"},
+        {"method": "fisher", "keep": "60%"},
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """Block-streamed gradients and logits are those of the whole model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -37,7 +39,7 @@ def through(skeleton, states):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "gpt2", "opt", "gpt_neox"])
 def test_gradients_equal_those_of_the_whole_model(family, tiny):
     skeleton, states = streamed(tiny(family))
-    before = [hidden.clone() for hidden in states.hidden]
+    before = [batch.hidden.clone() for batch in states.hidden]
     whole = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     next_token_loss(whole(input_ids=IDS, use_cache=False).logits, IDS).backward()
     order = []
@@ -54,7 +56,7 @@ def test_gradients_equal_those_of_the_whole_model(family, tiny):
             )
     assert order == list(reversed(range(len(skeleton.blocks))))
     assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
-    assert all(torch.equal(was, now) for was, now in zip(before, states.hidden, strict=True))
+    assert all(torch.equal(was, now.hidden) for was, now in zip(before, states.hidden, strict=True))
 
 
 def test_linears_of_one_input_share_their_rows(tiny):
@@ -73,7 +75,7 @@ def test_head_gives_the_logits_of_the_whole_model(family, tiny):
     with head(skeleton, states, CPU) as logits, torch.no_grad():
         for number, ids in enumerate(states.ids):
             torch.testing.assert_close(
-                logits(number, last[number]), whole(input_ids=ids, use_cache=False).logits
+                logits(number, last[number].hidden), whole(input_ids=ids, use_cache=False).logits
             )
 
 
@@ -81,13 +83,17 @@ def test_divergence_is_the_mean_over_tokens(tiny):
     skeleton, states = streamed(tiny("llama"))
     last = through(skeleton, states)
     moved = [
-        hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-        for hidden in last
+        replace(
+            batch,
+            hidden=batch.hidden
+            + 0.1 * torch.randn(batch.hidden.shape, generator=torch.Generator().manual_seed(1)),
+        )
+        for batch in last
     ]
     with head(skeleton, states, CPU) as logits, torch.no_grad():
         assert divergence(logits, last, last) == 0
         p, q = (
-            torch.cat([log_softmax(logits(n, h), -1) for n, h in enumerate(batches)])
+            torch.cat([log_softmax(logits(b.number, b.hidden), -1) for b in batches])
             for batches in (last, moved)
         )
         assert divergence(logits, last, moved) == pytest.approx(
@@ -98,6 +104,6 @@ def test_divergence_is_the_mean_over_tokens(tiny):
 def test_first_batches_leave_the_states_alone(tiny):
     _, states = streamed(tiny("llama"))
     part = states.first(1)
-    part.hidden[0] = part.hidden[0] + 1
+    part.hidden[0] = replace(part.hidden[0], hidden=part.hidden[0].hidden + 1)
     assert len(part.ids) == len(part.hidden) == 1
-    assert not torch.equal(part.hidden[0], states.hidden[0])
+    assert not torch.equal(part.hidden[0].hidden, states.hidden[0].hidden)

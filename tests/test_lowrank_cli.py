@@ -17,7 +17,7 @@ SMALL = ("--num-samples", 8, "--seq-len", 32, "-q")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
-def lowrank(cli, model, out, rows, *options, method="kfac", keep="60%"):
+def lowrank(cli, model, out, rows, *options, method="fisher", keep="60%"):
     cli(
         "lowrank",
         model,
@@ -43,7 +43,7 @@ def counted(folder):
     )
 
 
-@pytest.mark.parametrize("method", ["svd", "welore", "asvd", "svd-llm", "kfac"])
+@pytest.mark.parametrize("method", ["svd", "welore", "asvd", "svd-llm", "fisher"])
 def test_round_trip(method, cli, demo_model, rows, tmp_path):
     out = tmp_path / "out"
     report = lowrank(cli, demo_model, out, rows, method=method)
@@ -176,7 +176,7 @@ def test_a_plan_has_the_ranks_that_lowrank_would_choose(cli, demo_model, rows, t
 
 def test_a_dry_run_says_what_would_be_done(cli, demo_model, tmp_path):
     found = json.loads(cli("lowrank", demo_model, "--dry-run", "--keep", "60%", "--json").stdout)
-    assert (found["method"], found["keep"], len(found["linears"])) == ("kfac", "60%", 28)
+    assert (found["method"], found["keep"], len(found["linears"])) == ("fisher", "60%", 28)
     assert {row["goal"] for row in found["linears"]} == {"keep 60%"}
     found = json.loads(
         cli("lowrank", demo_model, "--dry-run", "--recipe", "mixed", "--json").stdout
@@ -193,7 +193,7 @@ def test_a_dry_run_says_what_would_be_done(cli, demo_model, tmp_path):
 
 def test_a_run_that_was_cut_off_gives_the_same_bytes(cli, demo_model, rows, tmp_path):
     settings = dict(
-        method="kfac", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu"
+        method="fisher", keep="60%", dataset=rows, num_samples=8, seq_len=32, device="cpu"
     )
     compressor.lowrank(demo_model, tmp_path / "a", **settings)
 
@@ -359,3 +359,19 @@ def test_the_plan_of_a_mixed_recipe_speaks_of_both(cli, demo_model, tmp_path):
     assert "parameters removed: 399360 of 786432, 50.78%" in shown
     assert "then: compress lowrank MODEL" in (tmp_path / "plan.toml").read_text()
     assert "zeros: 393216 of 786432" in cli("plan", demo_model, "-o", tmp_path / "b.toml").stdout
+
+
+def test_the_old_name_of_fisher_is_accepted(cli, demo_model, rows, tmp_path):
+    """On the command line, in a recipe and in the recipe of a folder."""
+    lowrank(cli, demo_model, tmp_path / "new", rows, method="fisher")
+    lowrank(cli, demo_model, tmp_path / "old", rows, method="kfac")
+    text = (tmp_path / "new" / "recipe.toml").read_text()
+    assert 'method = "fisher"' in text
+    old = tmp_path / "old.toml"
+    old.write_text(text.replace('"fisher"', '"kfac"'))
+    cli("lowrank", demo_model, "-o", tmp_path / "again", "--recipe", old, "-q")
+    for name in ("model.safetensors", "recipe.toml", "plan.toml"):
+        expected = (tmp_path / "new" / name).read_bytes()
+        assert (tmp_path / "old" / name).read_bytes() == expected
+        assert (tmp_path / "again" / name).read_bytes() == expected
+    cli("prune", demo_model, "--recipe", old, "--dry-run", code=2)

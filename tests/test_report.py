@@ -371,7 +371,7 @@ def test_low_rank_is_called_by_its_name(folder):
         "spectra": measured(2),
         "allocation": {"parameters": 699, "dense_parameters": 1000},
     }
-    found["recipe"] = {"method": "kfac", "pattern": "2:4", "keep": "70%", "dataset": "self"}
+    found["recipe"] = {"method": "fisher", "pattern": "2:4", "keep": "70%", "dataset": "self"}
     for row in found["linears"]:
         row |= {"format": "lowrank", "sparsity": 0.0, "entry": {"format": "lowrank", "rank": 2}}
     text = render(read_record(folder(found)))

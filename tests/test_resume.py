@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
-from compressor.calibration.hidden_states import Batches
+from compressor.calibration.hidden_states import Batch, Batches
 from compressor.checkpoint.work_state import is_complete, report_path, work_path
 from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
@@ -343,6 +344,11 @@ def test_once_is_computed_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def doubled(batch):
+    handed = {("returned", 0, 1): torch.tensor([batch.number, 7])}
+    return replace(batch, hidden=batch.hidden * 2 + batch.number, handed=handed)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_hidden_states_are_the_same_wherever_they_rest(tmp_path, dtype):
     batches = [
@@ -352,20 +358,28 @@ def test_hidden_states_are_the_same_wherever_they_rest(tmp_path, dtype):
     cpu = torch.device("cpu")
     homes = [Batches(cpu, cpu), Batches(cpu, tmp_path)]
     for own in homes:
-        for batch in batches:
-            own.append(batch)
-        own.advance(lambda number, hidden: hidden * 2 + number)
+        for number, batch in enumerate(batches):
+            own.append(Batch(number, batch))
+        own.advance(doubled)
     for number, batch in enumerate(batches):
-        assert all(torch.equal(own[number], batch * 2 + number) for own in homes)
+        assert all(torch.equal(own[number].hidden, batch * 2 + number) for own in homes)
+        assert all(own[number].handed.keys() == {("returned", 0, 1)} for own in homes)
     saved = [own.save(tmp_path) for own in homes]
     assert saved[0] == saved[1]
     homes[1].forget(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hidden-00001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "hidden-00001",
+        "hidden.handed.0-00001",
+    ]
     for home in (cpu, tmp_path):
         again = Batches(cpu, home)
         again.load(tmp_path, json.loads(json.dumps(saved[0])))
-        assert all(torch.equal(one, other) for one, other in zip(again, homes[0], strict=True))
-        assert torch.equal(again[-1], again[4])
+        for one, other in zip(again, homes[0], strict=True):
+            assert torch.equal(one.hidden, other.hidden)
+            key = ("returned", 0, 1)
+            assert torch.equal(one.handed[key], other.handed[key])
+            assert one.handed[key].tolist() == [one.number, 7]
+        assert torch.equal(again[-1].hidden, again[4].hidden)
         assert len(again[1:3]) == 2
         with pytest.raises(IndexError):
             again[5]

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from compressor.calibration.arguments import Arguments
+from compressor.calibration.hidden_states import Batch
 from compressor.engine.block_tuning import tune
 from compressor.formats.armor import Armor
 from compressor.formats.sparse24 import Sparse24
@@ -45,6 +47,10 @@ def case(dtype=torch.float32, seed=0):
     return block, forms, hidden, targets, pattern
 
 
+def batches(tensors):
+    return [Batch(number, hidden) for number, hidden in enumerate(tensors)]
+
+
 def error(block, forms, hidden, targets):
     for name, form in forms.items():
         block.get_parameter(name).data = form.dense()
@@ -61,7 +67,7 @@ def error(block, forms, hidden, targets):
 def test_lowers_the_error_and_keeps_zeros_dtype_and_the_rest(dtype):
     block, forms, hidden, targets, pattern = case(dtype)
     was = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    tuned, before, after = tune(block, forms, hidden, targets, epochs=20)
+    tuned, before, after = tune(block, forms, batches(hidden), batches(targets), epochs=20)
     assert after < 0.7 * before
     for name, parameter in block.named_parameters():
         assert torch.equal(parameter, was[name])
@@ -88,7 +94,7 @@ def test_trains_the_factors_of_a_product(dtype):
             whole[name] + 0.1, stats, pattern, overhead=0.6, iterations=2, finish=1
         )
     assert all(isinstance(form, Armor) for form in forms.values())
-    tuned, before, after = tune(block, forms, hidden, targets, epochs=20)
+    tuned, before, after = tune(block, forms, batches(hidden), batches(targets), epochs=20)
     assert after < 0.7 * before
     for name, form in tuned.items():
         assert form.entry == forms[name].entry
@@ -105,7 +111,9 @@ def test_is_deterministic_and_leaves_the_global_generator_alone():
     for _ in range(2):
         block, forms, hidden, targets, _ = case()
         state = torch.get_rng_state()
-        results.append(tune(block, forms, hidden, targets, epochs=2)[0]["down.weight"].values)
+        results.append(
+            tune(block, forms, batches(hidden), batches(targets), epochs=2)[0]["down.weight"].values
+        )
         assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(*results)
 
@@ -113,23 +121,25 @@ def test_is_deterministic_and_leaves_the_global_generator_alone():
 @pytest.mark.parametrize(("epochs", "rate"), [(0, 0.01), (3, 1e4)])
 def test_is_left_as_it_was_where_nothing_is_gained(epochs, rate):
     block, forms, hidden, targets, _ = case()
-    tuned, before, after = tune(block, forms, hidden, targets, epochs=epochs, rate=rate)
+    tuned, before, after = tune(
+        block, forms, batches(hidden), batches(targets), epochs=epochs, rate=rate
+    )
     assert before == after
     assert all(tuned[name] is form for name, form in forms.items())
 
 
 def test_passes_arguments_on_in_float32():
     block, forms, hidden, _, _ = case(torch.bfloat16)
-    arguments = ((), {"scale": torch.tensor(2.0, dtype=torch.bfloat16)})
+    arguments = Arguments((), {"scale": torch.tensor(2.0, dtype=torch.bfloat16)})
     targets = [batch + 1 for batch in hidden]
-    _, before, after = tune(block, forms, hidden, targets, arguments, epochs=3)
+    _, before, after = tune(block, forms, batches(hidden), batches(targets), arguments, epochs=3)
     assert after < before
 
 
 def test_a_transposed_weight_is_trained_alike():
     """gpt2 stores `[in, out]`: the same problem, the same result."""
     block, forms, hidden, targets, _ = case()
-    plain, _, _ = tune(block, forms, hidden, targets, epochs=2)
+    plain, _, _ = tune(block, forms, batches(hidden), batches(targets), epochs=2)
 
     class Transposed(nn.Module):
         def __init__(self, linear):
@@ -144,8 +154,8 @@ def test_a_transposed_weight_is_trained_alike():
     turned, _, _ = tune(
         block,
         forms,
-        hidden,
-        targets,
+        batches(hidden),
+        batches(targets),
         place=lambda weights: {name: weight.T for name, weight in weights.items()},
         epochs=2,
     )

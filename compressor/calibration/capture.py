@@ -1,9 +1,9 @@
 """What calibration runs on: token samples, and the hidden states they are on entering the first
 block.
 
-The keyword arguments each block is called with (masks, position embeddings) are captured per block:
-blocks of one model differ in them (sliding windows, local and global rotary tables), and those of
-block 0 are wrong for the others.
+The arguments each block is called with (masks, position embeddings) are captured per block: blocks
+of one model differ in them (sliding windows, local and global rotary tables), and those of block 0
+are wrong for the others. Those that depend on the tokens are captured per batch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.hidden_states import Batches
+from compressor.calibration.arguments import Arguments
+from compressor.calibration.hidden_states import Batch, Batches
+from compressor.calibration.recorder import Recorder, Returns
+from compressor.calibration.tensor_store import TensorStore
 from compressor.errors import CheckpointError
 from compressor.model.skeleton import Skeleton
 
@@ -25,9 +29,6 @@ from compressor.model.skeleton import Skeleton
 _BATCH_TOKENS = 2048
 
 
-Arguments = tuple[
-    tuple[Any, ...], dict[str, Any]
-]  # positional and keyword, beside the hidden states
 Forward = Callable[..., Any]
 
 
@@ -36,20 +37,19 @@ class States:
     """Calibration on its way through the model.
 
     Attributes:
-        hidden: hidden states entering the next block, batches of `[batch, seq, dim]`.
+        hidden: what enters the next block, batch by batch.
         dense: the same in the dense model; empty unless blocks are tuned towards it.
-        arguments: per block, the further positional arguments and the keyword arguments it is
-            called with.
+        arguments: per block, what it is called with beside that.
         ids: the tokens themselves, batches of `[batch, seq]`.
-        tuples: whether the blocks return a tuple.
+        returns: what a block returns.
         offset: batches of other processes that come before these.
     """
 
-    hidden: list[Tensor] | Batches
+    hidden: list[Batch] | Batches
     arguments: list[Arguments]
     ids: list[Tensor] = field(default_factory=list)
-    tuples: bool = False
-    dense: list[Tensor] | Batches = field(default_factory=list)
+    returns: Returns | None = None
+    dense: list[Batch] | Batches = field(default_factory=list)
     offset: int = 0
 
     def first(self, batches: int) -> States:
@@ -60,7 +60,7 @@ class States:
             self.hidden[:batches],
             self.arguments,
             self.ids[:batches],
-            self.tuples,
+            self.returns,
             self.dense[:batches],
         )
 
@@ -93,18 +93,9 @@ class States:
 
 
 @torch.no_grad()
-def run(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-    """One block applied to hidden states `[batch, seq, dim]`; what it returns beside them is
-    dropped.
-    """
-    return call(block, hidden, arguments)
-
-
-def call(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-    """As `run`, differentiable."""
-    positional, keywords = arguments
-    output = block(hidden, *positional, **keywords)
-    return output[0] if isinstance(output, tuple) else output
+def run(block: nn.Module, batch: Batch, arguments: Arguments) -> Batch:
+    """What leaves a block that a batch enters."""
+    return arguments.call(block, batch)
 
 
 def batch_size(samples: int, seq_len: int) -> int:
@@ -127,47 +118,47 @@ def capture(
 ) -> States:
     """Run the embeddings on `ids` `[samples, seq]` and record what reaches the blocks.
 
-    The model's own forward runs with recorders in place of the blocks' forwards, so that whatever a
-    family does before its blocks is done. Block 0 runs for real once: it shows whether blocks
-    return a tensor or a tuple.
+    The model's own forward runs with a recorder in place of the blocks, so that whatever a family
+    does before its blocks is done. Block 0 runs for real once: it shows what blocks return.
 
     Args:
-        hidden: where the hidden states go; on the device, if not given.
+        hidden: where the hidden states go, and what differs between batches; on the device, if not
+            given.
         part: the batches to run; all, if not given.
+
+    Raises:
+        CheckpointError: block by block would not compute what the model does.
     """
     decoder = skeleton.load_embeddings(device)
     batches = ids.to(device).split(batch_size(*ids.shape))[part]
-    states = States(
-        [] if hidden is None else hidden, [((), {}) for _ in skeleton.blocks], list(batches)
-    )
+    states = States([] if hidden is None else hidden, [], list(batches))
     states.offset = part.start or 0
+    kind = skeleton.config.model_type
     first = skeleton.load_block(0, device).forward
-    answers: list[Any] = []
-
-    def recorder(index: int) -> Forward:
-        def forward(hidden: Tensor, *positional: Any, **keywords: Any) -> Any:
-            states.arguments[index] = (positional, keywords)
-            if index == 0:
-                states.hidden.append(hidden)
-                if not answers:
-                    answers.append(first(hidden, *positional, **keywords))
-                    states.tuples = isinstance(answers[0], tuple)
-                    skeleton.free_block(0)
-                    return answers[0]
-            return (hidden, *answers[0][1:]) if states.tuples else hidden
-
-        return forward
-
-    with torch.no_grad(), forwards(skeleton, recorder):
-        for batch in batches:
+    recorder = Recorder(kind, len(skeleton.blocks), first, partial(_store, device, hidden))
+    with torch.no_grad(), forwards(skeleton, recorder.forward):
+        for number, batch in enumerate(batches):
+            recorder.begin()
             decoder(input_ids=batch, use_cache=False)
-    if not answers:
-        raise CheckpointError(
-            f"the decoder of {skeleton.config.model_type!r} does not call the blocks "
-            f"{skeleton.path} that were found"
-        )
+            if recorder.kept is None:
+                raise CheckpointError(
+                    f"the decoder of {kind!r} does not call the blocks {skeleton.path} that were "
+                    f"found"
+                )
+            recorder.end()
+            states.hidden.append(Batch(number, recorder.kept))
+            if number == 0:
+                skeleton.free_block(0)
+    states.arguments, states.returns = recorder.arguments(), recorder.returns
     skeleton.free_embeddings()
     return states
+
+
+def _store(device: torch.device, hidden: Batches | None, number: int) -> TensorStore | list[Any]:
+    """Where an argument that differs between batches rests: where the hidden states do."""
+    if hidden is None:
+        return []
+    return TensorStore(device, hidden.home, f"{hidden.name}.argument.{number}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.head import head
+from compressor.errors import CheckpointError
 from compressor.model.skeleton import Linear, Skeleton
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -57,29 +58,37 @@ def backward_blocks(
         states: calibration on entering block 0; left as it is.
         device: where the blocks are computed.
         loss: of the logits of a batch.
+
+    Raises:
+        CheckpointError: blocks hand more than hidden states to later ones; the gradient along that
+            way would be missing.
     """
     inputs = [list(states.hidden)]
     for index in range(len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        inputs.append(
-            [capture.run(block, hidden, states.arguments[index]) for hidden in inputs[-1]]
-        )
+        inputs.append([capture.run(block, batch, states.arguments[index]) for batch in inputs[-1]])
         skeleton.free_block(index)
+    if any(batch.handed for entering in inputs for batch in entering):
+        raise CheckpointError(
+            f"blocks of a {skeleton.config.model_type} model hand more than hidden states to later "
+            f"ones: gradients cannot be taken block by block; choose what needs none"
+        )
     gradients: list[Tensor] = []
     with head(skeleton, states, device) as logits:
-        for number, hidden in enumerate(inputs.pop()):
-            leaf = hidden.detach().requires_grad_()
+        for number, batch in enumerate(inputs.pop()):
+            leaf = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
                 value = loss(logits(number, leaf), states.ids[number])
             gradients.append(torch.autograd.grad(value, leaf)[0])
     for index in reversed(range(len(skeleton.blocks))):
         block, entering = skeleton.load_block(index, device), inputs.pop()
         with tapping(skeleton.linears(index)) as taps:
-            for number, hidden in enumerate(entering):
-                leaf = hidden.detach().requires_grad_()
+            for number, batch in enumerate(entering):
+                leaf = replace(batch, hidden=batch.hidden.detach().requires_grad_())
                 with torch.enable_grad():
-                    output = capture.call(block, leaf, states.arguments[index])
-                gradients[number] = torch.autograd.grad(output, leaf, gradients[number])[0]
+                    output = states.arguments[index].call(block, leaf).hidden
+                gradient = torch.autograd.grad(output, leaf.hidden, gradients[number])
+                gradients[number] = gradient[0]
         yield index, taps
         skeleton.free_block(index)
 

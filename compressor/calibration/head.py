@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from compressor.calibration.capture import States, forwards
+from compressor.calibration.hidden_states import Batch
 from compressor.model.skeleton import Skeleton
 
 Head = Callable[[int, Tensor], Tensor]
@@ -29,7 +30,8 @@ def head(skeleton: Skeleton, states: States, device: torch.device) -> Iterator[H
     model = skeleton.load_embeddings(device, head=True)
 
     def logits(number: int, hidden: Tensor) -> Tensor:
-        answer = (hidden,) if states.tuples else hidden
+        assert states.returns
+        answer, _ = states.returns.passing(hidden)
         with forwards(skeleton, lambda _: lambda *_, **__: answer):
             return model(input_ids=states.ids[number], use_cache=False).logits
 
@@ -40,15 +42,15 @@ def head(skeleton: Skeleton, states: States, device: torch.device) -> Iterator[H
 
 
 @torch.no_grad()
-def divergence(logits: Head, exact: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Mean over tokens of KL(p ‖ q) in nats: p from the hidden states `exact`, q from `other`,
-    batches leaving the last block.
+def divergence(logits: Head, exact: Sequence[Batch], other: Sequence[Batch]) -> float:
+    """Mean over tokens of KL(p ‖ q) in nats: p from `exact`, q from `other`, batches leaving the
+    last block.
     """
     total, tokens = 0.0, 0
     for number, (first, second) in enumerate(zip(exact, other, strict=True)):
         p, q = (
-            log_softmax(logits(number, hidden).float().flatten(0, 1), dim=-1)
-            for hidden in (first, second)
+            log_softmax(logits(number, batch.hidden).float().flatten(0, 1), dim=-1)
+            for batch in (first, second)
         )
         total += kl_div(q, p, log_target=True, reduction="sum").double().item()
         tokens += len(p)

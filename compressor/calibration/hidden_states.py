@@ -1,29 +1,47 @@
-"""Hidden states entering a block, batch by batch: on the device, in host memory, or on disk.
+"""Hidden states on their way through the blocks, batch by batch, with what blocks hand on beside
+them.
 
-Where they rest does not change what is computed from them: a batch read from disk has the bytes,
-the shape and the alignment of one that stayed in memory. Files hold the batches one after the
-other, and are written once per block: they are what a run that was cut off goes on from.
+A block may give later blocks more than its hidden states: indices of an indexer, states of a
+router, shared keys and values. These are pieces of a batch too: they rest, travel and are saved
+with it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.atomic import tensor_bytes
-from compressor.errors import OutputError
+from compressor.calibration.tensor_store import TensorStore
 
-Step = Callable[[int, Tensor], Tensor]
+Key = tuple[str | int, ...]
+"""Which block handed a piece on, and which piece: see compressor/calibration/arguments.py."""
 
 
-class Batches(Sequence[Tensor]):
-    """Tensors of one shape and dtype, `[batch, seq, dim]`, given out on `device`.
+@dataclass(frozen=True)
+class Batch:
+    """One batch of the calibration as it enters or leaves a block.
+
+    Attributes:
+        number: of the batch, from 0.
+        hidden: hidden states, `[batch, seq, dim]` (some families have a dimension more).
+        handed: what blocks before handed on for later ones to read.
+    """
+
+    number: int
+    hidden: Tensor
+    handed: Mapping[Key, Tensor] = field(default_factory=dict)
+
+
+Step = Callable[[Batch], Batch]
+
+
+class Batches(Sequence[Batch]):
+    """Batches of one shape and dtype, given out on `device`.
 
     Args:
         device: where they are used.
@@ -35,140 +53,78 @@ class Batches(Sequence[Tensor]):
         self, device: torch.device, home: torch.device | Path, name: str = "hidden"
     ) -> None:
         self.device, self.home, self.name = device, home, name
-        self._held: list[Tensor] = []
-        self._file: Path | None = None
-        self._kind: tuple[torch.Size, torch.dtype] | None = None
-        self._count = self._generation = 0
-        self._digest = hashlib.sha256()
+        self._hidden = TensorStore(device, home, name)
+        self._handed: dict[Key, TensorStore] = {}
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._hidden)
 
     def __getitem__(self, index: Any) -> Any:
         """A batch on the device, or a list of batches for a slice."""
         if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(self._count))]
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        index %= self._count
-        if self._held:
-            return self._held[index].to(self.device)
-        assert self._file is not None
-        return self._read(self._file, index).to(self.device)
+            return [self[number] for number in range(*index.indices(len(self)))]
+        hidden = self._hidden[index]
+        number = index % len(self)
+        return Batch(number, hidden, {key: store[number] for key, store in self._handed.items()})
 
-    def append(self, batch: Tensor) -> None:
-        """Add a batch, before the first block."""
-        if isinstance(self.home, Path):
-            self._file = self._file or self._path()
-            self._write(self._file, batch)
-        else:
-            self._held.append(batch.contiguous().to(self.home))
-        self._kind = (batch.shape, batch.dtype)
-        self._count += 1
+    def append(self, batch: Batch) -> None:
+        """Add a batch after the last, before the first block: nothing was handed on yet."""
+        assert batch.number == len(self)
+        assert not batch.handed
+        self._hidden.append(batch.hidden)
 
     def advance(self, step: Step) -> None:
-        """Put `step(number, batch)` in the place of every batch. On disk the old ones stay until
+        """Put `step(batch)` in the place of every batch. On disk the old ones stay until
         `forget`.
         """
-        self._generation += 1
-        if isinstance(self.home, Path):
-            old, new = self._file, self._path()
-            assert old is not None
-            assert self._kind is not None
-            self._digest = hashlib.sha256()
-            with new.open("wb") as file:
-                for number in range(self._count):
-                    self._put(file, step(number, self._read(old, number).to(self.device)))
-            self._file = new
-        else:
-            for number, batch in enumerate(self._held):
-                self._held[number] = step(number, batch.to(self.device)).contiguous().to(self.home)
+        handed: dict[Key, TensorStore] = {}
+        with self._hidden.rewriting() as put:
+            for number in range(len(self)):
+                batch = step(self[number])
+                put(number, batch.hidden)
+                if number == 0:
+                    handed = {key: self._store(place) for place, key in enumerate(batch.handed)}
+                assert handed.keys() == batch.handed.keys()
+                for key, tensor in batch.handed.items():
+                    handed[key].append(tensor)
+        self._handed = handed
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Force them to disk, in `folder`; returns what `load` needs to find and check them there,
         as JSON values.
         """
-        if not isinstance(self.home, Path):
-            self._file, self._digest = self._path(folder), hashlib.sha256()
-            with self._file.open("wb") as file:
-                for batch in self._held:
-                    self._put(file, batch)
-        assert self._file is not None
-        assert self._kind is not None
-        with self._file.open("rb") as file:
-            os.fsync(file.fileno())
-        shape, dtype = self._kind
-        return {
-            "name": self.name, "generation": self._generation, "batches": self._count,
-            "shape": list(shape),
-            "dtype": str(dtype).removeprefix("torch."), "sha256": self._digest.hexdigest(),
-        }  # fmt: skip
+        saved = self._hidden.save(folder)
+        handed = [{"key": list(key), **store.save(folder)} for key, store in self._handed.items()]
+        return {**saved, "handed": handed} if handed else saved
 
     def load(self, folder: Path, saved: dict[str, Any]) -> None:
-        """Become what `save` wrote, of these or others. Raises OutputError where the file is not
+        """Become what `save` wrote, of these or others. Raises OutputError where a file is not
         that.
         """
-        self._generation, self._count = saved["generation"], saved["batches"]
-        self._kind = (torch.Size(saved["shape"]), getattr(torch, saved["dtype"]))
-        self._file, self._held, self._digest = (
-            self._path(folder, saved["name"]),
-            [],
-            hashlib.sha256(),
-        )
-        try:
-            whole = self._file.stat().st_size == self._count * self._nbytes()
-            for number in range(self._count if whole else 0):
-                batch = self._read(self._file, number)
-                self._digest.update(tensor_bytes(batch))
-                if not isinstance(self.home, Path):
-                    self._held.append(batch.to(self.home))
-        except OSError:
-            whole = False
-        if not whole or self._digest.hexdigest() != saved["sha256"]:
-            raise OutputError(
-                f"the work state {folder} is damaged: {self._file.name} is not what was written; "
-                f"remove {folder} to start anew"
-            )
+        self._hidden.load(folder, saved)
+        self._handed = {}
+        for piece in saved.get("handed", []):
+            store = TensorStore(self.device, self.home, piece["name"])
+            store.load(folder, piece)
+            self._handed[tuple(piece["key"])] = store
 
     def forget(self, folder: Path) -> None:
         """Remove the files of earlier blocks."""
-        for path in folder.glob(f"{self.name}-*"):
-            if path != self._file:
+        self._hidden.forget(folder)
+        files = {store.path for store in self._handed.values()}
+        for path in folder.glob(f"{self.name}.handed.*"):
+            if path not in files:
                 path.unlink()
 
-    def _path(self, folder: Path | None = None, name: str = "") -> Path:
-        folder = folder or (self.home if isinstance(self.home, Path) else Path())
-        return folder / f"{name or self.name}-{self._generation:05}"
-
-    def _nbytes(self) -> int:
-        assert self._kind is not None
-        shape, dtype = self._kind
-        return shape.numel() * dtype.itemsize
-
-    def _read(self, path: Path, number: int) -> Tensor:
-        """Batch `number`, in memory of its own: aligned as torch aligns what it makes."""
-        assert self._kind is not None
-        batch = torch.empty(self._kind[0], dtype=self._kind[1])
-        with path.open("rb") as file:
-            file.seek(number * self._nbytes())
-            if file.readinto(tensor_bytes(batch)) != self._nbytes():
-                raise OutputError(f"{path} became shorter while it was used")
-        return batch
-
-    def _write(self, path: Path, batch: Tensor) -> None:
-        with path.open("ab" if self._count else "wb") as file:
-            self._put(file, batch)
-
-    def _put(self, file: BinaryIO, batch: Tensor) -> None:
-        raw = tensor_bytes(batch)
-        file.write(raw)
-        self._digest.update(raw)
+    def _store(self, place: int) -> TensorStore:
+        name = f"{self.name}.handed.{place}"
+        return TensorStore(self.device, self.home, name, self._hidden.generation)
 
 
-def advance(batches: Batches | list[Tensor], step: Step) -> None:
-    """Put `step(number, batch)` in the place of every batch."""
+def advance(batches: Batches | list[Batch], step: Step) -> None:
+    """Put `step(batch)` in the place of every batch."""
     if isinstance(batches, Batches):
         batches.advance(step)
     else:
         for number, batch in enumerate(batches):
-            batches[number] = step(number, batch)
+            batches[number] = step(batch)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 from compressor.allocation.rank import ALLOCATORS as RANKS
 from compressor.allocation.sparsity import ALLOCATORS as RATIOS
 from compressor.errors import UsageError, did_you_mean
-from compressor.methods import DEFAULT_FACTORIZATION, FACTORIZATIONS, METHODS
+from compressor.methods import DEFAULT_FACTORIZATION, FACTORIZATIONS, METHODS, current_name
 from compressor.refine import NAMES as REFINEMENTS
 
 FORMATS = ["packed", "dense"]
@@ -156,6 +156,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), str(entry.type))
+        object.__setattr__(self, "method", current_name(self.method))
         _one_of("format", self.format, FORMATS)
         _one_of("expert_tokens", self.expert_tokens, EXPERT_TOKENS)
         _one_of("dtype", self.dtype, DTYPES)

@@ -17,7 +17,9 @@ product is trained in its factors.
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from compressor.calibration.arguments import Arguments
+from compressor.calibration.hidden_states import Batch
 from compressor.formats import Form, notes
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword
 Factors = dict[str, dict[str, nn.Parameter]]
 Place = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-Call = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+Call = Callable[[Mapping[str, Tensor], Batch], Tensor]
 
 _BETAS = (0.9, 0.95)
 _PRODUCT = (
@@ -41,9 +44,9 @@ _PRODUCT = (
 def tune(
     block: nn.Module,
     forms: Mapping[str, Form],
-    hidden: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    arguments: Arguments = ((), {}),
+    hidden: Sequence[Batch],
+    targets: Sequence[Batch],
+    arguments: Arguments | None = None,
     *,
     place: Place = dict,
     epochs: int = 4,
@@ -57,9 +60,9 @@ def tune(
         block: decoder block, called as `block(hidden, *positional, **keywords)`; returns a tensor,
             or a tuple that begins with it. It is left as it was.
         forms: what to train, by a name of each.
-        hidden: batches `[batch, seq, dim]` entering the block.
-        targets: what should leave it, same shapes.
-        arguments: positional and keyword arguments of every call.
+        hidden: batches entering the block.
+        targets: what should leave it.
+        arguments: what the block is called with beside the hidden states; by default nothing.
         place: turns weights `[out, in]`, by the names of their forms, into parameters of the block,
             by theirs, such as
             `mlp.up_proj.weight`; differentiable. Without it the names are those of parameters.
@@ -73,7 +76,7 @@ def tune(
         both in the storage dtype. Where the training did not lower it these are the forms that were
         given.
     """
-    given = dict(forms)
+    given, arguments = dict(forms), arguments or Arguments()
     call = _caller(block, arguments, place)
     before = _error(call, given, hidden, targets)
     if not epochs:
@@ -82,7 +85,7 @@ def tune(
     flags = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
     block.float().requires_grad_(False)
     try:
-        wide = _caller(block, _in_float(arguments), place)
+        wide = _caller(block, arguments, place, wide=True)
         factors = _train(wide, given, hidden, targets, epochs, rate, seed)
     finally:
         for name, parameter in block.named_parameters():
@@ -93,17 +96,24 @@ def tune(
     return (trained, before, after) if after < before else (given, before, before)
 
 
-def _caller(block: nn.Module, arguments: Arguments, place: Place) -> Call:
-    """`call(weights, hidden)`: the block with `weights` `[out, in]` in place of its own."""
-    positional, keywords = arguments
+def _caller(block: nn.Module, arguments: Arguments, place: Place, *, wide: bool = False) -> Call:
+    """`call(weights, batch)`: what leaves the block with `weights` `[out, in]` in place of its own.
 
-    def call(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    With `wide` everything it is called with is in float32.
+    """
+
+    def call(weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
         placed = {
             name: weight.to(block.get_parameter(name).dtype)
             for name, weight in place(weights).items()
         }
-        output = functional_call(block, placed, (hidden, *positional), keywords)
-        return output[0] if isinstance(output, tuple) else output
+
+        def placed_block(*positional: Any, **keywords: Any) -> Any:
+            if wide:
+                positional, keywords = _in_float(positional), _in_float(keywords)
+            return functional_call(block, placed, positional, keywords)
+
+        return arguments.call(placed_block, batch).hidden
 
     return call
 
@@ -119,8 +129,8 @@ def _rebuilt(form: Form, factors: Mapping[str, Tensor]) -> Form:
 def _train(
     call: Call,
     forms: Mapping[str, Form],
-    hidden: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    hidden: Sequence[Batch],
+    targets: Sequence[Batch],
     epochs: int,
     rate: float,
     seed: int,
@@ -152,9 +162,9 @@ def _train(
             with torch.enable_grad():
                 output = call(
                     {name: forms[name].product(**parts) for name, parts in factors.items()},
-                    hidden[index].float(),
+                    hidden[index],
                 )
-                loss = (output - targets[index].float()).square().mean() / scale
+                loss = (output - targets[index].hidden.float()).square().mean() / scale
                 loss.backward()
             for factor, mask in zip(every, masks, strict=True):
                 assert factor.grad is not None
@@ -173,10 +183,10 @@ def _size(factor: Tensor) -> float:
     return (factor.square().sum() / factor.count_nonzero().clamp_min(1)).sqrt().item()
 
 
-def _scale(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def _scale(hidden: Sequence[Batch], targets: Sequence[Batch]) -> Tensor:
     """What the block adds to the residual stream, mean square: the loss is relative to it."""
     changes = [
-        (target.float() - batch.float()).square().mean()
+        (target.hidden.float() - batch.hidden.float()).square().mean()
         for batch, target in zip(hidden, targets, strict=True)
     ]
     return torch.stack(changes).mean().clamp_min(1e-30)
@@ -184,13 +194,14 @@ def _scale(hidden: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _error(
-    call: Call, forms: Mapping[str, Form], hidden: Sequence[Tensor], targets: Sequence[Tensor]
+    call: Call, forms: Mapping[str, Form], hidden: Sequence[Batch], targets: Sequence[Batch]
 ) -> float:
     """‖f(h) - t‖² / ‖t - h‖² over all batches."""
     weights = {name: form.dense() for name, form in forms.items()}
     pairs = zip(hidden, targets, strict=True)
     missed = [
-        (call(weights, batch).float() - target.float()).square().mean() for batch, target in pairs
+        (call(weights, batch).float() - target.hidden.float()).square().mean()
+        for batch, target in pairs
     ]
     return (torch.stack(missed).mean() / _scale(hidden, targets)).item()
 
@@ -203,6 +214,8 @@ def _in_float(value: Any) -> Any:
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
         return type(value)(_in_float(item) for item in value)
-    return (
-        {key: _in_float(item) for key, item in value.items()} if isinstance(value, dict) else value
-    )
+    if isinstance(value, dict | UserDict):
+        wide = copy(value)
+        wide.update({key: _in_float(item) for key, item in value.items()})
+        return wide
+    return value

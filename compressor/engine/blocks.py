@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import capture
-from compressor.calibration.capture import Arguments, States
-from compressor.calibration.hidden_states import advance
+from compressor.calibration.arguments import Arguments
+from compressor.calibration.capture import States
+from compressor.calibration.hidden_states import Batch, advance
 from compressor.engine.block_tuning import tune
 from compressor.engine.distributed import ALONE, Group
 from compressor.engine.memory import gram_bytes, in_groups
@@ -128,7 +129,7 @@ def compress_blocks(
             plan.tasks[index],
             plan.skeleton.load_block(index, device),
             states,
-            states.arguments[index] if states else ((), {}),
+            states.arguments[index] if states else Arguments(),
             device,
             group if plan.splits_batches else ALONE,
             prepared,
@@ -172,7 +173,7 @@ def _compress_block(block: _Block, store: Store, progress: Progress, group: Grou
     """
     plan, tasks, states = block.plan, block.tasks, block.states
     if states and plan.tune:  # the targets of the tuning: the dense model on its own hidden states
-        advance(states.dense, lambda _, hidden: capture.run(block.module, hidden, block.arguments))
+        advance(states.dense, lambda batch: capture.run(block.module, batch, block.arguments))
     owners = group.owners([_cost(plan, task) for task in tasks])
     own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
     inputs: dict[str, InputStats] = {}
@@ -263,10 +264,11 @@ def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
     modules = {task.linear.name: task.linear.module for task in tasks}
     parts = block.sharing.size > 1
     with _routing(block), collecting(modules, gram=plan.needs_gram, parts=parts) as stats:
-        for number, hidden in enumerate(states.hidden):
-            output = capture.run(block.module, hidden, block.arguments)
+        for batch in states.hidden:
+            leaving = capture.run(block.module, batch, block.arguments)
+            number = batch.number
             if number == len(block.exact) and number + states.offset < _ERROR_BATCHES:
-                block.exact.append(output)
+                block.exact.append(leaving.hidden)
     stats = block.sharing.merged(stats, block.device)
     return stats if plan.all_tokens else stats | _observe_idle(block, states, tasks, stats)
 
@@ -285,8 +287,8 @@ def _observe_idle(
         return {}
     gram, parts = block.plan.needs_gram, block.sharing.size > 1
     with seeing_all_tokens(block.module), collecting(idle, gram=gram, parts=parts) as stats:
-        for hidden in states.hidden:
-            capture.run(block.module, hidden, block.arguments)
+        for batch in states.hidden:
+            capture.run(block.module, batch, block.arguments)
     stats = block.sharing.merged(stats, block.device)
     for inputs in stats.values():
         inputs.note = f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
@@ -388,16 +390,16 @@ def _advance(block: _Block, states: States) -> float:
     """
     errors: list[tuple[float, float]] = []
 
-    def step(number: int, hidden: Tensor) -> Tensor:
-        output = capture.run(block.module, hidden, block.arguments)
-        if not bool(torch.isfinite(output).all()):
+    def step(batch: Batch) -> Batch:
+        leaving = capture.run(block.module, batch, block.arguments)
+        if not bool(torch.isfinite(leaving.hidden).all()):
             raise NumericalError(
                 f"what leaves {block.name} is not finite (NaN or Inf activations): try --dtype "
                 f"bfloat16 or float32"
             )
-        if number < len(block.exact):
-            errors.append(_squares(output, block.exact[number]))
-        return output
+        if batch.number < len(block.exact):
+            errors.append(_squares(leaving.hidden, block.exact[batch.number]))
+        return leaving
 
     advance(states.hidden, step)
     everywhere = block.sharing.joined(errors)

@@ -14,7 +14,7 @@ A method that makes thin factors takes a rank in place of the pattern and has, b
 or, where it sees gradients, NEEDS_GRADIENTS = True and, in place of `compress` and `spectrum`,
 
     decompose(weight, rank, inputs, outputs, *, option=default, …) -> factors and singular values,
-    of the two marginals of
+    of the two Kronecker factors of
                      compressor/allocation/rank/fisher_factors.py
 
 The keyword-only parameters with defaults are the method's options. Adding a method: one file here,
@@ -31,12 +31,19 @@ from typing import Any
 from compressor.errors import UsageError, did_you_mean
 
 METHODS = ["magnitude", "wanda", "nowag", "sparsegpt", "armor"]
-FACTORIZATIONS = ["svd", "welore", "asvd", "svd_llm", "kfac"]
-DEFAULT_FACTORIZATION = "kfac"
+FACTORIZATIONS = ["svd", "welore", "asvd", "svd_llm", "fisher"]
+DEFAULT_FACTORIZATION = "fisher"
+_OLD_NAMES = {"kfac": "fisher"}
+
+
+def current_name(name: str) -> str:
+    """What the method is called today that a recipe or a report calls `name`."""
+    return _OLD_NAMES.get(name, name)
 
 
 def method_module(name: str) -> ModuleType:
-    """The module of method `name`. Raises UsageError for an unknown name."""
+    """The module of method `name`, or of an old name. Raises UsageError for an unknown one."""
+    name = current_name(name)
     known = METHODS + FACTORIZATIONS
     if name not in known:
         raise UsageError(
@@ -52,14 +59,14 @@ def options_of(method: ModuleType) -> Callable[..., Any]:
 
 def command(method: str) -> str:
     """The command that runs the method of this name."""
-    return "lowrank" if method in FACTORIZATIONS else "prune"
+    return "lowrank" if current_name(method) in FACTORIZATIONS else "prune"
 
 
 def counterpart(method: str) -> str:
     """What does the other half of a plan that mixes forms: factors beside a method that prunes,
     zeros beside one that factors.
     """
-    return "sparsegpt" if method in FACTORIZATIONS else "svd_llm"
+    return "sparsegpt" if current_name(method) in FACTORIZATIONS else "svd_llm"
 
 
 def factors(method: ModuleType) -> bool:

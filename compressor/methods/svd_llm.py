@@ -55,4 +55,4 @@ def compress(weight: Tensor, stats: InputStats, rank: int, *, damp: float = 1e-6
 def _root(stats: InputStats, damp: float) -> Tensor | None:
     """R; None where no input is ever other than zero."""
     assert stats.gram is not None
-    return root(stats.gram, damp) if bool(stats.gram.any()) else None
+    return root(stats.gram, damp) if bool(stats.norm.any()) else None

@@ -254,14 +254,14 @@ class Skeleton:
         _parameters_to_meta(self.model, lambda name: not name.startswith(f"{self.path}."))
 
     def linears(self, index: int) -> list[Linear]:
-        """The weight matrices of block `index`: nn.Linear (and its subclasses), Conv1D, and the
-        matrices of experts. No routers.
+        """The weight matrices of block `index`: of modules that compute y = W x + b, as nn.Linear
+        and Conv1D do, and of experts. No routers.
         """
         from transformers.pytorch_utils import Conv1D
 
         found, routers = [], self._routers(index)
         for name, module in self.blocks[index].named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if computes_as_linear(module):
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
                 if len(tensors) == 1 and f"{name}.weight" not in routers:
@@ -292,22 +292,32 @@ class Skeleton:
             self._routers(index),
             [f"{name}." for name, _ in expert_modules(self.blocks[index])],
         )
-        ours = {linear.parameter for linear in self.linears(index)}
+        ours, block = {linear.parameter for linear in self.linears(index)}, self.blocks[index]
         found = []
-        for name, parameter in self.blocks[index].named_parameters():
+        for name, parameter in block.named_parameters():
             full, shape = f"{self.path}.{index}.{name}", tuple(parameter.shape)
             if len(shape) < 2 or full in ours:
                 continue
-            bias = name.endswith("_bias") and name.startswith(tuple(inside))
-            reason = (
-                "router"
-                if name in routers
-                else "biases of experts"
-                if bias
-                else "not a linear layer"
-            )
+            if name in routers:
+                reason = "router"
+            elif name.endswith("_bias") and name.startswith(tuple(inside)):
+                reason = "biases of experts"
+            elif isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Linear):
+                reason = "a linear layer with a computation of its own"
+            else:
+                reason = "not a linear layer"
             found.append((full, shape, reason))
         return found
+
+
+def computes_as_linear(module: nn.Module) -> bool:
+    """Whether a module computes y = W x + b from its weight: a subclass of nn.Linear may do else
+    (a product for each group of inputs), and then neither statistics nor packed modules fit it.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    forward = type(module).forward
+    return forward is nn.Linear.forward or forward is Conv1D.forward
 
 
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:

@@ -208,8 +208,8 @@ def _zeros_choice(recipe: Recipe, pattern: Pattern) -> ShareZeros | LeaveDense |
     """
     if recipe.keep or recipe.ranks or recipe.rank_options:
         raise UsageError(
-            f"--keep and --ranks are for methods that make factors, such as kfac; {recipe.method} "
-            f"prunes"
+            f"--keep and --ranks are for methods that make factors, such as fisher; "
+            f"{recipe.method} prunes"
         )
     if recipe.plan and (recipe.ratios or recipe.dense_fraction):
         raise UsageError(

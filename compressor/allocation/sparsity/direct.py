@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from compressor.allocation.sparsity.fisher import Levels
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import in_float32
 from compressor.calibration.head import divergence, head
+from compressor.calibration.hidden_states import Batch
 from compressor.engine.plan import Plan
 from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
@@ -68,10 +68,10 @@ def divergence_curves(
 def _through(
     skeleton: Skeleton,
     states: States,
-    variants: Sequence[list[Tensor]],
+    variants: Sequence[list[Batch]],
     start: int,
     device: torch.device,
-) -> list[list[Tensor]]:
+) -> list[list[Batch]]:
     """Each variant, batches that enter block `start`, after the last block."""
     found = [list(variant) for variant in variants]
     for index in range(start, len(skeleton.blocks)):

@@ -30,6 +30,7 @@ from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks, next_token_loss
 from compressor.calibration.head import head
+from compressor.calibration.hidden_states import Batch
 from compressor.engine.plan import Plan
 from compressor.model.skeleton import Linear, Skeleton
 from compressor.progress import Progress
@@ -155,14 +156,7 @@ def zeroth_order(
         ]
         hidden = [capture.run(block, batch, arguments) for batch in hidden]
         skeleton.free_block(index)
-        losses = _losses(
-            skeleton,
-            states,
-            moved,
-            index + 1,
-            [n % len(hidden) for n in range(evaluations)],
-            device,
-        )
+        losses = _losses(skeleton, states, moved, index + 1, device)
         slopes = (losses[0::2] - losses[1::2]).abs().reshape(len(linears), evaluations) / (
             2 * epsilon
         )
@@ -189,24 +183,24 @@ def there_and_back(linear: Linear, epsilon: float, generator: torch.Generator) -
 def _losses(
     skeleton: Skeleton,
     states: States,
-    moved: list[Tensor],
+    moved: list[Batch],
     start: int,
-    batches: list[int],
     device: torch.device,
 ) -> Tensor:
-    """Mean loss, float64 `[len(moved)]`, of hidden states that enter block `start`; they come in
-    pairs, a pair a batch.
-    """
+    """Mean loss, float64 `[len(moved)]`, of batches that enter block `start`."""
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        moved = [capture.run(block, hidden, states.arguments[index]) for hidden in moved]
+        moved = [capture.run(block, batch, states.arguments[index]) for batch in moved]
         skeleton.free_block(index)
     losses = []
     with head(skeleton, states, device) as logits:
-        for position, hidden in enumerate(moved):
-            batch = batches[position // 2 % len(batches)]
-            ids = states.ids[batch]
-            losses.append(next_token_loss(logits(batch, hidden), ids).double() / ids[:, 1:].numel())
+        for moved_batch in moved:
+            number = moved_batch.number
+            ids = states.ids[number]
+            losses.append(
+                next_token_loss(logits(number, moved_batch.hidden), ids).double()
+                / ids[:, 1:].numel()
+            )
     return torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64)
 
 

@@ -1,11 +1,12 @@
-"""Two-sided whitening: truncation in the metric of the loss (K-FAC, Martens and Grosse 2015,
-https://arxiv.org/abs/1503.05671).
+"""Two-sided whitening: truncation in the metric of the loss, its Fisher information taken as a
+Kronecker product.
 
-A and B are the marginals of the Fisher information (compressor/allocation/rank/fisher_factors.py).
-With A / tr A = R Rᵀ and B = L Lᵀ the rise of the loss is ½ ‖Lᵀ ΔW R‖²: truncating M = Lᵀ W R is
-optimal, and the squares of its dropped singular values are rises of the loss in one unit for all
-linears. So one threshold on S² / (out + in) decides all ranks
-(compressor/allocation/rank/threshold.py).
+A and B are the Kronecker factors of the Fisher information, its nearest product after one step of
+the power method (compressor/allocation/rank/fisher_factors.py says why not those of K-FAC, Martens
+and Grosse 2015, https://arxiv.org/abs/1503.05671). With A / tr A = R Rᵀ and B = L Lᵀ the rise of
+the loss is ½ ‖Lᵀ ΔW R‖²: truncating M = Lᵀ W R is optimal, and the squares of its dropped singular
+values are rises of the loss in one unit for all linears. So one threshold on S² / (out + in)
+decides all ranks (compressor/allocation/rank/threshold.py).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def decompose(
 
     Raises:
         UsageError: a damp that is not above 0.
-        NumericalError: a marginal cannot be factored.
+        NumericalError: A is zero, or one of them cannot be factored.
     """
     check_damp(damp)
     check_damp(gradient_damp)
