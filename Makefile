@@ -1,8 +1,8 @@
-# make demo    prune a small real model and show what became of it: needs nothing but Python
-# make test    the tests, in an environment of their own
-# make test-vllm   packed folders served by a real vLLM, in an environment of its own (3.5 GB)
-# make check   ruff, the type checker and the tests
-# make clean   remove what the others made
+# make demo       prune a small real model and show what became of it: needs nothing but Python
+# make test       the tests, in an environment of their own
+# make test-vllm  packed folders served by a real vLLM, in an environment of its own (3.5 GB)
+# make check      ruff, the type checker and the tests
+# make clean      remove what the others made
 
 .PHONY: demo test test-vllm check clean
 TESTS ?=
@@ -13,8 +13,8 @@ demo: .venv-demo/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2 $(TESTS)
 
-test-vllm: .venv-vllm
-	@if [ -e .venv-vllm/ready ]; then .venv-vllm/bin/python -m pytest tests/vllm $(TESTS); else cat .venv-vllm/why-not; fi
+test-vllm: .venv-vllm/tried
+	@if [ -e .venv-vllm/ready ]; then .venv-vllm/bin/python -m pytest $(or $(TESTS),tests/vllm); else cat .venv-vllm/why-not; fi
 
 check: .venv/ready
 	.venv/bin/ruff check .
@@ -28,7 +28,7 @@ check: .venv/ready
 .venv/ready: pyproject.toml
 	scripts/install.sh .venv dev
 
-.venv-vllm: pyproject.toml
+.venv-vllm/tried: pyproject.toml
 	scripts/install-vllm.sh .venv-vllm
 
 clean:

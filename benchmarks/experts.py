@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compressor.calibration import tokens
 from compressor.config.recipe import Recipe
-from compressor.evaluate import perplexity
+from compressor.evaluation import perplexity
 from compressor.run.pipeline import prune
 from compressor.runtime import load
 

@@ -34,7 +34,7 @@ import torch
 import compressor
 from compressor.calibration.tokens import evaluation_rows
 from compressor.checkpoint.reader import Reader
-from compressor.evaluate import perplexity
+from compressor.evaluation import perplexity
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
 TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}

@@ -39,7 +39,7 @@ from compressor.calibration.capture import States
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import compress_blocks
 from compressor.engine.plan import Plan
-from compressor.evaluate import perplexity
+from compressor.evaluation import perplexity
 from compressor.pattern import Pattern
 from compressor.progress import silent
 from compressor.refine import refinement

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from compressor.calibration import capture, tokens
 from compressor.checkpoint.reader import Reader
 from compressor.engine.block_tuning import Arguments, tune
-from compressor.evaluate import perplexity
+from compressor.evaluation import perplexity
 from compressor.formats.dense import Dense
 from compressor.methods import method_module
 from compressor.model.skeleton import Skeleton

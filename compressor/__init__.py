@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from compressor.config.keywords import as_path, as_text, check_kinds, with_settings
 from compressor.config.recipe import LowrankSettings, PlanSettings, PruneSettings
+from compressor.folders import evaluate, inspect, pack, push, unpack, verify
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
     from compressor.records.report import Report
     from compressor.run.plan_file import PlanFile
 
-__all__ = ["load", "lowrank", "plan", "prune"]
+__all__ = [
+    "evaluate",
+    "inspect",
+    "load",
+    "lowrank",
+    "pack",
+    "plan",
+    "prune",
+    "push",
+    "unpack",
+    "verify",
+]
 
 
 @with_settings("prune", PruneSettings)

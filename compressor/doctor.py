@@ -12,6 +12,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ class Finding:
     text: str
 
 
-def examine() -> list[Finding]:
-    """Everything about this machine, in the order it is shown."""
+def examine(build: bool = False) -> list[Finding]:
+    """Everything about this machine, in the order it is shown; with `build` kernels are compiled
+    that are not there yet.
+    """
     found = _tried("versions", "packages", _packages)
     found += _tried("devices", "torch", _devices)
-    found += _tried("kernels", "packed linears", _kernels)
+    found += _tried("kernels", "packed linears", partial(_kernels, build))
     found += _tried("room", "memory", _memory)
     found += _tried("room", "disk", _disks)
     found += _tried("Hub", "account", _hub)
@@ -141,13 +144,14 @@ def _processor() -> str:
     )
 
 
-def _kernels() -> list[Finding]:
+def _kernels(build: bool) -> list[Finding]:
     """Whether packed linears compute what they stand for, on every kind of device there is, and by
     what.
     """
     import torch
 
     found = [Finding("kernels", f"2:4 on {device}", *_kernel(device)) for device in _kinds(torch)]
+    found.append(Finding("kernels", "cpu kernels", *_cpu_kernels(build)))
     try:
         found.append(
             Finding(
@@ -165,6 +169,20 @@ def _kernels() -> list[Finding]:
             )
         )
     return found
+
+
+def _cpu_kernels(build: bool) -> tuple[str, str]:
+    """State and text: the kernels for this CPU, compiled now if `build`."""
+    from compressor_kernels.cpu.build import NoKernelsError, find_or_compile, kernels
+
+    try:
+        there = kernels() if build else find_or_compile(compiling=False)
+    except (NoKernelsError, OSError) as error:
+        return "missing", f"{error}; --build tries now"
+    if there.problem:
+        return "missing", f"packed weights are computed dense on the CPU: {there.problem}"
+    how = f"compiled in {there.seconds:.0f} s" if there.seconds else "compiled"
+    return "ok", f"{how}; packed weights are computed packed"
 
 
 def _kinds(torch: Any) -> list[str]:

@@ -108,8 +108,8 @@ class Pattern:
             raise UsageError(
                 f"in_features {in_features} of {name} is not a multiple of {self.m} (pattern "
                 f"{self}); "
-                f"choose another pattern or leave it dense with --ignore "
-                f"'*{name.rsplit('.', 1)[-1]}'"
+                f"choose another pattern or leave it dense with "
+                f"`ignore='*{name.rsplit('.', 1)[-1]}'`"
             )
 
     def mask(self, score: Tensor) -> Tensor:

@@ -101,12 +101,12 @@ class InputStats:
         if not self.tokens:
             raise NumericalError(
                 f"{name} saw no tokens during calibration: give more samples or leave it dense "
-                f"with --ignore {name!r}"
+                f"with `ignore={name!r}`"
             )
         if not bool(torch.isfinite(self.m2).all()):
             raise NumericalError(
-                f"the inputs of {name} are not finite (NaN or Inf activations): try --dtype "
-                f"bfloat16 or float32"
+                f"the inputs of {name} are not finite (NaN or Inf activations): try "
+                f"`dtype='bfloat16'` or `dtype='float32'`"
             )
 
 

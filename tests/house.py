@@ -22,15 +22,16 @@ Graph = Mapping[str, set[str]]
 LAYERS = """
 compressor_kernels
 errors
-text
+text free_memory
 pattern stats formats checkpoint
 methods refine records model
 progress calibration runtime
 engine tools publish bench runtime.vllm_plugin
-allocation plots evaluate
+allocation plots evaluation
 allocation.sparsity allocation.rank page
 config
 run doctor
+folders
 .
 cli
 __main__

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.armor import block_statistics, output_loss, token_rows
 from compressor.config.recipe import Recipe
-from compressor.evaluate import METRIC, evaluate
+from compressor.evaluation import METRIC, evaluate
 from compressor.methods import armor, nowag
 from compressor.pattern import Pattern
 from compressor.run.pipeline import prune

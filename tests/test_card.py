@@ -24,6 +24,7 @@ PLAN = """version = 1
             [
                 "packed 2:4 between block-diagonal factors (50.0% zeros in the 2:4 core)",
                 "by compress-llm",
+                "pip install vllm compress-llm\nvllm serve ",
             ],
         ),
         (
@@ -125,9 +126,9 @@ def test_damaged_scores_are_one_line_for_card_and_page(out, change):
 
     path = scores_path(out)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match="is no record of `compress eval`"):
+    with pytest.raises(CheckpointError, match=r"is no record of `compressor\.evaluate`"):
         prepare(out, "me/it", "", lambda name: (False, None))
-    with pytest.raises(CheckpointError, match="is no record of `compress eval`"):
+    with pytest.raises(CheckpointError, match=r"is no record of `compressor\.evaluate`"):
         read_record(out)
 
 

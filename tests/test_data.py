@@ -98,7 +98,7 @@ def test_self_needs_memory(demo_model, monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("memory", (), {"available": 1000})())
     with pytest.raises(
-        DataError, match=r"'self' needs the whole model in memory .* give a text with --dataset"
+        DataError, match=r"'self' needs the whole model in memory .* give a text with `dataset`"
     ):
         sample_from_model(demo_model, num_samples=1, seq_len=9, seed=7, device="cpu")
 

@@ -81,7 +81,7 @@ def test_padded_rows_are_the_rows_without_padding(demo_model, tmp_path, side, ma
             rows(with_mask, demo_model, seq_len=length), rows(plain, demo_model, seq_len=length)
         )
     with pytest.raises(
-        DataError, match=r"rows of 24 input_ids, --seq-len asks for 25: 0 of 8 rows"
+        DataError, match=r"rows of 24 input_ids, `seq_len` asks for 25: 0 of 8 rows"
     ):
         rows(with_mask, demo_model, seq_len=25)
     scored = evaluation_rows(with_mask, demo_model, 4096, seq_len=64)
@@ -299,14 +299,14 @@ def test_a_text_column_of_another_name(demo_model, tmp_path):
     columns = parquet(tmp_path / "c.parquet", {"text": ["x"] * 9, "content": texts})
     assert torch.equal(rows(columns, demo_model, text_column="content"), expected)
     with pytest.raises(
-        DataError, match=r"no JSON object with a `body` field; it has text, content: --text-column"
+        DataError, match=r"no JSON object with a `body` field; it has text, content: `text_column`"
     ):
         rows(other, demo_model, text_column="body")
-    with pytest.raises(DataError, match="no `body` column; it has text, content: --text-column"):
+    with pytest.raises(DataError, match="no `body` column; it has text, content: `text_column`"):
         rows(columns, demo_model, text_column="body")
     unnamed = jsonl(tmp_path / "d.jsonl", [{"content": TEXT}])
     with pytest.raises(
-        DataError, match=r"line 1 is no JSON object .*; it has content: --text-column"
+        DataError, match=r"line 1 is no JSON object .*; it has content: `text_column`"
     ):
         rows(unnamed, demo_model)
     for dataset in ("self", "a.txt"):

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from compressor import doctor
+from compressor_kernels.cpu import build
+from tests.cpu_problems import here
 
 
 def test_one_screen(cli):
@@ -33,6 +35,18 @@ def test_json(cli):
         "here",
     } <= set(found)
     assert found["torch"]["state"] == found["2:4 on cpu"]["state"] == "ok"
+
+
+def test_build_compiles_the_cpu_kernels_and_says_so(cli, monkeypatch, tmp_path):
+    here()
+    said = cli("doctor", "--build").stdout
+    assert "packed weights are computed packed" in said
+    monkeypatch.setattr(build, "_found", build.Kernels("no compiler"))
+    said = cli("doctor", "--build").stdout
+    assert "packed weights are computed dense on the CPU: no compiler" in said
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    assert "not compiled yet" in cli("doctor").stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kernel_that_computes_something_else_is_broken(cli, monkeypatch):

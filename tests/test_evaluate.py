@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,18 +15,17 @@ from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
-from compressor.evaluate import (
+from compressor.evaluation import (
     DIVERGENCE,
     METRIC,
     candidate,
     evaluate,
     evaluate_all,
     lmeval,
-    run,
     table,
     windows,
 )
-from compressor.evaluate.speed import measure_speed
+from compressor.evaluation.speed import measure_speed
 from compressor.records.scores import read_scores, scores_path
 
 
@@ -165,9 +165,9 @@ def test_bad_settings(demo_model, rows, settings, match):
 
 
 def test_bytes_of_the_linears_are_those_of_the_headers(demo_model, rows, tmp_path):
-    from compressor.cli.inspect import describe
     from compressor.config.recipe import Recipe
     from compressor.run.pipeline import prune
+    from compressor.tools.describe import describe
 
     prune(Recipe(str(demo_model), method="magnitude"), tmp_path / "out")
     for folder in (demo_model, tmp_path / "out"):
@@ -304,7 +304,7 @@ def test_divergence_needs_the_same_windows(demo_model, tiny, rows, tmp_path):
 def test_divergence_needs_room_for_both(demo_model, copy, rows, monkeypatch):
     notes = []
     monkeypatch.setattr(
-        run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6})()
+        psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6})()
     )
     found = evaluate(str(copy), baseline=str(demo_model), datasets=[str(rows)], note=notes.append)
     assert DIVERGENCE not in found["results"]["rows"]

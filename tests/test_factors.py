@@ -261,7 +261,7 @@ def test_welore_ranks_are_those_of_the_literal_rule(seed, keep):
     budget = int(keep * total(found))
     expected = literal_welore(found, budget)
     if expected is None:
-        with pytest.raises(UsageError, match="raise --keep"):
+        with pytest.raises(UsageError, match="raise `keep`"):
             welore.allocate(found, budget, energy=0.0)
     else:
         assert welore.allocate(found, budget, energy=0.0) == expected

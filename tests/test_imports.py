@@ -80,6 +80,26 @@ def test_starts_without_the_heavy_libraries(command):
 def test_import_compressor_is_light_and_exports_what_it_says():
     code = (
         "import sys, compressor; assert 'torch' not in sys.modules; assert compressor.__all__ == "
-        "['load', 'lowrank', 'plan', 'prune']"
+        "'evaluate inspect load lowrank pack plan prune push unpack verify'.split(); "
+        "assert all(callable(getattr(compressor, name)) for name in compressor.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_file_locks_of_posix_all_but_compressing_works(tmp_path):
+    """As under Windows, where fcntl and resource are not there."""
+    code = (
+        "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "import compressor, compressor.runtime, compressor.evaluation, compressor.run.pipeline\n"
+        "from compressor.errors import OutputError\n"
+        "import compressor.tools.verify, compressor.tools.unpack, compressor.cli\n"
+        "assert compressor.inspect('demo/books-1m')['linears']\n"
+        "assert compressor.verify('demo/books-1m')['tensors']\n"
+        "from pathlib import Path; from compressor.run.journal import Journal\n"
+        f"try: Journal(Path({str(tmp_path / 'out')!r}), {{}}, {{}}).__enter__()\n"
+        "except OutputError as error: assert 'under Windows use WSL' in str(error)\n"
+        "else: raise AssertionError('it ran')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())

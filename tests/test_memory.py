@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor import free_memory
 from compressor.calibration.hidden_states import Batches
 from compressor.config.recipe import Recipe
 from compressor.engine import blocks, memory
@@ -116,8 +117,34 @@ def test_a_limit_that_one_block_breaks_is_refused(tiny, rows, tmp_path):
     )
     with pytest.raises(
         UsageError,
-        match="max-memory 1MB is too little: one block and the libraries take about "
+        match="`max_memory` 1MB is too little: one block and the libraries take about "
         r"\d+\.\d\d [GM]B",
     ):
         pipeline.prune(recipe, tmp_path / "out", max_memory="1MB")
     assert not list(tmp_path.iterdir())
+
+
+def groups(root, own, version, limit, used, cache):
+    """A control group two levels deep, of which the outer one has the limit."""
+    names = {
+        2: ("memory.max", "memory.current", "inactive_file"),
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }[version]
+    outer = root / ("memory" if version == 1 else "") / "jobs"
+    (outer / "mine").mkdir(parents=True)
+    own.write_text("9:cpu:/x\n4:memory:/jobs/mine\n" if version == 1 else "0::/jobs/mine\n")
+    for folder, most in ((outer, limit), (outer / "mine", "max")):
+        (folder / names[0]).write_text(f"{most}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cache}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_the_control_groups_leave(tmp_path, version, monkeypatch):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    assert free_memory._left_by_groups(root, own) == []
+    groups(root, own, version, 10**6, 700_000, 200_000)
+    assert free_memory._left_by_groups(root, own) == [500_000]
+    monkeypatch.setattr(free_memory, "_ROOT", root)
+    monkeypatch.setattr(free_memory, "_OWN", own)
+    assert free_memory.free_memory() == 500_000

@@ -5,7 +5,9 @@ stays what it is.
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+from compressor_kernels.cpu.build import SOURCES
 from tests.conftest import ROOT
 
 
@@ -34,6 +36,12 @@ def test_wheel_holds_exactly_our_two_packages(tmp_path):
     expected |= {"compressor/py.typed", "compressor/page/page.html"}
     assert expected <= set(names)
     assert "compressor_kernels/table.json" in names
+    cpu = ROOT / "kernels" / "compressor_kernels" / "cpu"
+    sources = {
+        f"compressor_kernels/cpu/{p.name}" for p in cpu.iterdir() if p.suffix in (".cpp", ".h")
+    }
+    assert {Path(name).name for name in sources} == set(SOURCES)
+    assert sources <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -20,7 +20,10 @@ from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, UsageError
 from compressor.run.pipeline import prune
 from compressor.tools.unpack import unpack
+from compressor_kernels import layouts
+from compressor_kernels.cpu import build
 from compressor_kernels.layouts import Stored
+from tests.cpu_problems import here
 
 IDS = torch.arange(4, 40)[None]
 OFFLOAD = {
@@ -72,8 +75,10 @@ def test_device_map(packed, logits, tmp_path, device_map):
     assert torch.equal(score(model.eval()), logits)
 
 
-def test_runtime_packed_keeps_the_packed_weights_on_the_cpu_too(packed, logits):
-    model = compressor.load(packed, runtime="packed")
+def test_runtime_packed_keeps_the_packed_weights_on_the_cpu_too(packed, logits, monkeypatch):
+    monkeypatch.setattr(build, "_found", build.Kernels("no kernel runs here"))
+    with pytest.warns(UserWarning, match="packed weights are computed dense: no kernel runs here"):
+        model = compressor.load(packed, runtime="packed")
     assert set(compressor.runtime.runtimes(model).values()) == {
         "packed, unpacked at every call: no kernel runs here"
     }
@@ -81,10 +86,38 @@ def test_runtime_packed_keeps_the_packed_weights_on_the_cpu_too(packed, logits):
     assert torch.equal(score(model), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_runtime_packed_computes_on_the_cpu_what_the_dense_weights_give(packed, dtype):
+    here()
+    dense = compressor.load(packed, runtime="dense", dtype=dtype)
+    model = compressor.load(packed, runtime="packed", dtype=dtype)
+    told = compressor.runtime.runtimes(model)
+    together = "packed; one launch for gate_proj, up_proj"
+    assert told["model.layers.0.mlp.up_proj"] == together
+    assert told["model.layers.0.self_attn.o_proj"] == "packed"
+    exact = score(compressor.load(packed, runtime="dense", dtype=torch.float32))
+    bar = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    assert (score(model).float() - exact).norm() <= bar * exact.norm()
+    sampled = {"max_new_tokens": 12, "do_sample": False}
+    if dtype == torch.float32:
+        eager = model.generate(IDS[:, :5], **sampled)
+        assert torch.equal(eager, dense.generate(IDS[:, :5], **sampled))
+        static = model.generate(IDS[:, :5], cache_implementation="static", **sampled)
+        assert torch.equal(static, eager)
+
+
+def test_loading_on_the_cpu_never_holds_a_dense_matrix(packed, monkeypatch):
+    here()
+    monkeypatch.setattr(layouts, "unpack24", None)
+    monkeypatch.setattr("compressor_kernels.reference.unpack24", None)
+    model = compressor.load(packed, runtime="packed")
+    assert model.model.layers[0].mlp.up_proj.layout is layouts.InTiles
+
+
 def test_the_choice_is_listed_and_an_unknown_one_refused(packed, demo_model):
-    assert set(compressor.runtime.runtimes(compressor.load(packed)).values()) == {
-        "dense: no kernels on the CPU"
-    }
+    told = set(compressor.runtime.runtimes(compressor.load(packed)).values())
+    assert "dense: 384 x 128 is too small to gain on a CPU" in told
+    assert all(text.endswith("is too small to gain on a CPU") for text in told)
     assert not compressor.runtime.runtimes(compressor.load(demo_model))
     with pytest.raises(UsageError, match="runtime is 'fast'; accepted: auto, packed, dense"):
         compressor.load(packed, runtime="fast")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressor.errors import UsageError
-from compressor.evaluate.served import connect
+from compressor.evaluation.served import connect
 
 ROWS = [[1, 5, 9, 40, 7, 300, 12, 8], [1, 77, 3, 2, 900, 4, 4, 4], [1, 8, 15, 16, 23, 42, 7, 7]]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressor.evaluate import perplexity, windows
-from compressor.evaluate.windows import Sums, score_windows
+from compressor.evaluation import perplexity, windows
+from compressor.evaluation.windows import Sums, score_windows
 
 ROWS = [
     torch.randint(3, 4096, (length,), generator=torch.Generator().manual_seed(length))

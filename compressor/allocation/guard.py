@@ -67,8 +67,8 @@ class Trial:
             nats = divergence(logits, self.exact, states.hidden)
         if not math.isfinite(nats):
             raise NumericalError(
-                "the predictions of the model are not finite on the calibration: try --dtype "
-                "bfloat16 or float32"
+                "the predictions of the model are not finite on the calibration: try "
+                "`dtype='bfloat16'` or `dtype='float32'`"
             )
         return nats
 

@@ -59,8 +59,8 @@ def check_dataset(dataset: str, text_column: str = "") -> None:
     """Everything about a dataset's name that can be known without reading it. Raises DataError."""
     if text_column and not has_columns(dataset):
         raise DataError(
-            f"dataset {dataset} has no columns, text-column {text_column!r} is for .jsonl, "
-            ".parquet and Hub datasets: leave it out, or name such a dataset with --dataset"
+            f"dataset {dataset} has no columns, `text_column` {text_column!r} is for .jsonl, "
+            ".parquet and Hub datasets: leave it out, or name such a dataset with `dataset`"
         )
     if dataset == "self":
         return
@@ -136,7 +136,7 @@ _EXPECTED_FIELDS = "a `text` or `input_ids` field, `messages` or `conversations`
 def _has(fields: Any) -> str:
     """What there is in place of what was looked for, and what to do."""
     names = ", ".join(map(str, fields))[:200] if isinstance(fields, Mapping) else ""
-    return f"; it has {names}: --text-column names another" if names else ""
+    return f"; it has {names}: `text_column` names another" if names else ""
 
 
 def _column(fields: Mapping[str, Any], text_column: str) -> str:

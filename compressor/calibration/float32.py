@@ -18,7 +18,7 @@ def check_seen(name: str, tap: Taps) -> None:
             f"{name} saw no tokens of that part of the calibration which gradients are measured "
             f"on: "
             f"give more samples, raise ratios.tokens where it applies, or leave it dense with "
-            f"--ignore {name!r}"
+            f"`ignore={name!r}`"
         )
 
 

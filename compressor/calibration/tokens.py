@@ -13,6 +13,7 @@ from compressor.calibration.dataset import Record, on_hub, records
 from compressor.calibration.dataset import check_dataset as check_dataset
 from compressor.checkpoint.side_files import lfs_pointer, side_files
 from compressor.errors import DataError
+from compressor.free_memory import free_memory
 from compressor.text import size
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def evaluation_rows(
     ids = _stream(dataset, parts, tokenizer, vocab_size, None)
     if len(ids) < seq_len:
         short = f"{len(ids)} tokens, fewer than one window of {seq_len}"
-        raise DataError(f"{dataset} has {short}: lower --seq-len or give more text")
+        raise DataError(f"{dataset} has {short}: lower `seq_len` or give more text")
     return list(torch.tensor(ids[: len(ids) // seq_len * seq_len]).split(seq_len))
 
 
@@ -172,16 +173,16 @@ def _whole_rows(
     if not short:
         raise _too_few(dataset, len(rows), seq_len, num_samples)
     raise DataError(
-        f"{dataset} has rows of {longest} input_ids, --seq-len asks for {seq_len}: {len(rows)} of "
+        f"{dataset} has rows of {longest} input_ids, `seq_len` asks for {seq_len}: {len(rows)} of "
         f"{len(rows) + short} rows have as many without padding, {num_samples} were asked for; "
-        "lower --seq-len or --num-samples"
+        "lower `seq_len` or `num_samples`"
     )
 
 
 def _too_few(dataset: str, found: int, seq_len: int, num_samples: int) -> DataError:
     return DataError(
         f"{dataset} gives {found} samples of {seq_len} tokens, {num_samples} were asked for: "
-        "lower --num-samples or --seq-len, or give more text"
+        "lower `num_samples` or `seq_len`, or give more text"
     )
 
 
@@ -246,7 +247,7 @@ def first_token(config: Any, folder: Path) -> int:
         raise DataError(
             f"{folder}/config.json has bos_token_id {start}, the model's vocabulary is "
             f"0..{text.vocab_size - 1}: correct it (null begins with token 0), or give a text "
-            "with --dataset"
+            "with `dataset`"
         )
     return start
 
@@ -324,20 +325,21 @@ def _rows_at_once(config: Any, seq_len: int) -> int:
 
 
 def _require_memory(folder: Path, device: str) -> None:
-    import psutil
+    """Raise DataError where the whole model does not fit: into the host's memory, where it is read,
+    and into that of the device.
+    """
     import torch
 
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.startswith("cuda")
-        else psutil.virtual_memory().available
-    )
-    if needed * 1.2 > free:
-        raise DataError(
-            f"'self' needs the whole model in memory to sample from it: {size(needed)} of weights, "
-            f"{size(free)} free on {device}; give a text with --dataset"
-        )
+    free = {"cpu": free_memory()}
+    if device.startswith("cuda"):
+        free[device] = torch.cuda.mem_get_info(device)[0]
+    for where, room in free.items():
+        if needed * 1.2 > room:
+            raise DataError(
+                f"'self' needs the whole model in memory to sample from it: {size(needed)} "
+                f"of weights, {size(room)} free on {where}; give a text with `dataset`"
+            )
 
 
 def context_length(config: Any) -> int | None:

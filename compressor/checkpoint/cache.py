@@ -12,15 +12,9 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-
-def cache_folder() -> Path:
-    """Where the cache lies; need not exist."""
-    if own := os.environ.get("COMPRESS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress-llm"
+from compressor_kernels.cache import cache_folder
 
 
 def make_key(*parts: Any) -> str:

@@ -42,25 +42,27 @@ def check_output(output: Path, reader: Reader) -> None:
             little room.
     """
     if not output.name:
-        raise OutputError(f"output {str(output)!r} names no folder to make; choose another with -o")
+        raise OutputError(
+            f"output {str(output)!r} names no folder to make; choose another `output`"
+        )
     if output.resolve() == reader.folder.resolve():
-        raise OutputError(f"output {output} is the input folder; choose another with -o")
+        raise OutputError(f"output {output} is the input folder; choose another `output`")
     if reader.folder.resolve() in output.resolve().parents:
-        raise OutputError(f"output {output} is inside the input folder; choose another with -o")
+        raise OutputError(f"output {output} is inside the input folder; choose another `output`")
     there = (
         os.path.lexists(output) or output.resolve().exists()
     )  # the second for new/.. and the like
     if there and not is_complete(output):
-        raise OutputError(f"output {output} exists already; choose another with -o or remove it")
+        raise OutputError(f"output {output} exists already; choose another `output` or remove it")
     if in_the_way := [path for path in beside(output) if path.is_dir()]:
         raise OutputError(
             f"{in_the_way[0]} is a folder, a file about the output will be written there; choose "
-            "another with -o or remove it"
+            "another `output` or remove it"
         )
     if len(os.fsencode(output.name)) > 200:
         raise OutputError(
             f"output {str(output)[:60]}… has a name of {len(output.name)} characters; choose a "
-            f"shorter one with -o"
+            f"shorter `output`"
         )
     parent = output.resolve().parent
     while not parent.exists():

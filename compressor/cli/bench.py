@@ -141,7 +141,7 @@ def _decode(folder: Path, batches: list[int], tokens: int, device: Any, say: Any
 
 
 def _shapes_of(reader: Any) -> list[tuple[int, int]]:
-    from compressor.cli.inspect import describe
+    from compressor.tools.describe import describe
 
     shapes = [
         linear["shape"] for linear in describe(reader)["linears"] if linear["format"] != "dense"

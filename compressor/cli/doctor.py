@@ -15,19 +15,26 @@ if TYPE_CHECKING:
 _COLOURS = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile the CPU kernels now, not at the first load.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Look at this machine: versions, devices, whether the kernels work, room. Exit code 1 if
     something is broken.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     compress doctor
+
+    compress doctor --build
     """
     from compressor.doctor import examine
 
     if not as_json and err.is_terminal:
         err.print("loading libraries …", style="dim")
-    found = examine()
+    found = examine(build)
     broken = any(finding.state == "broken" for finding in found)
     if as_json:
         print(json.dumps([vars(finding) for finding in found], indent=1))

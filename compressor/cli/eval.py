@@ -70,7 +70,7 @@ def evaluate(
             help="Draw quality over size, .png or .svg; must not exist.", show_default=False
         ),
     ] = None,
-    cached: Annotated[
+    cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Take numbers that are known from the cache.")
     ] = True,
     server: Annotated[
@@ -101,21 +101,19 @@ def evaluate(
         model only.
     The scores of a folder DIR are stored beside it, in DIR.eval.json.
     """
-    from compressor.errors import OutputError, UsageError
+    from compressor.config.keywords import check_something_to_score
+    from compressor.config.recipe import DTYPES, check_one_of
+    from compressor.errors import OutputError
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if not dataset and not names:
-        raise UsageError(
-            "give something to score: --dataset FILE (perplexity), --tasks NAMES (lm-eval), or both"
-        )
+    check_something_to_score(dataset or [], names)
     if output is not None and output.exists():
         raise OutputError(f"output {output} exists already; choose another with -o or remove it")
     if output is not None and not output.resolve().parent.is_dir():
         raise OutputError(
             f"output {output} cannot be written: {output.resolve().parent} is not a folder"
         )
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UsageError(f"dtype is {dtype!r}; accepted: auto, float32, bfloat16, float16")
+    check_one_of("dtype", dtype, DTYPES)
     if plot is not None:
         from compressor.plots.quality_over_size import check_plot
 
@@ -123,7 +121,7 @@ def evaluate(
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     begin(quiet, verbose)
-    from compressor.evaluate import Settings, check_server, evaluate_all, score_server, table
+    from compressor.evaluation import score, table
     from compressor.run.pipeline import choose_device
 
     where = str(choose_device(device))
@@ -133,15 +131,11 @@ def evaluate(
         "seq_len": seq_len,
         "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot,
         "batch_size": batch_size,
-        "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cached,
+        "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cache,
     }  # fmt: skip
     with scoring_progress(quiet) as (progress, note):
         settings |= {"progress": progress, "note": note}
-        answering = check_server(server, models, Settings(**settings)) if server else None
-        scored = dict(evaluate_all(models, baseline=baseline, **settings))
-        if answering:
-            served = score_server(answering, models[0], baseline, Settings(**settings))
-            scored[models[0]]["served"] = served
+        scored = score(models, baseline=baseline, server=server, **settings)
     result = (
         scored[models[0]]
         if len(models) == 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compressor.cli.options import as_flags
 from compressor.cli.show import err, out, size, table
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def push(
     what = prepare(folder, repo, base_model, hub.published_licence)
     if not quiet:
         for note in what.notes:
-            err.print(f"note: {note}", markup=False, soft_wrap=True)
+            text = as_flags(note, {"base_model": "--base-model"})
+            err.print(f"note: {text}", markup=False, soft_wrap=True)
     if dry_run:
         _show_plan(what, repo, as_json)
         return

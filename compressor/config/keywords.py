@@ -5,7 +5,7 @@ line of error; and their signatures and help, completed from the table of settin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,14 @@ def check_kinds(kind: type | tuple[type, ...], **values: Any) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(each.__name__ for each in kinds if each is not type(None))
             raise UsageError(f"`{name}` is {value!r}; a value of type {expected} is expected")
+
+
+def check_something_to_score(datasets: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raise UsageError where there is nothing."""
+    if not datasets and not tasks:
+        raise UsageError(
+            "give something to score: `dataset` (perplexity), `tasks` (lm-eval), or both"
+        )
 
 
 def with_settings(command: str, kinds: type) -> Callable[[Function], Function]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.config.bundled_recipes import find, find_plan
+from compressor.config.keywords import as_text
 from compressor.config.recipe import SETTINGS, Recipe
 from compressor.errors import UsageError, did_you_mean
 from compressor.methods import DEFAULT_FACTORIZATION, FACTORIZATIONS, METHODS
@@ -46,6 +47,7 @@ def ask(
         if name not in SETTINGS[command]:
             hint = did_you_mean(name, SETTINGS[command])
             raise TypeError(f"{command}() got an unexpected keyword argument {name!r}{hint}")
+    recipe = None if recipe is None else as_text("recipe", recipe)
     settings = load(find(recipe)) if recipe else {}
     values = {name: _plain(name, value) for name, value in {**given, "model": model}.items()}
     if isinstance(values.get("method"), str):
@@ -58,7 +60,7 @@ def ask(
 
 
 def _check_together(
-    command: str, asked: Recipe, given: Mapping[str, Any], recipe: str | Path | None
+    command: str, asked: Recipe, given: Mapping[str, Any], recipe: str | None
 ) -> None:
     """Raise UsageError for a method of the other command, or a pattern beside what replaces it."""
     pattern = given.get("pattern")
@@ -76,7 +78,7 @@ def _check_together(
         )
 
 
-def check_method(method: str, command: str, recipe: str | Path | None) -> None:
+def check_method(method: str, command: str, recipe: str | None) -> None:
     """Raise UsageError where the other one of prune and lowrank runs the method; `recipe` is what
     named it, if one did.
     """
@@ -86,7 +88,7 @@ def check_method(method: str, command: str, recipe: str | Path | None) -> None:
         else ("prune", "prunes", METHODS, FACTORIZATIONS)
     )
     if method in theirs:
-        how = f" `recipe={str(recipe)!r}`" if recipe else " `keep='70%'`" * (right == "lowrank")
+        how = f" `recipe={recipe!r}`" if recipe else " `keep='70%'`" * (right == "lowrank")
         raise UsageError(
             f"method {method} {does}: use `compressor.{right}`{how}; accepted here: "
             f"{', '.join(ours)}"

@@ -157,9 +157,9 @@ class Recipe:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), str(entry.type))
         object.__setattr__(self, "method", current_name(self.method))
-        _one_of("format", self.format, FORMATS)
-        _one_of("expert_tokens", self.expert_tokens, EXPERT_TOKENS)
-        _one_of("dtype", self.dtype, DTYPES)
+        check_one_of("format", self.format, FORMATS)
+        check_one_of("expert_tokens", self.expert_tokens, EXPERT_TOKENS)
+        check_one_of("dtype", self.dtype, DTYPES)
         if self.num_samples < 1:
             raise UsageError(f"`num_samples` is {self.num_samples}; accepted: 1 or more")
         if not 0 <= self.seed < 1 << 63:
@@ -248,7 +248,8 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
         raise UsageError(f"{name} is {value!r}; a value of type {annotation} is expected")
 
 
-def _one_of(name: str, value: str, accepted: list[str]) -> None:
+def check_one_of(name: str, value: str, accepted: list[str]) -> None:
+    """Raise UsageError for another value than the accepted ones."""
     if value not in accepted:
         raise UsageError(
             f"`{name}` is {value!r}; accepted: {', '.join(accepted)}{did_you_mean(value, accepted)}"

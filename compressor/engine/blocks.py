@@ -332,7 +332,7 @@ def _finished(
         raise NumericalError(
             f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
             f"{str(weight_now.dtype).removeprefix('torch.')}: try another method or other options, "
-            f"or leave it dense with --ignore {task.linear.name!r}"
+            f"or leave it dense with `ignore={task.linear.name!r}`"
         )
     if not plan.packed and not isinstance(form, Dense):
         form = _multiplied(form)
@@ -394,8 +394,8 @@ def _advance(block: _Block, states: States) -> float:
         leaving = capture.run(block.module, batch, block.arguments)
         if not bool(torch.isfinite(leaving.hidden).all()):
             raise NumericalError(
-                f"what leaves {block.name} is not finite (NaN or Inf activations): try --dtype "
-                f"bfloat16 or float32"
+                f"what leaves {block.name} is not finite (NaN or Inf activations): try "
+                "`dtype='bfloat16'` or `dtype='float32'`"
             )
         if batch.number < len(block.exact):
             errors.append(_squares(leaving.hidden, block.exact[batch.number]))

@@ -53,7 +53,7 @@ class Group:
             raise UsageError(
                 f"{self.size} processes were started, but the calibration makes {batches} batches: "
                 f"start at most {batches}, "
-                "or give more samples with --num-samples"
+                "or give more samples with `num_samples`"
             )
         return slice(batches * self.rank // self.size, batches * (self.rank + 1) // self.size)
 

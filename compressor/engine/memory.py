@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
+from compressor.free_memory import free_memory
 from compressor.stats import SAMPLE_TOKENS
 from compressor.text import size
 
@@ -28,8 +29,8 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([MGT]i?B)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise UsageError(
-            f"max-memory is {text!r}; accepted: a number and MB, GB, TB, MiB, GiB or TiB, such as "
-            f"8GB"
+            f"`max_memory` is {text!r}; accepted: a number and MB, GB, TB, MiB, GiB or TiB, such "
+            f"as 8GB"
         )
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
@@ -89,7 +90,7 @@ def choose_home(
     if room < 0:
         used = size(parse_size(limit) - room)
         raise UsageError(
-            f"max-memory {limit} is too little: one block and the libraries take about {used}"
+            f"`max_memory` {limit} is too little: one block and the libraries take about {used}"
         )
     grams = (
         max(sum(map(gram_bytes, tasks)) for tasks in plan.tasks)
@@ -147,6 +148,4 @@ def _left(plan: Plan, device: torch.device, limit: str) -> int:
 
 def _free() -> int:
     """Bytes free on this machine, for each of the processes that torchrun started on it."""
-    import psutil
-
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

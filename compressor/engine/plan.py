@@ -226,7 +226,7 @@ class Plan:
                 glob = f"*{task.linear.name.split('.')[-2]}.*" if shared else "*experts*"
                 raise UsageError(
                     f"{name} {why}: factors cannot be stored for {task.linear.name}; "
-                    f"use a method that prunes, or leave them all dense with --ignore '{glob}'"
+                    f"use a method that prunes, or leave them all dense with `ignore='{glob}'`"
                 )
         return self
 

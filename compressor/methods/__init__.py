@@ -30,7 +30,13 @@ from typing import Any
 
 from compressor.errors import UsageError, did_you_mean
 
-METHODS = ["magnitude", "wanda", "nowag", "sparsegpt", "armor"]
+METHODS = [
+    "magnitude",
+    "wanda",
+    "nowag",
+    "sparsegpt",
+    "armor",
+]
 FACTORIZATIONS = ["svd", "welore", "asvd", "svd_llm", "fisher"]
 DEFAULT_FACTORIZATION = "fisher"
 _OLD_NAMES = {"kfac": "fisher"}

@@ -366,7 +366,7 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
 
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"{reader.folder} needs Python code that it brings along; add --trust-remote-code "
+                f"{reader.folder} needs Python code that it brings along; add `trust_remote_code` "
                 f"if you trust it"
             ) from None
         reason = " ".join(str(error).split())[:200]

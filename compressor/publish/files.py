@@ -85,8 +85,8 @@ def prepare(
     base, licence = _base(recipe, base, published_licence)
     if not base:
         notes.append(
-            f"the base model {recipe['model']!r} is not on the Hub; --base-model ORG/NAME lets the "
-            f"card name it"
+            f"the base model {recipe['model']!r} is not on the Hub; `base_model` (ORG/NAME) lets "
+            f"the card name it"
         )
     licence = licence or from_file(folder)
     if licence is None:
@@ -97,9 +97,9 @@ def prepare(
         stale = scores_path(folder).is_file()
         notes.append(
             f"{scores_path(folder).name} is about other bytes than these: its scores are left out; "
-            f"run compress eval again"
+            f"run `compressor.evaluate` again"
             if stale
-            else "no scores are stored: run compress eval first, and the card will have them"
+            else "no scores are stored: run `compressor.evaluate` first, and the card has them"
         )
     public = {
         **recipe,

@@ -188,7 +188,7 @@ def _reason(repo: str, error: BaseException) -> str:
             ),
             403: f"your token may not write there; use one with write access to {owner}",
             404: (
-                f"there is no {repo} on the Hub that your token may see; without --create-pr it is "
+                f"there is no {repo} on the Hub that your token may see; without `create_pr` it is "
                 f"made"
             ),
             409: f"{repo} is being changed by somebody else; {_AGAIN}",

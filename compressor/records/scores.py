@@ -38,7 +38,7 @@ def read_scores(folder: Path, digest: str) -> dict[str, Any] | None:
         return None
     if not _is_record(found):
         raise CheckpointError(
-            f"{path} is no record of `compress eval`: remove it and score {folder} again"
+            f"{path} is no record of `compressor.evaluate`: remove it and score {folder} again"
         )
     return found
 

@@ -82,8 +82,8 @@ def check_pattern(pattern: Pattern) -> None:
     if not 0 < masks <= _MOST_MASKS:
         found = f"{pattern} has {masks} masks a group" if masks else f"{pattern} has no groups"
         raise UsageError(
-            f"--refine swap tries every mask of a group, at most {_MOST_MASKS}; {found}; use "
-            f"--refine admm or --refine lsq"
+            f"`refine='swap'` tries every mask of a group, at most {_MOST_MASKS}; {found}; use "
+            f"`refine='admm'` or `refine='lsq'`"
         )
 
 

@@ -100,7 +100,7 @@ def _refinement(recipe: Recipe, method: ModuleType) -> tuple[ModuleType | None, 
     options = check_options(f"refinement {recipe.refine}", refine.refine, recipe.refine_options)
     if not method.REFINABLE:
         raise UsageError(
-            f"--refine improves a plain pruned weight; method {recipe.method} stores another form"
+            f"`refine` improves a plain pruned weight; method {recipe.method} stores another form"
         )
     return refine, options
 
@@ -161,10 +161,10 @@ def _refined(recipe: Recipe, names: list[str]) -> set[str]:
     """Names of the linears that the refinement is for."""
     for glob in recipe.refine_only:
         if not recipe.refine:
-            raise UsageError(f"--refine-only {glob!r} is for --refine, which is not given")
+            raise UsageError(f"`refine_only={glob!r}` is for `refine`, which is not given")
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError(
-                f"--refine-only {glob!r} matches no linear; names look like {names[0]!r}"
+                f"`refine_only={glob!r}` matches no linear; names look like {names[0]!r}"
             )
     return {
         name
@@ -177,22 +177,22 @@ def _rank_choice(recipe: Recipe, method: ModuleType) -> ShareRanks | None:
     """What is to choose the ranks; None where a plan file says them."""
     if recipe.ratios or recipe.dense_fraction or recipe.ratio_options:
         raise UsageError(
-            f"method {recipe.method} makes factors: --ratios and --dense-fraction are for "
-            f"patterns; give --ranks"
+            f"method {recipe.method} makes factors: `ratios` and `dense_fraction` are for "
+            f"patterns; give `ranks`"
         )
     if bool(recipe.keep) == bool(recipe.plan):
         if recipe.plan:
             raise UsageError(
-                "--plan says what every linear becomes; --keep would choose it again: "
+                "`plan` says what every linear becomes; `keep` would choose it again: "
                 "give one of them"
             )
         raise UsageError(
-            f"method {recipe.method} makes factors: give --keep, such as 70%, of the linears' "
+            f"method {recipe.method} makes factors: give `keep`, such as 70%, of the linears' "
             f"parameters"
         )
     if recipe.plan:
         if recipe.ranks or recipe.rank_options:
-            raise UsageError("--ranks chooses what --plan says already: give one of them")
+            raise UsageError("`ranks` chooses what `plan` says already: give one of them")
         return None
     name = recipe.ranks or method.RANKS
     module = rank_allocator(name)
@@ -208,23 +208,23 @@ def _zeros_choice(recipe: Recipe, pattern: Pattern) -> ShareZeros | LeaveDense |
     """
     if recipe.keep or recipe.ranks or recipe.rank_options:
         raise UsageError(
-            f"--keep and --ranks are for methods that make factors, such as fisher; "
+            f"`keep` and `ranks` are for methods that make factors, such as fisher; "
             f"{recipe.method} prunes"
         )
     if recipe.plan and (recipe.ratios or recipe.dense_fraction):
         raise UsageError(
-            "--plan says what every linear becomes; --ratios and --dense-fraction would choose it "
+            "`plan` says what every linear becomes; `ratios` and `dense_fraction` would choose it "
             "again: give one of them"
         )
     if recipe.ratios and pattern.m:
         raise UsageError(
-            f"--ratios shares out zeros, and {pattern} leaves none to share: "
-            "give a sparsity such as --pattern 50%, or let linears stay dense with "
-            "--dense-fraction 10%"
+            f"`ratios` shares out zeros, and {pattern} leaves none to share: "
+            "give a sparsity such as `pattern='50%'`, or let linears stay dense with "
+            "`dense_fraction='10%'`"
         )
     if recipe.ratios and recipe.dense_fraction:
         raise UsageError(
-            "--dense-fraction is for n:m patterns; --ratios may leave linears dense by itself"
+            "`dense_fraction` is for n:m patterns; `ratios` may leave linears dense by itself"
         )
     if recipe.ratios:
         module = allocator(recipe.ratios)
@@ -235,7 +235,7 @@ def _zeros_choice(recipe: Recipe, pattern: Pattern) -> ShareZeros | LeaveDense |
         return _dense_choice(recipe, pattern)
     if recipe.ratio_options:
         raise UsageError(
-            f"ratios.{min(recipe.ratio_options)} is an option of --ratios or --dense-fraction; "
+            f"ratios.{min(recipe.ratio_options)} is an option of `ratios` or `dense_fraction`; "
             f"neither is given"
         )
     return None
@@ -244,9 +244,9 @@ def _zeros_choice(recipe: Recipe, pattern: Pattern) -> ShareZeros | LeaveDense |
 def _dense_choice(recipe: Recipe, pattern: Pattern) -> LeaveDense:
     if not pattern.m:
         raise UsageError(
-            f"--dense-fraction is for n:m patterns; for a sparsity of {pattern} use --ratios"
+            f"`dense_fraction` is for n:m patterns; for a sparsity of {pattern} use `ratios`"
         )
-    options = check_options("--dense-fraction", leave_dense.select, recipe.ratio_options)
+    options = check_options("`dense_fraction`", leave_dense.select, recipe.ratio_options)
     check_ratio_options(options, pattern.sparsity)
     return LeaveDense(parse_fraction("dense-fraction", recipe.dense_fraction), options)
 
@@ -254,7 +254,7 @@ def _dense_choice(recipe: Recipe, pattern: Pattern) -> LeaveDense:
 def _sequence_length(asked: int, limit: int | None) -> int:
     if asked and limit and asked > limit:
         raise UsageError(
-            f"seq-len {asked} is longer than the {limit} tokens this model was made for"
+            f"`seq_len` {asked} is longer than the {limit} tokens this model was made for"
         )
     return asked or min(2048, limit or 2048)
 
@@ -287,12 +287,12 @@ def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], l
                 raise CheckpointError(
                     f"{name} has shape {list(shape)}: weights stacked in this way are not "
                     f"supported; "
-                    f"leave them dense with --ignore '*{name.split('.')[-1]}'"
+                    f"leave them dense with `ignore='*{name.split('.')[-1]}'`"
                 )
             left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else reason))
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
-        raise UsageError(f"--ignore {min(unused)!r} matches no linear; names look like {example!r}")
+        raise UsageError(f"`ignore={min(unused)!r}` matches no linear; names look like {example!r}")
     if not any(blocks):
         raise UsageError(
             "there is nothing to compress: the decoder blocks hold no linears, or all are ignored"

@@ -19,7 +19,6 @@ speaks of: what was damaged meanwhile is refused, never used.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from compressor.checkpoint.atomic import sync, write_file
 from compressor.checkpoint.work_state import (
@@ -132,7 +136,7 @@ class Journal:
         self.complete = is_complete(self.output)
         if self.output.exists() and not self.complete:
             raise OutputError(
-                f"output {self.output} exists already; choose another with -o or remove it"
+                f"output {self.output} exists already; choose another `output` or remove it"
             )
         if not state_file(self.folder, BEGIN).is_file():
             for path in self.folder.iterdir():
@@ -232,6 +236,11 @@ def _lock(folder: Path) -> int:
     """Take the lock of a work state; the run before may remove the folder while this one waits for
     it.
     """
+    if fcntl is None:
+        raise OutputError(
+            "prune and lowrank need the file locks of Linux and macOS, so that no two runs write "
+            "one folder; under Windows use WSL. inspect, verify, eval and load work as they are"
+        )
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -249,7 +258,7 @@ def _lock(folder: Path) -> int:
             os.close(handle)
             raise OutputError(
                 f"another run (process {owner}) is making the same output, in {folder}; wait for "
-                f"it or choose another with -o"
+                f"it or choose another `output`"
             ) from None
 
 

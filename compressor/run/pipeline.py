@@ -66,7 +66,7 @@ def prune(
         plan = plan_run(recipe, output)
         if plan.tune and group.size > 1:
             raise UsageError(
-                "--tune trains on all samples at once, in one process: start it without torchrun"
+                "`tune` trains on all samples at once, in one process: start it without torchrun"
             )
         recipe = replace(recipe, seq_len=plan.seq_len, **plan.checked_options)
         settings = {

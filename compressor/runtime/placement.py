@@ -1,14 +1,16 @@
 """The layout in which each packed linear of a loaded model is held: one that kernels compute from,
 or the dense matrix.
 
-`packed` always uses the kernels, `dense` unpacks everything, `auto` chooses for each linear: on the
-CPU dense, on a GPU packed unless the shipped table has measured it slower than dense and the memory
-for the dense weight is there.
+`packed` always uses the kernels, `dense` unpacks everything, `auto` chooses for each linear: on a
+CPU packed where its kernels can be compiled and the weight is large enough to gain, on a GPU packed
+unless the shipped table has measured it slower than dense and the memory for the dense weight is
+there.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
 from compressor_kernels import kernel_config
+from compressor_kernels.cpu.build import kernels as cpu_kernels
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
 from compressor_kernels.linear import PackedLinear, Sparse24Linear, moves_tensors
@@ -25,6 +28,9 @@ RUNTIMES = ("auto", "packed", "dense")
 # names of linears that read one tensor
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 DECODING = (1, 4, 16)  # rows of x that `auto` looks up
+# Weights from which on a CPU a linear is computed packed: faster at one row of x, measured with
+# weights in the cache on Zen 4, and large enough to compile kernels for.
+SMALLEST = {torch.float32: 1 << 18, torch.float16: 1 << 17, torch.bfloat16: 1 << 16}
 
 
 def check(runtime: str) -> None:
@@ -90,17 +96,32 @@ def _place_one(module: Any, runtime: str) -> str:
 def _choose(module: PackedLinear, runtime: str) -> tuple[type[Layout], str]:
     """The layout that a core is held in, and how that is told."""
     values = module.weight_values
-    on_cpu = values.device.type == "cpu"
-    if runtime == "dense" or (runtime == "auto" and on_cpu):
-        return Dense, "dense" if not on_cpu else "dense: no kernels on the CPU"
+    if runtime == "dense":
+        return Dense, "dense"
+    size = f"{module.out_features} x {module.in_features}"
+    smallest = SMALLEST.get(values.dtype, 0) if values.device.type == "cpu" else 0
+    if runtime == "auto" and 2 * values.numel() < smallest:
+        return Dense, f"dense: {size} is too small to gain on a CPU"
     layout = kernel_layout(values)
     if layout is None:
+        reason = _no_kernel(values)
         if runtime == "packed":
-            return Stored, "packed, unpacked at every call: no kernel runs here"
-        return Dense, f"dense: no kernel for {values.dtype} on {values.device}"
+            return Stored, f"packed, unpacked at every call: {reason}"
+        return Dense, f"dense: {reason}"
     if runtime == "auto" and (speedup := _slower(module, values)) is not None:
         return Dense, f"dense: packed measured {speedup:.2f}x"
     return layout, "packed"
+
+
+def _no_kernel(values: torch.Tensor) -> str:
+    """Why none computes from a core with such values; a CPU that lacks its kernels is told of as a
+    warning too, once.
+    """
+    problem = cpu_kernels().problem if values.device.type == "cpu" else None
+    if problem is None:
+        return f"no kernel for {values.dtype} on {values.device}"
+    warnings.warn(f"packed weights are computed dense: {problem}", stacklevel=2)
+    return problem
 
 
 def _slower(module: PackedLinear, weight: torch.Tensor) -> float | None:

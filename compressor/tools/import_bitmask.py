@@ -77,7 +77,7 @@ def _refuse_others(reader: Reader, names: list[str]) -> None:
     if not names:
         raise CheckpointError(
             f"{reader.folder} holds no sparse-24-bitmask weights (no tensor NAME.compressed); "
-            "for a dense checkpoint with zeros use `compress pack`"
+            "for a dense checkpoint with zeros use `compressor.pack`"
         )
     if isinstance(described, Mapping) and described.get("config_groups"):
         raise CheckpointError(

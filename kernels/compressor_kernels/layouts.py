@@ -2,6 +2,7 @@
 
     Stored       values and metadata as they stand in the file
     InFragments  the same bytes in the order in which sparse tensor cores read them (fragments.py)
+    InTiles      the same bytes in the order in which the CPU kernels read them (cpu/tiles.py)
     Dense        the decompressed matrix, for plain torch
 
 A layout is its tensors, the size of the core, and what is computed from them. It is made from the
@@ -21,6 +22,9 @@ from torch.nn.functional import linear
 
 from compressor_kernels import backend, reference
 from compressor_kernels.armor import armor_op
+from compressor_kernels.cpu import ops as cpu_ops
+from compressor_kernels.cpu.build import kernels as cpu_kernels
+from compressor_kernels.cpu.tiles import ROWS, from_tiles, to_tiles
 from compressor_kernels.fragments import Fragments, from_fragments, to_fragments
 from compressor_kernels.packing import check24, pack24, unpack24
 from compressor_kernels.probe import sparse_tensor_cores
@@ -226,6 +230,61 @@ class InFragments(Layout):
         return cls(rows, columns, *joined, new_semaphore(rows, joined[0].device)), parts
 
 
+class InTiles(Layout):
+    """The order in which the kernels for a CPU read a core; the bytes are those of the stored
+    form.
+    """
+
+    names = ("weight_tiles", "weight_positions")
+
+    @classmethod
+    def runs_on(cls, values: Tensor) -> bool:
+        on_cpu = values.device.type == "cpu" and values.dtype in cpu_ops.DTYPES
+        return on_cpu and values.numel() > 0 and cpu_kernels().problem is None
+
+    @classmethod
+    def prepare(cls, values: Tensor, metadata: Tensor) -> Self:
+        check24(values, metadata)
+        return cls(len(values), 2 * values.shape[1], *to_tiles(values, metadata))
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        values, positions = self.tensors
+        return from_tiles(values, positions, self.out_features, self.in_features)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        values, positions = self.tensors
+        check_input(x, self.in_features, values)
+        if differentiable(x, bias) or not self._kernels_read(values):
+            return linear(x, self.dense(), bias)
+        return cpu_ops.sparse24(x, values, positions, bias, self.out_features, self.in_features)
+
+    def armor(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        values, positions = self.tensors
+        if differentiable(x, bias) or not self._kernels_read(values):
+            return super().armor(x, a, b, bias)
+        check_input(x, self.in_features, values)
+        return cpu_ops.armor(x, values, positions, a.contiguous(), b.contiguous(), bias)
+
+    @staticmethod
+    def _kernels_read(values: Tensor) -> bool:
+        """It was not moved to another device, nor cast to a dtype that the kernels do not know."""
+        return values.device.type == "cpu" and values.dtype in cpu_ops.DTYPES
+
+    @classmethod
+    def join(cls, cores: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+        if any(core.out_features % ROWS for core in cores[:-1]):
+            return None  # a tile would belong to two
+        joined = [torch.cat(same) for same in zip(*(core.tensors for core in cores), strict=True)]
+        parts, start = [], 0
+        for core in cores:
+            end = start + len(core.tensors[0])
+            views = (tensor[start:end] for tensor in joined)
+            parts.append(cls(core.out_features, core.in_features, *views))
+            start = end
+        rows = sum(core.out_features for core in cores)
+        return cls(rows, cores[0].in_features, *joined), parts
+
+
 class Dense(Layout):
     """The decompressed core, multiplied by torch."""
 
@@ -263,6 +322,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 LAYOUTS: tuple[type[Layout], ...] = (
     InFragments,
     Stored,
+    InTiles,
 )  # that kernels compute from, the fastest first
 
 

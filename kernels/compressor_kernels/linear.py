@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor_kernels import backend, reference
+from compressor_kernels.cpu import ops as cpu_ops
 from compressor_kernels.fused_projections import FusedProjections
-from compressor_kernels.layouts import Dense, Layout, Stored, cast, kernel_layout
+from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, cast, kernel_layout
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
@@ -322,6 +323,7 @@ class LowRankLinear(StoredLinear):
         self.weight_v = _parameter(dtype, device, rank, in_features)
         self.bias = _parameter(dtype, device, out_features) if bias else None
         self.register_buffer("semaphore", None, persistent=False)
+        self.cpu_kernels = False  # compute on a CPU
 
     @property
     def weight(self) -> Tensor:
@@ -339,17 +341,22 @@ class LowRankLinear(StoredLinear):
         check_input(x, self.in_features, v)
         if differentiable(x, u, v, bias):
             return reference.lowrank(x, u, v, bias)
+        if self.cpu_kernels and x.device.type == "cpu" and x.dtype in cpu_ops.DTYPES:
+            return cpu_ops.lowrank(x, u.contiguous(), v.contiguous(), bias)
         return lowrank_op(x, u, v, bias, self.semaphore)
 
     def kernels_run(self) -> bool:
         """Whether the kernels for thin products run."""
-        return backend.runs(self.weight_u)
+        return backend.runs(self.weight_u) or InTiles.runs_on(self.weight_u)
 
     def prepare_(self) -> None:
-        """Allocate the semaphore that the kernels split K with, where they run."""
-        if self.kernels_run():
-            size = max(self.out_features, self.rank)
-            self.semaphore = new_semaphore(size, self.weight_u.device)
+        """Let the kernels of its device compute, where there are any; on a GPU they split K with a
+        semaphore.
+        """
+        u = self.weight_u
+        self.cpu_kernels = not backend.runs(u) and InTiles.runs_on(u)
+        if backend.runs(u):
+            self.semaphore = new_semaphore(max(self.out_features, self.rank), u.device)
 
     def freeze_(self) -> None:
         """Nothing to do: the factors train. Nor for `unpack_`: two thin products are faster than

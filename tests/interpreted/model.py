@@ -29,7 +29,7 @@ def test_greedy_text(method, tmp_path, monkeypatch):
     )
     prune(Recipe(str(tmp_path / "dense"), method=method, **settings), tmp_path / "out")
     reference = compressor.load(tmp_path / "out")
-    assert set(runtimes(reference).values()) == {"dense: no kernels on the CPU"}
+    assert all(how.endswith("too small to gain on a CPU") for how in runtimes(reference).values())
     model = compressor.load(tmp_path / "out", runtime="packed")
     listed = runtimes(model)
     assert all(how.startswith("packed") for how in listed.values())

@@ -113,7 +113,7 @@ def check_some(ranks: Ranks, keep: Fraction) -> Ranks:
     if not any(ranks.values()):
         raise UsageError(
             f"keeping {float(keep):.1%} leaves every linear dense: factors would be no smaller; "
-            f"lower --keep"
+            f"lower `keep`"
         )
     return ranks
 
@@ -148,6 +148,6 @@ def largest_fitting(
         )
         raise UsageError(
             f"so few parameters cannot be kept: the smallest factors allowed keep {least:.1%}; "
-            f"raise --keep"
+            f"raise `keep`"
         )
     return ranks_at(cuts[low])

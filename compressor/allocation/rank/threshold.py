@@ -72,7 +72,7 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
             )
             raise UsageError(
                 f"so few parameters cannot be kept: the smallest factors keep {least:.1%}; raise "
-                f"--keep"
+                f"`keep`"
             )
     for _ in range(_HALVINGS):
         middle = (

@@ -64,8 +64,8 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
             left -= cost
     if empty := [name for name, rank in ranks.items() if not rank]:
         raise UsageError(
-            f"so few parameters leave {empty[0]} without a rank; raise --keep, or lower --set "
-            f"ranks.align"
+            f"so few parameters leave {empty[0]} without a rank; raise `keep`, or lower "
+            f"`rank_options` align"
         )
     return {
         name: rank if rank and rank <= largest_rank(spectra[name].shape) else None

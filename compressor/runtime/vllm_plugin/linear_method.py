@@ -123,14 +123,16 @@ def _load(
 
 
 def _runs_packed(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether linears compute from packed weights. Raises UsageError where the environment asks
-    for something unknown.
+    """Whether linears compute from packed weights. By itself a CPU unpacks them: vLLM's own
+    products of dense weights are fast there. Raises UsageError where the environment asks for
+    something unknown.
     """
     runtime = asked_by_environment()
     if runtime != "auto":
         return runtime == "packed"
-    runs = kernel_layout(torch.empty(1, 8, dtype=dtype, device=device)) is not None
-    how = "compute from packed weights" if runs else "are unpacked: none of our kernels runs there"
+    probe = torch.empty(1, 8, dtype=dtype, device=device)
+    runs = device.type != "cpu" and kernel_layout(probe) is not None
+    how = "compute from packed weights" if runs else "are unpacked to dense weights"
     logger.info_once("packed linears on %s in %s %s", device.type, dtype, how)
     return runs
 

@@ -27,9 +27,9 @@ def task_manager(include_path: Path | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UsageError("--tasks needs lm-eval: pip install 'compress-llm[eval]'") from None
+        raise UsageError("`tasks` needs lm-eval: pip install 'compress-llm[eval]'") from None
     if include_path is not None and not include_path.is_dir():
-        raise UsageError(f"--include-path {include_path} is not a folder")
+        raise UsageError(f"`include_path` {include_path} is not a folder")
     return TaskManager(
         include_path=str(include_path) if include_path else None,
         include_defaults=include_path is None,
@@ -42,7 +42,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None) -> None:
         unknown := [task for task in tasks if task not in task_manager(include_path).all_tasks]
     ):
         raise UsageError(
-            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, --include-path "
+            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists the known ones, `include_path` "
             f"adds a folder of task files"
         )
 

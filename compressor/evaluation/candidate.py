@@ -131,7 +131,8 @@ class Candidate:
         """
         if seq_len and self.limit and seq_len > self.limit:
             raise UsageError(
-                f"seq-len {seq_len} is longer than the {self.limit} tokens this model was made for"
+                f"`seq_len` {seq_len} is longer than the {self.limit} tokens this model was made "
+                f"for"
             )
         return seq_len or min(2048, self.limit or 2048)
 

@@ -14,17 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from compressor.calibration.dataset import check_dataset, has_columns
 from compressor.checkpoint import cache
 from compressor.errors import UsageError
-from compressor.evaluate import lmeval
-from compressor.evaluate.candidate import Candidate, Text, own_text
-from compressor.evaluate.speed import measure_speed
-from compressor.evaluate.windows import DIVERGENCE, METRIC, Sums, score_windows
+from compressor.evaluation import lmeval
+from compressor.evaluation.candidate import Candidate, Text, own_text
+from compressor.evaluation.speed import measure_speed
+from compressor.evaluation.windows import DIVERGENCE, METRIC, Sums, score_windows
+from compressor.free_memory import free_memory
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
 from compressor.text import size
@@ -79,21 +79,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("seq-len", self.seq_len or 2, 2),
-            ("num-samples", self.num_samples, 1),
+            ("seq_len", self.seq_len or 2, 2),
+            ("num_samples", self.num_samples, 1),
             ("limit", 1 if self.limit is None else self.limit, 1),
-            ("num-fewshot", self.num_fewshot or 0, 0),
+            ("num_fewshot", self.num_fewshot or 0, 0),
             ("seed", self.seed, 0),
-            ("batch-size", self.batch_size, 1),
+            ("batch_size", self.batch_size, 1),
         ):
             if value < least or value >= 1 << 63:
-                raise UsageError(f"{name} is {value}; accepted: {least} or more")
+                raise UsageError(f"`{name}` is {value}; accepted: {least} or more")
         for dataset in self.datasets:
             check_dataset(dataset, self.column_of(dataset))
         if self.text_column and not any(map(has_columns, self.datasets)):
             raise UsageError(
-                f"text-column {self.text_column!r} is for .jsonl, .parquet and Hub datasets; "
-                "--dataset names none"
+                f"`text_column` {self.text_column!r} is for .jsonl, .parquet and Hub datasets; "
+                "`dataset` names none"
             )
 
     def column_of(self, dataset: str) -> str:
@@ -360,7 +360,7 @@ def _comparable(
         free = (
             torch.cuda.mem_get_info(asked.device)[0]
             if asked.device.startswith("cuda")
-            else psutil.virtual_memory().available
+            else free_memory()
         )
         if needed * 1.1 > free:
             original.free()

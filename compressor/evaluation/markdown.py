@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.evaluate.windows import METRIC
+from compressor.evaluation.windows import METRIC
 from compressor.records.scores import arrow, label, metrics
 
 

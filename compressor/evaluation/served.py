@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from compressor.errors import UsageError
-from compressor.evaluate.run import Settings, rows_of, text_of
-from compressor.evaluate.windows import METRIC, Sums
+from compressor.evaluation.run import Settings, evaluate_all, rows_of, text_of
+from compressor.evaluation.windows import METRIC, Sums
 
 _BATCH = 8  # windows in one request
 _SECONDS = 600  # to wait for an answer
@@ -50,7 +50,7 @@ def connect(url: str) -> Server:
     """
     url = url.rstrip("/").removesuffix("/v1")
     if not url.startswith(("http://", "https://")):
-        raise UsageError(f"server is {url!r}; accepted: a URL such as http://localhost:8000")
+        raise UsageError(f"`server` is {url!r}; accepted: a URL such as http://localhost:8000")
     answer = _ask(url, "models")
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
@@ -63,12 +63,30 @@ def connect(url: str) -> Server:
     return Server(url, str(served[0].get("id")), limit if type(limit) is int else None)
 
 
+def score(
+    models: Sequence[str],
+    *,
+    baseline: str | None = None,
+    server: str | None = None,
+    **settings: Any,
+) -> dict[str, dict[str, Any]]:
+    """All that `evaluate_all` yields, by name; with the URL of a `server` of the one model also
+    what that says, as `served` among its scores.
+    """
+    asked = Settings(**settings)
+    answering = check_server(server, models, asked) if server else None
+    scored = dict(evaluate_all(models, baseline=baseline, **settings))
+    if answering:
+        scored[models[0]]["served"] = score_server(answering, models[0], baseline, asked)
+    return scored
+
+
 def check_server(url: str, models: Sequence[str], asked: Settings) -> Server:
     """The server at `url`, before anything is scored. Raises UsageError where what it serves cannot
     be compared with `models`.
     """
     if len(models) != 1 or not asked.datasets:
-        raise UsageError("--server is compared with one model, on texts: one MODEL and --dataset")
+        raise UsageError("`server` is compared with one model, on texts: one MODEL and `dataset`")
     server, candidate = connect(url), asked.candidate(models[0])
     if server.limit is None:
         return server
@@ -78,7 +96,7 @@ def check_server(url: str, models: Sequence[str], asked: Settings) -> Server:
         if longest > server.limit:
             raise UsageError(
                 f"the server at {server.url} takes {server.limit} tokens, a window of "
-                f"{asked.name_of(dataset)} has {longest}: give --seq-len {server.limit}"
+                f"{asked.name_of(dataset)} has {longest}: give `seq_len={server.limit}`"
             )
     return server
 

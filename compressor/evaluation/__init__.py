@@ -11,19 +11,17 @@ served.py     perplexity of what a server says, beside that of the model
 markdown.py   the table; plot.py the picture
 """
 
-from compressor.evaluate.markdown import table
-from compressor.evaluate.run import Settings, evaluate, evaluate_all
-from compressor.evaluate.served import check_server, score_server
-from compressor.evaluate.windows import DIVERGENCE, METRIC, perplexity
+from compressor.evaluation.markdown import table
+from compressor.evaluation.run import evaluate, evaluate_all
+from compressor.evaluation.served import score
+from compressor.evaluation.windows import DIVERGENCE, METRIC, perplexity
 
 __all__ = [
     "DIVERGENCE",
     "METRIC",
-    "Settings",
-    "check_server",
     "evaluate",
     "evaluate_all",
     "perplexity",
-    "score_server",
+    "score",
     "table",
 ]
