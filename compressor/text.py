@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os import PathLike
 from pathlib import Path
 
 from compressor.errors import UsageError
@@ -52,7 +53,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def home_path(path: str | Path) -> Path:
+def home_path(path: str | PathLike[str]) -> Path:
     """`path` with a leading `~` or `~user` as that home folder, as a shell gives it.
 
     A shell leaves it to us in quotes and after `--option=`.

@@ -2,8 +2,11 @@
 stays what it is.
 """
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -63,3 +66,25 @@ def test_transformers_imports_beside_us():
         cwd=ROOT,
         capture_output=True,
     )
+
+
+def imported(folder):
+    """Names of the packages that the files below `folder` import, wherever the import stands."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.split(".")[0]
+            elif isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["eval"], *extras["parquet"], *extras["plot"]]
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in declared}
+    used = {*imported(ROOT / "compressor"), *imported(ROOT / "kernels")} - sys.stdlib_module_names
+    used -= {"compressor", "compressor_kernels"}
+    comes_with_torch, engines = {"triton"}, {"vllm"}  # torch brings its own; users bring theirs
+    assert used - names - comes_with_torch - engines == set()
+    assert names - used == set()

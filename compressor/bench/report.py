@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.atomic import naming
 from compressor.formats import PACKED
 
 COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#7b4ea3", "#b8860b", "#2a9d8f", "#555555", "#d1495b")
@@ -16,18 +17,20 @@ def write(folder: Path, result: dict[str, Any]) -> None:
     """`bench.json` with everything, `kernels.csv`, `decode.csv` and `ratio.svg` as far as they were
     measured.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
-    for name in ("kernels", "decode"):
-        if result.get(name):
-            _csv(folder / f"{name}.csv", result[name])
-    if result.get("kernels"):
-        (folder / "ratio.svg").write_text(plot(result["kernels"], result["environment"]["gpu"]))
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for name in ("kernels", "decode"):
+            if result.get(name):
+                _csv(folder / f"{name}.csv", result[name])
+        if result.get("kernels"):
+            drawing = plot(result["kernels"], result["environment"]["gpu"])
+            (folder / "ratio.svg").write_text(drawing, encoding="utf-8")
 
 
 def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)

@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from compressor.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +30,29 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(fresh, path)
     sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside says which file it is about: the system does not, of a full disk. Raises
+    OutputError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"output {path} could not be written: {reason}") from None
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """As `write_file`, for a file that the user named. Raises OutputError; no part is left then."""
+    with naming(path):
+        try:
+            write_file(path, data)
+        except OSError:
+            with suppress(OSError):
+                path.with_name(f"{path.name}.new").unlink()
+            raise
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ used), 2 (usage), 130 (Ctrl-C).
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import Annotated
@@ -30,9 +31,11 @@ from compressor.cli.recipes import recipes
 from compressor.cli.report import report
 from compressor.cli.resume import resume
 from compressor.cli.show import speaks
+from compressor.cli.streams import finish, safe_streams
 from compressor.cli.unpack import unpack
 from compressor.cli.verify import verify
 from compressor.errors import CompressError, InterruptedRun, ProcessError
+from compressor.text import home_path
 
 app = typer.Typer(
     name="compress",
@@ -101,8 +104,23 @@ def main() -> None:
         signal.signal(
             number, lambda received, _: sys.exit(128 + received)
         )  # unwinds, so that nothing half-written stays
+    with safe_streams():
+        try:
+            _run()
+        except BrokenPipeError:
+            sys.exit(0)
+        except OSError as error:  # of a full disk behind a redirection; of files the system names
+            where = error.filename or "standard output"
+            print(f"error: {error.strerror or error}: {where}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _run() -> None:
+    """The command of the command line. A leading ~ is what a shell makes of it: in quotes, and
+    after `--option=`, it leaves that to us.
+    """
     try:
-        app()
+        app(args=[_at_home(word) for word in sys.argv[1:]])
     except CompressError as error:
         second = (
             isinstance(error, ProcessError) and os.environ.get("RANK") == "1"
@@ -117,12 +135,11 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # what Typer makes of Ctrl-C
             print("interrupted: nothing was written", file=sys.stderr)
+        if not end.code:
+            finish()
         raise
-    except BrokenPipeError:
-        sys.exit(0)
-    except OSError as error:  # of the standard output, mostly: a full disk behind a redirection
-        print(
-            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+
+
+def _at_home(word: str) -> str:
+    option, tilde, path = re.fullmatch(r"((?:--[\w-]+=|-o)?)(~?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]  # it matches anything
+    return f"{option}{home_path(f'~{path}')}" if tilde else word

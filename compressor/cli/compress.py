@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table, tell
+from compressor.cli.streams import only_told
 
 if TYPE_CHECKING:
     from compressor.config.recipe import Recipe
@@ -74,9 +75,10 @@ def run_and_show(
         from compressor.records.report import to_json
 
         print(to_json(report.everything(), ascii_only=True), end="")
-    elif not quiet:
-        _show_report(report)
-    if not as_json:
+        return
+    with only_told():
+        if not quiet:
+            _show_report(report)
         print(output)
 
 

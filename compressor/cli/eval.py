@@ -145,7 +145,9 @@ def evaluate(
         {**result, **({"baseline": scored[baseline]} if baseline else {})}, indent=1, default=str
     )
     if output is not None:
-        output.write_text(text + "\n")
+        from compressor.checkpoint.atomic import write_output
+
+        write_output(output, f"{text}\n".encode())
     if plot is not None:
         from compressor.plots.quality_over_size import draw
 

@@ -39,6 +39,7 @@ def report(
 
     compress report out -o out.html --png charts
     """
+    from compressor.checkpoint.atomic import write_output
     from compressor.errors import OutputError
     from compressor.page import draw, read_record, render
 
@@ -56,7 +57,6 @@ def report(
         from compressor.plots.picture import write_pictures
 
         write_pictures(draw(record), png)
-    target.write_bytes(
-        text.encode("utf-8", "replace")
-    )  # names from a file may hold halves of a surrogate pair
+    # names from a file may hold halves of a surrogate pair
+    write_output(target, text.encode("utf-8", "replace"))
     print(output or folder.with_name(target.name))

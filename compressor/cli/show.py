@@ -27,9 +27,16 @@ from compressor.text import size as size  # the commands take it from here
 if TYPE_CHECKING:
     from compressor.records.report import BlockRow
 
-out = Console(
-    highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160
-)
+
+class _Console(Console):
+    """A console that leaves it to `main` what becomes of a closed pipe; rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # called where it was caught
+
+
+_TERMINAL = sys.stdout is not None and sys.stdout.isatty()
+out = _Console(highlight=False, markup=False, soft_wrap=True, width=None if _TERMINAL else 160)
 err = Console(
     stderr=True, highlight=False, markup=False
 )  # names come from files: no markup in them is ours

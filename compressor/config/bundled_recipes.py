@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.errors import UsageError, did_you_mean
+from compressor.text import home_path
 
 _PACKAGE = Path(__file__).parents[1]
 _INSTALLED, _CHECKOUT = _PACKAGE / "recipes", _PACKAGE.parent / "recipes"
@@ -30,7 +31,7 @@ def find(recipe: str | Path) -> Path:
     Raises:
         UsageError: neither.
     """
-    path, known = Path(recipe).expanduser(), bundled()
+    path, known = home_path(recipe), bundled()
     if _is_file(path) or path.suffix == ".toml":
         return path
     if str(recipe) not in known:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from compressor.config.recipe import SETTINGS, said
 from compressor.errors import UsageError
+from compressor.text import home_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,7 +21,7 @@ def as_path(name: str, value: Any) -> Path:
     """A path, where a text or a path was given. Raises UsageError."""
     if not isinstance(value, str | PathLike):
         raise UsageError(f"`{name}` is {value!r}; a text or a path is expected")
-    return Path(value)
+    return home_path(value)
 
 
 def as_text(name: str, value: Any) -> str:

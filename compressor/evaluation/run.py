@@ -27,7 +27,7 @@ from compressor.evaluation.windows import DIVERGENCE, METRIC, Sums, score_window
 from compressor.free_memory import free_memory
 from compressor.records.report import versions
 from compressor.records.scores import BY_TASK, label, metrics, store_scores
-from compressor.text import size
+from compressor.text import home_path, size
 
 _SCHEME = 1  # of what is cached; counts up when the meaning of a number changes
 
@@ -155,7 +155,7 @@ def evaluate_all(
         if before is not None and candidate.name == baseline:
             continue
         found = _evaluate(candidate, original, asked)
-        if Path(candidate.name).expanduser().is_dir():
+        if home_path(candidate.name).is_dir():
             _store(candidate, found, before, asked)
         yield candidate.name, found
         candidate.free()

@@ -93,10 +93,11 @@ def check_server(url: str, models: Sequence[str], asked: Settings) -> Server:
     for dataset in asked.datasets:
         rows = text_of(candidate, None, dataset, asked).rows  # those of `self` are not written yet
         longest = max(map(len, rows), default=candidate.window(asked.seq_len))
-        if longest > server.limit:
+        if longest >= server.limit:  # vLLM wants room for a token, also where none is asked for
             raise UsageError(
-                f"the server at {server.url} takes {server.limit} tokens, a window of "
-                f"{asked.name_of(dataset)} has {longest}: give `seq_len={server.limit}`"
+                f"the server at {server.url} takes {server.limit - 1} tokens and one more, a "
+                f"window of {asked.name_of(dataset)} has {longest}: give "
+                f"`seq_len={server.limit - 1}`, or start the server with a larger max_model_len"
             )
     return server
 

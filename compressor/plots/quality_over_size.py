@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.atomic import naming
 from compressor.errors import OutputError, UsageError
 from compressor.plots.need_matplotlib import require_matplotlib
 from compressor.records.scores import arrow, label, metrics
@@ -87,9 +88,9 @@ def draw(
             ncols=min(4, len(names)),
             frameon=False,
         )
-        figure.savefig(
-            path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None}
-        )
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        with naming(path):
+            figure.savefig(path, dpi=160, metadata=metadata)
 
 
 def _short(scored: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from compressor.publish.card import EVAL_RESULTS, Facts, eval_results_file, make
 from compressor.publish.licence import Licence, from_file, from_folder
 from compressor.records.read_report import is_number, read_record
 from compressor.records.scores import read_scores, scores_path
+from compressor.text import home_path
 
 CARD, RECIPE, REPORT, PLAN = "README.md", "recipe.toml", "report.json", "plan.toml"
 _PICTURES = (".png", ".svg", ".html")
@@ -186,7 +187,7 @@ def _base(
     recipe: Mapping[str, Any], given: str, published: Callable[[str], tuple[bool, Licence | None]]
 ) -> tuple[str, Licence | None]:
     """The Hub id of the base model, empty if it has none, and its licence."""
-    local = Path(recipe["model"]).expanduser()
+    local = home_path(recipe["model"])
     own = from_folder(local) if local.is_dir() else None
     name = given or ("" if local.is_dir() else recipe["model"])
     if not name:

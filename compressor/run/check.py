@@ -31,6 +31,7 @@ from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.run import plan_file
 from compressor.run.preflight import rehearse, rehearse_rank, rehearse_ranks
+from compressor.text import home_path
 
 _CHECKED_AT_ONCE = 1 << 24  # numbers of a tensor: a vocabulary is not in memory whole
 
@@ -50,7 +51,7 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
     method = method_module(recipe.method)
     options = check_options(f"method {recipe.method}", options_of(method), recipe.options)
     refine, refine_options = _refinement(recipe, method)
-    entries = plan_file.read(Path(recipe.plan)) if recipe.plan else {}
+    entries = plan_file.read(home_path(recipe.plan)) if recipe.plan else {}
     if factors(method):
         rehearse_rank(method, options)
     else:

@@ -49,7 +49,7 @@ def fingerprint(
     }
     files = {name: reader.folder / name for name in (*reader.shards, "config.json", *others)}
     dataset = home_path(recipe.dataset)
-    plan = Path(recipe.plan)
+    plan = home_path(recipe.plan)
     return {
         "option": asdict(recipe),
         "model file": {

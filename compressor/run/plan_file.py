@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from compressor.allocation.rank import largest_rank, rank_keeping
+from compressor.checkpoint.atomic import write_output
 from compressor.engine.task import Rank, Target
 from compressor.errors import OutputError, UsageError, did_you_mean
 from compressor.pattern import Pattern, parse_fraction
@@ -68,9 +69,7 @@ class PlanFile:
     def save(self, path: Path) -> None:
         """Write the file, which must not exist. Raises OutputError."""
         check_new_file(path)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(self.text, encoding="utf-8")
-        part.replace(path)
+        write_output(path, self.text.encode())
 
 
 def check_new_file(path: Path) -> None:

@@ -14,14 +14,31 @@ changed by a method (`x.add_(1)`) between two of its projections.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from compressor_kernels.layouts import Layout
-    from compressor_kernels.linear import Sparse24Linear
+from compressor_kernels.layouts import Layout
+
+
+class Projection(Protocol):
+    """What a linear has that can be fused: `Sparse24Linear`."""
+
+    in_features: int
+    out_features: int
+    bias: Any  # a parameter, or None
+    layout: Any  # the kind of its core
+    fused: Any  # what computes for it too, or None
+    place: int  # of it among those
+
+    @property
+    def core(self) -> Layout:
+        """Its core, as it is held."""
+        ...
+
+    def hold(self, core: Any) -> None:
+        """Take another core, of the same weight."""
 
 
 class FusedProjections:
@@ -29,9 +46,7 @@ class FusedProjections:
     views.
     """
 
-    def __init__(
-        self, linears: Sequence[Sparse24Linear], core: Layout, bias: Tensor | None
-    ) -> None:
+    def __init__(self, linears: Sequence[Projection], core: Layout, bias: Tensor | None) -> None:
         self.linears, self.core, self.bias = tuple(linears), core, bias
         self.sizes = [linear.out_features for linear in linears]
 
@@ -62,7 +77,7 @@ class FusedProjections:
         return mine
 
 
-def fuse(linears: Sequence[Sparse24Linear]) -> bool:
+def fuse(linears: Sequence[Projection]) -> bool:
     """Let `linears` compute together. False, and nothing changes, where layouts, devices or sizes
     do not allow it.
     """
@@ -81,11 +96,11 @@ def fuse(linears: Sequence[Sparse24Linear]) -> bool:
     return True
 
 
-def _trains(linear: Sparse24Linear) -> bool:
+def _trains(linear: Projection) -> bool:
     return linear.bias is not None and linear.bias.requires_grad
 
 
-def _join_biases(linears: Sequence[Sparse24Linear], core: Layout) -> Tensor | None:
+def _join_biases(linears: Sequence[Projection], core: Layout) -> Tensor | None:
     """One bias of all, zero for a linear that has none; each bias goes on as a view of it."""
     if all(linear.bias is None for linear in linears):
         return None
