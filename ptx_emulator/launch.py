@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
-from compressor_kernels import backend
+from compressor_kernels import backend, layouts
 from ptx_emulator import ptx
 from ptx_emulator.instructions import decode
 from ptx_emulator.machine import execute
@@ -155,6 +155,6 @@ def emulated(device, folder):
         poison(patch)
         patch.setattr(backend, "nvidia", lambda: True)
         patch.setattr(backend, "runs", lambda x: x.dtype in backend.DTYPES)
-        patch.setattr(backend, "sparse_tensor_cores", lambda _: True)
+        patch.setattr(layouts, "sparse_tensor_cores", lambda _: True)
         patch.setattr(backend, "hopper", lambda _: device.target >= 90)
         yield device

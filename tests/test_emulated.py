@@ -18,7 +18,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 
 from compressor.bench.ahead import compile_ahead  # noqa: E402
 from compressor_kernels import armor as armor_ops  # noqa: E402
-from compressor_kernels import kernel_config  # noqa: E402
+from compressor_kernels import kernel_config, probe  # noqa: E402
 from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
 from compressor_kernels.fragments import to_fragments  # noqa: E402
@@ -174,9 +174,9 @@ def test_as_the_rule_chooses(device, rows):
 
 
 def test_the_check_at_load_time(device):
-    assert ops.fragments_are_right(torch.device("cpu"))
+    assert probe.fragments_are_right(torch.device("cpu"))
     device.edit = lambda text: text.replace("0x1;", "0x0;")  # the metadata of the other step
-    assert not ops.fragments_are_right(torch.device("cpu"))
+    assert not probe.fragments_are_right(torch.device("cpu"))
 
 
 def test_what_was_compiled_ahead_is_launched(device, monkeypatch):

@@ -30,8 +30,14 @@ def _compiling() -> Iterator[None]:
     import triton
 
     def compile_only(
-        kernel: Any, grid: tuple[int, ...], *arguments: Any, pdl: bool = False, **settings: Any
+        kernel: Any,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        counter: Any = None,
+        pdl: bool = False,
+        **settings: Any,
     ) -> None:
+        """Like `backend.launch`; nothing counts in `counter`."""
         kernel.warmup(*arguments, grid=grid, **settings, **({"launch_pdl": True} if pdl else {}))
 
     with ExitStack() as stack:

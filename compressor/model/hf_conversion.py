@@ -22,13 +22,13 @@ matched, or None.
 """
 
 
-def sources(model: Any, names: Iterable[str]) -> Sources:
+def sources(model: Any, names: Iterable[str], quantizer: Any = None) -> Sources:
     """Where the tensors `names` on disk go; one that no parameter of `model` takes is listed under
-    the name it would have.
+    the name it would have. A `quantizer` of transformers may change the conversions.
     """
     from transformers.core_model_loading import rename_source_key
 
-    renamings, converters = _steps(model)
+    renamings, converters = _steps(model, quantizer)
     state = model.state_dict()
     found: Sources = {}
     for name in names:
@@ -48,11 +48,48 @@ def order(model: Any) -> list[str]:
     return [pattern for converter in _steps(model)[1] for pattern in converter.source_patterns]
 
 
-def _steps(model: Any) -> tuple[list[Any], list[Any]]:
+def targets(model: Any, names: Iterable[str], quantizer: Any = None) -> set[str]:
+    """Every parameter that gets something of the tensors `names`, where one tensor is taken apart
+    into several too.
+    """
+    found = sources(model, names, quantizer)
+    reached = set(found)
+    parts = {
+        pattern: converter.target_patterns
+        for converter in _steps(model, quantizer)[1]
+        for pattern in converter.source_patterns
+    }
+    for parameter, tensors in found.items():
+        for first, *rest in {tuple(parts[p]) for _, p in tensors if p is not None}:
+            reached |= {parameter.replace(first, other) for other in rest}
+    return reached
+
+
+def saving_steps(model: Any, stacks: Iterable[str]) -> list[Any]:
+    """The conversions that `save_pretrained` has to turn round, given that the parameters `stacks`
+    were not loaded through the conversion that makes them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    leaves = tuple({stack.rpartition(".")[2] for stack in stacks})
+    used = list(getattr(model, "_weight_conversions", None) or [])
+    seen = {tuple(step.source_patterns) for step in used}
+    makers = [
+        step
+        for step in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(step, WeightConverter)
+        and tuple(step.source_patterns) not in seen
+        and any(target.endswith(leaves) for target in step.target_patterns)
+    ]
+    return used + makers
+
+
+def _steps(model: Any, quantizer: Any = None) -> tuple[list[Any], list[Any]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, None, quantizer)
     return [step for step in mapping if isinstance(step, WeightRenaming)], [
         step for step in mapping if isinstance(step, WeightConverter)
     ]

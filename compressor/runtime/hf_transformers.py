@@ -11,14 +11,14 @@ after loading and the model runs dense (placement.py). Its state stays the packe
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -27,14 +27,23 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor.checkpoint.packed_config import GUARD, QUANT_METHOD, VERSION, packed_modules
+from compressor.checkpoint.packed_config import (
+    GUARD,
+    QUANT_METHOD,
+    TRANSPOSED,
+    VERSION,
+    packed_modules,
+)
 from compressor.checkpoint.reader import Reader, check_sizes
-from compressor.errors import CheckpointError, CompressError
+from compressor.errors import CheckpointError, CompressError, UsageError
 from compressor.formats import form_class
+from compressor.model import hf_conversion
 from compressor.model.hf_conversion import whole_names
-from compressor.runtime import placement
+from compressor.runtime import guard, placement
+from compressor.runtime.completeness import check_files, check_loaded
+from compressor.runtime.dequantize import make_plain
 from compressor.runtime.modules import packed_module
-from compressor.runtime.packed_experts import PackedExperts, swap_experts
+from compressor.runtime.packed_experts import swap_experts
 
 _RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
 
@@ -74,7 +83,7 @@ class CompressedQuantizer(HfQuantizer):
         so the guard may go.
         """
         if getattr(config, "transformers_weights", None) == GUARD:
-            config.transformers_weights = None
+            del config.transformers_weights
         return config
 
     update_tp_plan = update_attn_implementation  # its place in transformers 5.17
@@ -92,45 +101,20 @@ class CompressedQuantizer(HfQuantizer):
             step.compiled_sources = whole_names(step.compiled_sources)
         return super().update_weight_conversions(kept, *model)
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        entries, modules = self.quantization_config.modules, dict(model.named_modules())
-        self.paths = {name: name for name in entries if name in modules}
-        for name in self.paths:
-            setattr(
-                model.get_submodule(name.rpartition(".")[0]),
-                name.rpartition(".")[2],
-                packed_module(name, modules[name], entries[name]),
-            )
-        stacked = [name for name in entries if name not in modules]
-        if stacked:
-            self.paths |= swap_experts(
-                model, stacked, lambda name, module: packed_module(name, module, entries[name])
-            )
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> Any:
+        self.paths = swap_linears(model, self.quantization_config.modules, self)
+        self.from_files = checkpoint_files is not None
+        if checkpoint_files is not None:
+            check_files(model, self.paths, [Path(file) for file in checkpoint_files], self)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if not self.from_files:
+            check_loaded(model)
         model._compress_runtime = placement.place(model, self.paths, _RUNTIME.get())
         return model
-
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained` just before it saves the config, which drops
-        `transformers_weights`: put the guard back.
-        """
-        config = model.config
-
-        def save_once(directory: str | Path, **options: Any) -> None:
-            del config.__dict__["save_pretrained"]
-            config.save_pretrained(directory, **options)
-            path = Path(directory) / "config.json"
-            path.write_text(
-                json.dumps(
-                    {**json.loads(path.read_text()), "transformers_weights": GUARD}, indent=2
-                )
-                + "\n"
-            )
-
-        config.__dict__["save_pretrained"] = save_once
-        return None, {}
 
     def is_serializable(self) -> bool:  # type: ignore[override]  # the base's is declared without a value
         """`save_pretrained` works."""
@@ -144,43 +128,82 @@ class CompressedQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """What transformers' Trainer asks for where no adapter is attached."""
-        return self.is_trainable
+        """Whether the Trainer of transformers, which alone asks for it, may train the model.
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        for name, path in self.paths.items():
-            module = model.get_submodule(path)
-            _unpack(name, module)
-            if path == name:
-                linear = nn.Linear(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    device="meta",
-                )
-                linear.weight, linear.bias = (
-                    nn.Parameter(module.weight, requires_grad=False),
-                    module.bias,
-                )
-                _replace(model, path, linear, dtype)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, PackedExperts):
-                _replace(model, path, module.dense(), dtype)
+        Raises:
+            UsageError: it may not. Transformers would recommend adapters, which peft does not
+                attach to packed linears.
+        """
+        if not self.is_trainable:
+            raise UsageError(
+                "packed 2:4 weights are frozen: call model.dequantize() and train that, whole or "
+                "with adapters; or train the factors of a model made by compress lowrank"
+            )
+        return True
+
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """The plain model, in place: see `dequantize.make_plain`."""
+        wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        known = isinstance(wanted, torch.dtype) and wanted.is_floating_point
+        if wanted is not None and not known:
+            raise UsageError(
+                f"dtype is {dtype!r}; accepted: a floating dtype of torch, or its name"
+            )
+        make_plain(model, wanted if isinstance(wanted, torch.dtype) else None)
+        self.remove_quantization_config(model)
+        for module in model.modules():  # some families look whether their config has it
+            if config := vars(module).get("config"):
+                vars(config).pop("_is_quantized", None)
+        vars(model).pop("_compress_runtime", None)
         return model
 
 
-def _replace(model: Any, path: str, module: nn.Module, dtype: torch.dtype | str | None) -> None:
-    if dtype is not None:
-        module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def swap_linears(
+    model: Any, entries: Mapping[str, Mapping[str, Any]], quantizer: Any
+) -> dict[str, str]:
+    """Put an empty packed module in the place of every linear that `entries` lists.
 
+    Args:
+        model: on the meta device.
+        entries: name on disk of each packed linear -> how it is stored.
+        quantizer: of transformers; it changes how names are converted.
 
-def _unpack(name: str, module: Any) -> None:
-    try:
-        module.unpack_()
-    except ValueError as error:
-        raise CheckpointError(f"{name} is damaged: {error}") from None
+    Returns:
+        The path of each packed linear's module in this model. A class without the head, say, has
+        shorter ones than the one that was saved.
+
+    Raises:
+        CheckpointError: names that this model does not have, or entries that cannot be of it.
+    """
+    modules = dict(model.named_modules())
+
+    def make(name: str, module: Any) -> Any:
+        packed: Any = packed_module(name, module, entries[name])
+        if isinstance(module, Conv1D) != (entries[name].get(TRANSPOSED) is True):
+            stored = "[in, out]" if isinstance(module, Conv1D) else "[out, in]"
+            raise CheckpointError(
+                f"config.json is wrong about {name}: a {model.config.model_type} model has it as "
+                f"{stored}"
+            )
+        packed.__dict__["form"] = form_class(entries[name]["format"])  # for `dequantize`
+        return packed
+
+    paths, stacked = {}, []
+    names = [f"{name}.weight" for name in entries]
+    for parameter, tensors in hf_conversion.sources(model, names, quantizer).items():
+        path, found = (
+            parameter.removesuffix(".weight"),
+            [t.removesuffix(".weight") for t, _ in tensors],
+        )
+        if path not in modules or len(found) > 1:
+            stacked += found
+            continue
+        parent, _, leaf = path.rpartition(".")
+        packed = make(found[0], modules[path])
+        packed.__dict__["original"] = modules[path]  # no submodule: `dequantize` fills it again
+        setattr(model.get_submodule(parent), leaf, packed)
+        paths[found[0]] = path
+    return paths | swap_experts(model, stacked, make) if stacked else paths
 
 
 def runtimes(model: Any) -> dict[str, str]:
@@ -206,17 +229,15 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
         UsageError: an unknown `runtime`.
     """
     placement.check(runtime)
+    if "torch_dtype" in options:  # its older name
+        options["dtype"] = options.pop("torch_dtype")
+    told = options.pop("output_loading_info", False)
     options = {"dtype": "auto", **options}
+    if options.get("quantization_config", ...) is None:
+        del options["quantization_config"]  # no wish; transformers would drop the folder's own
     asked = _RUNTIME.set(runtime)
     try:
-        if Path(path).is_dir():
-            reader = Reader(Path(path))
-            check_sizes(
-                reader,
-                AutoConfig.from_pretrained(
-                    path, trust_remote_code=options.get("trust_remote_code", False)
-                ),
-            )
+        _check_folder(Path(path) / (options.get("subfolder") or ""), options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, **options, output_loading_info=True
         )
@@ -229,20 +250,27 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     finally:
         _RUNTIME.reset(asked)
     model, info = loaded
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    stray = [name for name in info["unexpected_keys"] if ".weight_" in name]
-    for problem, names in (
-        ("lacks", set(info["missing_keys"]) - tied),
-        ("does not list in config.json", stray),
-    ):
-        if names:
-            raise CheckpointError(
-                f"{path} {problem} {min(names)} ({len(names)} tensors in all): its weights cannot "
-                f"be trusted"
-            )
-    return model.eval()
+    if missing := info["missing_keys"]:
+        raise CheckpointError(
+            f"{path} lacks {min(missing)} ({len(missing)} tensors in all): its weights cannot be "
+            f"trusted"
+        )
+    if stray := [name for name in info["unexpected_keys"] if ".weight_" in name]:
+        raise CheckpointError(
+            f"{path} does not list in config.json {min(stray)} ({len(stray)} tensors in all): its "
+            f"weights cannot be trusted"
+        )
+    return (model.eval(), info) if told else model.eval()
+
+
+def _check_folder(folder: Path, options: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a local folder has a config.json that is not of its weights."""
+    if folder.is_dir() and not options.get("variant") and not options.get("config"):
+        code = options.get("trust_remote_code", False)
+        check_sizes(Reader(folder), AutoConfig.from_pretrained(folder, trust_remote_code=code))
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config(QUANT_METHOD)(CompressedConfig)
     register_quantizer(QUANT_METHOD)(CompressedQuantizer)
+    guard.keep()

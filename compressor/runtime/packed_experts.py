@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compressor.errors import CheckpointError
@@ -71,17 +70,6 @@ class PackedExperts(nn.Module):
         ]
         return run_experts(self.original, experts, hidden, index, weights)
 
-    @torch.no_grad()
-    def dense(self) -> Any:
-        """The original module with its stacked parameters, unpacked."""
-        for stack in self.leaves:
-            rows = [
-                torch.cat([part.weight for part in self.matrices(stack, one)])
-                for one in range(self.original.num_experts)
-            ]
-            setattr(self.original, stack, nn.Parameter(torch.stack(rows), requires_grad=False))
-        return self.original
-
 
 def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]:
     """Put PackedExperts where the packed linears `names` are experts' matrices.
@@ -128,8 +116,11 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
         parent, _, leaf = inside.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedExperts(module, found, packed))
     if unknown := [name for name in names if name not in paths]:
+        saved = model.config.architectures or []
+        other = "" if type(model).__name__ in saved else f" (what was saved is {', '.join(saved)})"
         raise CheckpointError(
-            f"config.json names the packed linear {unknown[0]!r}, which this model does not have"
+            f"config.json names the packed linear {unknown[0]!r}, which a {type(model).__name__} "
+            f"does not have{other}"
         )
     return paths
 

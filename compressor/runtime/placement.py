@@ -9,9 +9,11 @@ there.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,22 +62,41 @@ def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str,
         CheckpointError: metadata is damaged.
     """
     chosen = {}
-    for name, path in paths.items():
-        try:
-            chosen[name] = _place_one(model.get_submodule(path), runtime)
-        except ValueError as error:
-            raise CheckpointError(f"{name} is damaged: {error}") from None
-    # an expert's matrices are called one by one
-    alone = [name for name, path in paths.items() if name == path]
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in alone):
-        for family in FUSED:
-            members = [f"{parent}.{child}".lstrip(".") for child in family]
-            found = [model.get_submodule(member) for member in members if member in chosen]
-            packed = [linear for linear in found if isinstance(linear, Sparse24Linear)]
-            if len(packed) == len(members) and fuse(packed):
-                together = f"one launch for {', '.join(family)}"
-                chosen |= {member: f"{chosen[member]}; {together}" for member in members}
+    parents: dict[str, list[str]] = {}
+    for name in paths:
+        parents.setdefault(name.rpartition(".")[0], []).append(name)
+    for parent, names in parents.items():
+        for name in names:
+            try:
+                chosen[name] = _place_one(model.get_submodule(paths[name]), runtime)
+            except ValueError as error:
+                raise CheckpointError(f"{name} is damaged: {error}") from None
+        # an expert's matrices are called one by one
+        if alone := {name for name in names if name == paths[name]}:
+            chosen |= _fuse_children(model, parent, {name: chosen[name] for name in alone})
+        _return_memory()
     return chosen
+
+
+def _return_memory() -> None:
+    """Give what was let go of back to the system: glibc keeps it between blocks that are in use, a
+    quarter of the packed weights. Elsewhere nothing is done.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _fuse_children(model: nn.Module, parent: str, chosen: Mapping[str, str]) -> dict[str, str]:
+    """Fuse the projections of `parent` that are placed alike; what became of those."""
+    told = {}
+    for family in FUSED:
+        members = [f"{parent}.{child}".lstrip(".") for child in family]
+        found = [model.get_submodule(member) for member in members if member in chosen]
+        packed = [linear for linear in found if isinstance(linear, Sparse24Linear)]
+        if len(packed) == len(members) and fuse(packed):
+            together = f"one launch for {', '.join(family)}"
+            told |= {member: f"{chosen[member]}; {together}" for member in members}
+    return told
 
 
 def _place_one(module: Any, runtime: str) -> str:

@@ -94,8 +94,9 @@ class Layout:
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """The core, `[out, in]`."""
-        return unpack24(*self.stored())
+        """The core, `[out, in]`; on the meta device where the values are."""
+        values, metadata = self.stored()
+        return unpack24(values, metadata.to(values.device) if values.is_meta else metadata)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = S x + bias: `[..., in]` -> `[..., out]` in the dtype of x. Gradients reach x and the
