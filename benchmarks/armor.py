@@ -21,13 +21,13 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from importlib import import_module
 from types import FunctionType, ModuleType
 
 import torch
+from common import emit
 from torch import Tensor, nn
 
 from compressor.formats.armor import Armor
@@ -57,27 +57,6 @@ CASES += [
     ("heavy", 384, 384, 16),
 ]
 P24 = Pattern.parse("2:4")
-
-
-def emit(**row: object) -> None:
-    row["torch"], row["threads"], row["machine"] = (
-        torch.__version__,
-        torch.get_num_threads(),
-        hardware(),
-    )
-    print(json.dumps(row), flush=True)
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(
-                line.split(":")[1].strip() for line in lines if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 # --- synthetic layers
@@ -292,7 +271,7 @@ def run_reference(args: argparse.Namespace) -> None:
             "loss_ratio": round(final / loss, 3),
             "speedup": round(seconds / spent),
         }
-        emit(**row)
+        emit(row)
 
 
 # --- one large linear
@@ -319,14 +298,8 @@ def run_speed(args: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
     }
-    emit(
-        case=f"{args.size}x{args.size}",
-        block=args.block,
-        dtype=args.dtype,
-        options=options,
-        **seconds,
-        **shapes,
-    )
+    case = {"case": f"{args.size}x{args.size}", "block": args.block, "dtype": args.dtype}
+    emit({**case, "options": options, **seconds, **shapes})
 
 
 # --- whole models
@@ -375,7 +348,8 @@ def run_perplexity(args: argparse.Namespace) -> None:
         "perplexity": round(perplexity(model, token_rows(args.test)), 4),
         "overhead": round(wrappers / max(1, weights), 4),
     }
-    emit(**row, bytes_of_dense=round(size / dense_size, 4) if method else 1.0, cpu_s=cpu)
+    share = round(size / dense_size, 4) if method else 1.0
+    emit({**row, "bytes_of_dense": share, "cpu_s": cpu})
 
 
 def run_guarantee(args: argparse.Namespace) -> None:
@@ -408,7 +382,8 @@ def run_guarantee(args: argparse.Namespace) -> None:
             "options": " ".join(args.options),
         }
         worst = {"worst": round(max(found), 4), "median": round(sorted(found)[len(found) // 2], 4)}
-        emit(**row, linears=len(found), not_worse=sum(ratio <= 1 for ratio in found), **worst)
+        counts = {"linears": len(found), "not_worse": sum(ratio <= 1 for ratio in found)}
+        emit({**row, **counts, **worst})
 
 
 def output_loss(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import SHARED
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,6 @@ from compressor.evaluation import perplexity
 from compressor.run.pipeline import prune
 from compressor.runtime import load
 
-SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
 EXPERTS, CHOSEN, SEQ = 8, 2, 256
 
 

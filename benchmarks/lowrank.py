@@ -18,10 +18,7 @@ of models and token rows are those of benchmarks/ratios.py: COMPRESS_SHARED name
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -30,14 +27,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from common import SHARED, TESTS, emit, read
 
 import compressor
 from compressor.calibration.tokens import evaluation_rows
 from compressor.checkpoint.reader import Reader
 from compressor.evaluation import perplexity
 
-SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
-TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}
+MODELS = ["babyllama105", "books-1m"]
 KEEPS = ["80%", "70%", "60%", "50%"]
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
@@ -94,7 +91,7 @@ def measure(results: Path, models: list[str], methods: list[str], keeps: list[st
     cases = [("dense", "100%"), *((method, keep) for method in methods for keep in keeps)]
     for method, keep in cases:
         for model in models:
-            if (model, method, keep) in read(results):
+            if (model, method, keep) in read(results, KEY):
                 continue
             found = (
                 {"ppl": score(SHARED / "models" / model, model)}
@@ -102,25 +99,13 @@ def measure(results: Path, models: list[str], methods: list[str], keeps: list[st
                 else run(model, method, keep)
             )
             row = dict(zip(KEY, (model, method, keep), strict=True)) | found
-            row |= {
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "machine": platform.machine(),
-            }
-            with results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-
-
-def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {tuple(row[key] for key in KEY): row for row in map(json.loads, lines)}
+            emit(row, results)
 
 
 def table(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
     """Per model, a row a method: perplexity, and in brackets the rise of the loss in nats."""
     lines: list[str] = []
-    for model in TESTS:
+    for model in MODELS:
         dense = found.get((model, "dense", "100%"))
         if dense is None:
             continue
@@ -171,7 +156,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=Path("lowrank.jsonl"))
-    parser.add_argument("--model", nargs="+", default=list(TESTS), choices=TESTS)
+    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--keep", nargs="+", default=KEEPS, choices=KEEPS)
     parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
@@ -182,7 +167,7 @@ def main() -> None:
         return
     if not arguments.table:
         measure(arguments.results, arguments.model, arguments.method, arguments.keep)
-    print(table(read(arguments.results)))
+    print(table(read(arguments.results, KEY)))
 
 
 if __name__ == "__main__":

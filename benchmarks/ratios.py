@@ -18,9 +18,6 @@ names their parent.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import SHARED, TESTS, emit, read
 from torch import Tensor, nn
 
 from compressor.allocation.guard import Trial
@@ -46,8 +44,7 @@ from compressor.refine import refinement
 from compressor.run.check import plan_run
 from compressor.run.pipeline import calibrate
 
-SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
-TESTS = {"babyllama105": "tinystories-test", "books-1m": "books-test"}
+MODELS = ["babyllama105", "books-1m"]
 RATIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "owl": ("owl", {}),
@@ -184,24 +181,12 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, str, st
 def measure(arguments: argparse.Namespace) -> None:
     case: Case | None = None
     for row in rows(arguments):
-        if row in read(arguments.results):
+        if row in read(arguments.results, KEY):
             continue
         if case is None or (case.name, case.method) != row[:2]:
             case = load(*row[:2], arguments.models, arguments.data)
         found = dict(zip(KEY, row, strict=True)) | run(case, *row[2:])
-        found |= {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-        }
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
-
-
-def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {tuple(row[key] for key in KEY): row for row in map(json.loads, lines)}
+        emit(found, arguments.results)
 
 
 def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
@@ -209,7 +194,7 @@ def tables(found: dict[tuple[str, ...], dict[str, Any]]) -> str:
     rows.
     """
     lines: list[str] = []
-    for model in [name for name in TESTS if any(key[0] == name for key in found)]:
+    for model in [name for name in MODELS if any(key[0] == name for key in found)]:
         for grouped in (False, True):
             mine = {
                 key: row
@@ -248,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", default=list(TESTS), choices=list(TESTS))
+    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--method", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--refine", nargs="+", default=["", "dsnot"])
     parser.add_argument("--pattern", nargs="+", default=["50%", "60%", "70%", "2:4"])
@@ -266,7 +251,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.table:
         measure(arguments)
-    print(tables(read(arguments.results)))
+    print(tables(read(arguments.results, KEY)))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import SHARED, TESTS, emit
 from target import matched
 from torch import Tensor, nn
 
@@ -43,12 +41,6 @@ from compressor.pattern import Pattern
 from compressor.refine import refinement
 from compressor.stats import InputStats, collecting, output_error
 
-SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
-TESTS = {
-    "babyllama105": "tinystories-test",
-    "stories260K": "tinystories-test",
-    "books-1m": "books-test",
-}
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 REFINEMENTS = ["", "+dsnot", "+lsq", "+swap", "+admm"]
 CASES = [
@@ -264,30 +256,9 @@ def speed(rows: int, columns: int, device: str) -> None:
         started = clock()
         refined = refinement(name).refine(weight, pruned, stats, pattern)
         error = output_error(weight, refined, stats)  # waits for the device
-        emit(
-            refinement=name,
-            rows=rows,
-            columns=columns,
-            seconds=round(clock() - started, 2),
-            output_error=error,
-        )
-
-
-def emit(**row: object) -> None:
-    if torch.cuda.is_available():
-        row["peak_gb"], machine = (
-            round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            torch.cuda.get_device_name(),
-        )
-    else:
-        machine = platform.machine()
-    print(
-        json.dumps(
-            row
-            | {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine}
-        ),
-        flush=True,
-    )
+        row = {"refinement": name, "rows": rows, "columns": columns, "output_error": error}
+        peak = {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if cuda else {}
+        emit({**row, "seconds": round(clock() - started, 2), **peak})
 
 
 def table(results: list[dict[str, object]]) -> str:
@@ -346,7 +317,7 @@ def main() -> None:
                 if "+swap" in case and not pattern.m:
                     continue
                 results.append(run(canary, case, pattern))
-                emit(**results[-1])
+                emit(results[-1])
     print(table(results))
 
 

@@ -20,7 +20,8 @@ import argparse
 from statistics import mean
 
 import torch
-from lowrank import SHARED, TESTS
+from common import SHARED
+from lowrank import MODELS
 from torch import Tensor
 
 from compressor.config.recipe import Recipe
@@ -91,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", default=list(TESTS), choices=TESTS)
+    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS)
     for name in parser.parse_args().model:
         print(
             f"**{name}**\n\n| bytes | {' | '.join(f'{keep:.0%}' for keep in KEEPS)} |\n|---|"

@@ -280,7 +280,7 @@ def test_experts_of_a_block_are_one_column(cli, tiny, rows, tmp_path, monkeypatc
 
 
 def test_headings_say_which_module_where_the_last_word_does_not():
-    from compressor.plots.heatmap import headings
+    from compressor.plots.plan_map import headings
 
     names = ["attn.q", "attn.o", "mlp.up", "mlp.shared.up", "mlp.experts.*.up", "moe.experts.*.w1"]
     assert headings(names) == ["q", "o", "mlp\nup", "shared\nup", "experts\nup", "experts\nw1"]

@@ -65,18 +65,19 @@ def plan(
         if path:
             check_new_file(path)
     begin(quiet, verbose)
-    from compressor.plots import heatmap
+    from compressor.plots import picture, plan_map
     from compressor.run.pipeline import make_plan
 
     if plot:
-        heatmap.check_drawing(plot)
+        picture.check_picture(plot)
     with pruning_progress(quiet) as progress:
         choice = make_plan(merged, device=device, progress=progress)
     tell(choice.plan.reader.notes)
     PlanFile.of(choice).save(output)
     if plot:
         title = f"{Path(merged.model).name}: {_chosen(merged)}"
-        heatmap.draw(choice.plan, plot, title, _what_goes(choice.plan))
+        drawn = plan_map.heat_map(choice.plan, title, _what_goes(choice.plan))
+        picture.write_picture(drawn, plot)
     if as_json:
         print(json.dumps(choice.measured, indent=1))
         return
@@ -107,7 +108,7 @@ def _what_goes(plan: Plan) -> str:
 
 def _show(choice: Choice) -> None:
     from compressor.engine.plan import ShareRanks
-    from compressor.plots.heatmap import cells, sparsities
+    from compressor.plots.plan_map import cells, sparsities
 
     plan = choice.plan
     if isinstance(plan.choice, ShareRanks):
@@ -134,7 +135,7 @@ def _show(choice: Choice) -> None:
 
 def _print(title: str, columns: list[str], blocks: list[list[Text]]) -> None:
     """A row for each block, a column for each linear, in as many tables as the width takes."""
-    from compressor.plots.heatmap import headings
+    from compressor.plots.plan_map import headings
 
     heads = headings(columns)
     widths = [

@@ -1,4 +1,4 @@
-"""A chart as a PNG file, drawn by matplotlib from the same tree the page shows."""
+"""A chart as a file, drawn by matplotlib from the same tree the page shows."""
 
 from __future__ import annotations
 
@@ -6,41 +6,62 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from compressor.errors import OutputError
+from compressor.checkpoint.atomic import naming
+from compressor.errors import OutputError, UsageError
 from compressor.plots.charts import Chart
 from compressor.plots.colours import LIGHT
 from compressor.plots.need_matplotlib import require_matplotlib
 
 
+def check_picture(path: Path) -> None:
+    """Raise UsageError where a picture cannot be made: the library is not there, or the name is not
+    one of a picture.
+    """
+    require_matplotlib("--plot")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {path} ends in {path.suffix!r}; accepted: .png, .svg, .pdf")
+
+
+def write_picture(chart: Chart, path: Path) -> None:
+    """The chart in light colours, its title on top. The same chart gives the same bytes.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    metadata: dict[str, Any] = {"Title": chart.title}
+    if path.suffix.lower() == ".png":
+        metadata |= {"Description": chart.text, "Software": None}
+    elif path.suffix.lower() == ".svg":
+        metadata |= {"Description": chart.text, "Date": None}
+    else:
+        metadata |= {"Subject": chart.text, "CreationDate": None}
+    with matplotlib.rc_context({"svg.hashsalt": "compress"}), naming(path):
+        figure = Figure(facecolor=LIGHT["page"])
+        _draw(figure, chart)
+        figure.savefig(path, dpi=200, metadata=metadata)
+
+
 def write_pictures(charts: list[Chart], folder: Path) -> None:
-    """One file for each chart in `folder`, which is made if need be. Light colours; the title is
-    drawn on top.
+    """One PNG file for each chart in `folder`, which is made if need be.
 
     Raises:
         UsageError: matplotlib is not installed.
         OutputError: a file is there already, or cannot be written.
     """
     require_matplotlib("--png")
-    from matplotlib.figure import Figure
-
-    for chart in charts:
-        if (folder / f"{chart.name}.png").exists():
+    paths = [folder / f"{chart.name}.png" for chart in charts]
+    for path in paths:
+        if path.exists():
             raise OutputError(
-                f"{folder / f'{chart.name}.png'} exists already; choose another folder with --png "
-                f"or remove it"
+                f"{path} exists already; choose another folder with --png or remove it"
             )
-    try:
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for chart in charts:
-            figure = Figure(facecolor=LIGHT["page"])
-            _draw(figure, chart)
-            figure.savefig(
-                folder / f"{chart.name}.png",
-                dpi=200,
-                metadata={"Title": chart.title, "Description": chart.text},
-            )
-    except OSError as error:
-        raise OutputError(f"{folder} could not be written: {error.strerror or error}") from None
+    for chart, path in zip(charts, paths, strict=True):
+        write_picture(chart, path)
 
 
 def _draw(figure: Any, chart: Chart) -> None:

@@ -1,20 +1,19 @@
-"""A picture of a plan: blocks by linears, what goes of each as a colour and a number."""
+"""A plan as a map of blocks by linears: what goes of each, for the table and as a heat map."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
-from compressor.errors import OutputError, UsageError
-from compressor.plots.need_matplotlib import require_matplotlib
+from compressor.plots import charts
+from compressor.plots.charts import Chart
 from compressor.text import part
 
 if TYPE_CHECKING:
     from compressor.engine.plan import Plan
-from compressor.engine.task import Task
+    from compressor.engine.task import Task
 
 T = TypeVar("T")
 
@@ -60,47 +59,21 @@ def sparsities(plan: Plan) -> tuple[list[str], list[list[list[float]]]]:
     return cells(plan, lambda task: task.removed, 0.0)
 
 
-def check_drawing(path: Path) -> None:
-    """Raise UsageError where a picture cannot be made: the library is not there, or the name is not
-    one of a picture.
-    """
-    require_matplotlib("--plot")
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot {path} ends in {path.suffix!r}; accepted: .png, .svg, .pdf")
-
-
-def draw(plan: Plan, path: Path, title: str, what: str) -> None:
-    """Draw the plan of `plan`, `what` goes of each linear (of experts the mean), into the file
-    `path`. Raises OutputError.
-    """
-    from matplotlib.figure import Figure
-
+def heat_map(plan: Plan, title: str, what: str) -> Chart:
+    """The plan as a chart: `what` goes of each linear, in per cent; of experts the mean."""
     columns, rows = sparsities(plan)
-    figure = Figure(
-        figsize=(1.6 + 0.9 * len(columns), 1.8 + 0.34 * len(rows)), layout="constrained"
-    )
-    axes = figure.add_subplot()
-    values = [[100 * fmean(each) if each else float("nan") for each in row] for row in rows]
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            if value == value:
-                axes.text(
-                    x,
-                    y,
-                    f"{value:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if value < 60 else "black",
-                )
-    axes.set_xticks(range(len(columns)), headings(columns), rotation=35, ha="right")
-    axes.set_yticks(range(len(rows)))
-    axes.set_ylabel("block")
-    axes.set_title(title, fontsize=10)
+    values = {
+        (block, column): 100 * fmean(each)
+        for block, row in enumerate(rows)
+        for column, each in zip(columns, row, strict=True)
+        if each
+    }
     mean = "; of experts the mean" if any("*" in name for name in columns) else ""
-    figure.colorbar(image, label=f"{what}, %{mean}")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+    return charts.heat_map(
+        "plan",
+        f"{title}: {what}, %{mean}",
+        range(len(rows)),
+        values,
+        lambda value: f"{value:.1f} %",
+        "no such linear",
+    )
