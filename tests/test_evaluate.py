@@ -151,12 +151,12 @@ def test_two_data_sets_of_one_name_stay_apart(demo_model, rows, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"seq_len": 1}, "seq-len is 1"),
+        ({"seq_len": 1}, "`seq_len` is 1"),
         ({"seq_len": 513}, "longer than the 512 tokens"),
-        ({"limit": 0}, "limit is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"batch_size": 0}, "batch-size is 0"),
-        ({"num_fewshot": -1}, "num-fewshot is -1"),
+        ({"limit": 0}, "`limit` is 0"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"num_fewshot": -1}, "`num_fewshot` is -1"),
     ],
 )
 def test_bad_settings(demo_model, rows, settings, match):

@@ -22,7 +22,16 @@ from compressor_kernels.packing import pack24
 from tests.conftest import ROOT
 
 OUT, IN = 24, 32
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int16: "I16"}
+NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 each_form = pytest.mark.parametrize("name", FORMATS)
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import compressor
 from compressor.config.recipe import Recipe
+from compressor.errors import UsageError
 from compressor.run.pipeline import prune
 from compressor_kernels.layouts import Dense, InFragments, Stored
 from compressor_kernels.linear import LowRankLinear, PackedLinear
@@ -187,7 +188,9 @@ def test_what_is_packed_is_frozen_and_the_rest_trains(folder, tmp_path, family, 
     )
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
     if form != "low rank":
-        with pytest.raises(ValueError, match="fine-tuning on purely quantized models"):
+        with pytest.raises(
+            UsageError, match=r"packed 2:4 weights are frozen: call model\.dequantize"
+        ):
             Trainer(model, arguments, train_dataset=rows)
         return
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -107,7 +107,7 @@ def test_refuses_what_cannot_be_searched(pattern):
     with pytest.raises(
         UsageError,
         match=(
-            r"--refine swap tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)"
+            r"`refine='swap'` tries every mask of a group.*(50% has no groups|8:16 has 12870 masks)"
         ),
     ):
         refine(weight, pruned, stats, Pattern.parse(pattern))

@@ -353,9 +353,11 @@ def _dtype(tensor: Tensor) -> str:
         "float16": "F16",
         "bfloat16": "BF16",
         "float64": "F64",
-        "int16": "I16",
-        "uint8": "U8",
-        "int8": "I8",
+        "float8_e4m3fn": "F8_E4M3",
+        "float8_e5m2": "F8_E5M2",
         "int32": "I32",
+        "int16": "I16",
+        "int8": "I8",
+        "uint8": "U8",
     }
     return names[str(tensor.dtype).removeprefix("torch.")]

@@ -7,6 +7,7 @@ experts are linears by `experts`.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterable
@@ -311,13 +312,44 @@ class Skeleton:
 
 
 def computes_as_linear(module: nn.Module) -> bool:
-    """Whether a module computes y = W x + b from its weight: a subclass of nn.Linear may do else
-    (a product for each group of inputs), and then neither statistics nor packed modules fit it.
+    """Whether a module computes y = W x + b from its weight. A subclass of nn.Linear may do else (a
+    product for each group of inputs): then neither statistics nor packed modules fit it.
     """
     from transformers.pytorch_utils import Conv1D
 
     forward = type(module).forward
-    return forward is nn.Linear.forward or forward is Conv1D.forward
+    if forward is nn.Linear.forward or forward is Conv1D.forward:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    key = (type(module), module.in_features, module.out_features, module.bias is None)
+    if key not in _MULTIPLIES:
+        _MULTIPLIES[key] = _multiplies(module)
+    return _MULTIPLIES[key]
+
+
+_MULTIPLIES: dict[tuple[type, int, int, bool], bool] = {}
+"""What was found of subclasses with a forward of their own, by class and shape."""
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a forward that is not that of nn.Linear gives its result, tried on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.copy(module)  # its tensors only: whatever else the forward looks at stays
+    twin._parameters = {
+        name: None
+        if tensor is None
+        else nn.Parameter(torch.randn(tensor.shape, generator=generator))
+        for name, tensor in module._parameters.items()
+    }
+    x = torch.randn(1, 3, module.in_features, generator=generator)
+    try:
+        y = twin.forward(x)
+    except Exception:  # whatever it wants is not what nn.Linear takes
+        return False
+    exact = nn.functional.linear(x, twin.weight, twin.bias)
+    return y.shape == exact.shape and torch.allclose(y, exact, rtol=1e-4, atol=1e-4)
 
 
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.checkpoint.reader import Entry, read_header
 from compressor.errors import CheckpointError
 from compressor.formats import FORMATS, PACKED
 from compressor.model import hf_conversion
 
 _SUFFIXES = {suffix for name in PACKED for suffix in FORMATS[name].SUFFIXES}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_WHOLE = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
 
 
 def check_files(
@@ -70,7 +73,8 @@ def _check_one(folder: Path, name: str, entry: Entry, expected: Any) -> None:
             f"{folder}: {name} has shape {list(entry.shape)}; as config.json describes it, it has "
             f"{list(expected.shape)}"
         )
-    if entry.dtype not in (_FLOATS if expected.is_floating_point() else ("I16",)):
+    stored_as = _FLOATS if expected.is_floating_point() else (_WHOLE.get(expected.dtype),)
+    if entry.dtype not in stored_as:
         raise CheckpointError(f"{folder}: {name} is stored as {entry.dtype}, which cannot be")
 
 
