@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from compressor import doctor
 from compressor_kernels.cpu import build
+from compressor_kernels.linear import Sparse24Linear
 from tests.cpu_problems import here
 
 
@@ -88,3 +90,15 @@ def test_versions_outside_the_tested_range(monkeypatch, version, state):
     )
     (finding,) = [finding for finding in doctor.examine() if finding.name == "transformers"]
     assert finding.state == state
+
+
+def test_the_layout_that_a_linear_is_loaded_in_is_tried_too(monkeypatch):
+    def damaged(self):
+        with torch.no_grad():
+            self.weight_values.neg_()
+
+    monkeypatch.setattr(doctor, "_cpu_kernels", lambda build: ("ok", "compiled"))
+    monkeypatch.setattr(Sparse24Linear, "prepare_", damaged)
+    state, text = doctor._kernel("cpu")
+    assert state == "broken"
+    assert "is off by 2" in text
