@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor.calibration import tokens
 from compressor.checkpoint.digest import checkpoint_digest
-from compressor.checkpoint.packed_config import packed_modules
+from compressor.checkpoint.packed_config import stored_modules
 from compressor.checkpoint.reader import Reader, resolve
 from compressor.errors import CheckpointError, DataError, UsageError
 from compressor.formats import form_class
@@ -191,7 +191,7 @@ class Candidate:
             if self.dtype != "auto"
             else str(self.config.dtype or torch.float32).removeprefix("torch.")
         )
-        modules = packed_modules(self.reader.config)
+        modules = stored_modules(self.reader.config, self.reader.tensors)
         stored = packed_headers(self.reader.tensors)
         numbers = sum(
             math.prod(entry.shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint.packed_config import packed_modules
+from compressor.checkpoint.packed_config import stored_modules
 from compressor.checkpoint.reader import ITEM_BITS, Reader, read_json
 from compressor.errors import CheckpointError
 
@@ -20,7 +20,7 @@ def describe(reader: Reader) -> dict[str, Any]:
     Sparsity is known where a report is; factors have none. Raises CheckpointError where they do not
     belong together.
     """
-    modules = packed_modules(reader.config)
+    modules = stored_modules(reader.config, reader.tensors)
     zeros = _reported_zeros(reader.folder / "report.json")
     linears = [
         *_packed_linears(reader, modules, zeros),

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.packed_config import TRANSPOSED, packed_modules, plain_config
+from compressor.checkpoint.packed_config import TRANSPOSED, plain_config, stored_modules
 from compressor.checkpoint.reader import INDEX, Entry, Reader
 from compressor.checkpoint.side_files import side_files
 from compressor.errors import CompressError
@@ -90,7 +90,7 @@ def _unpacked(reader: Reader) -> Reader:
     dense.config = plain_config(reader.config)
     dense.tensors = dict(reader.tensors)
     stored = packed_headers(reader.tensors)
-    for name, entry in packed_modules(reader.config).items():
+    for name, entry in stored_modules(reader.config, reader.tensors).items():
         dtype, shape = check_headers(name, entry, parts := stored.get(name, {}))
         shard = dense.tensors[f"{name}.{next(iter(parts))}"].shard
         for suffix in parts:

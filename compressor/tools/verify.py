@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor.checkpoint import manifest
-from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, packed_modules
+from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, stored_modules
 from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CompressError, NumericalError
 from compressor.formats import Form, form_class
@@ -48,7 +48,7 @@ def verify(
     found = {"files": 0, "tensors": 0, "linears": 0, "problems": manifest.problems(folder)}
     try:
         reader = Reader(folder)
-        modules = packed_modules(reader.config)
+        modules = stored_modules(reader.config, reader.tensors)
         rows = {row["name"]: row for row in _report(folder).get("linears", [])}
     except (CompressError, TypeError, KeyError, AttributeError) as error:
         found["problems"].append(
