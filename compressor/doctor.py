@@ -196,6 +196,7 @@ def _kernel(kind: str) -> tuple[str, str]:
     import torch
 
     from compressor.formats.sparse24 import Sparse24
+    from compressor_kernels.linear import Sparse24Linear
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
@@ -204,7 +205,7 @@ def _kernel(kind: str) -> tuple[str, str]:
     )
     weight, x = weight.bfloat16(), torch.randn(3, 128, generator=generator).bfloat16()
     form = Sparse24.from_dense(weight)
-    module = form.module(form.entry, 128, 64, bias=False, dtype=torch.bfloat16)
+    module = Sparse24Linear(128, 64, bias=False, dtype=torch.bfloat16)
     module.load_state_dict(form.pack())
     exact = x.double() @ weight.double().T
 

@@ -15,7 +15,7 @@ from compressor.checkpoint.work_state import is_complete, report_path, work_path
 from compressor.config.recipe import Recipe
 from compressor.errors import OutputError
 from compressor.run import pipeline
-from compressor.run.journal import Journal
+from compressor.run.journal import Journal, is_running
 
 CASES = {
     "magnitude": {"method": "magnitude"},
@@ -383,3 +383,11 @@ def test_hidden_states_are_the_same_wherever_they_rest(tmp_path, dtype):
         assert len(again[1:3]) == 2
         with pytest.raises(IndexError):
             again[5]
+
+
+def test_a_run_is_known_while_a_process_is_at_it(tmp_path):
+    output = tmp_path / "out"
+    assert not is_running(output)
+    with Journal(output, {}, {}):
+        assert is_running(output)
+    assert not is_running(output)

@@ -101,9 +101,7 @@ def main() -> None:
         "TOKENIZERS_PARALLELISM", "false"
     )  # its warning about forks is not for our users
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(
-            number, lambda received, _: sys.exit(128 + received)
-        )  # unwinds, so that nothing half-written stays
+        signal.signal(number, _end)
     with safe_streams():
         try:
             _run()
@@ -113,6 +111,14 @@ def main() -> None:
             where = error.filename or "standard output"
             print(f"error: {error.strerror or error}: {where}", file=sys.stderr)
             sys.exit(1)
+
+
+def _end(received: int, _: object) -> None:
+    """Unwind, so that nothing half-written stays. One that ends already says its own line first:
+    torchrun sends a signal just when a process finds that another is gone.
+    """
+    if not isinstance(sys.exception(), CompressError):
+        sys.exit(128 + received)
 
 
 def _run() -> None:

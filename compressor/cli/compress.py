@@ -5,6 +5,7 @@ done, or run and show what was done.
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def run_and_show(
 ) -> None:
     """Prune and print the result; of several processes the first one speaks."""
     from compressor.errors import InterruptedRun, ProcessError
-    from compressor.run.journal import describe
+    from compressor.run.journal import describe, is_running
     from compressor.run.pipeline import prune as compress
 
     try:
@@ -63,6 +64,12 @@ def run_and_show(
             )
     except (KeyboardInterrupt, SystemExit) as end:
         code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 130
+        if code == 128 + signal.SIGTERM and not speaks() and not is_running(output):
+            # torchrun ends the others so when one is gone
+            raise ProcessError(
+                "another process of this run is gone: torchrun ended this one; "
+                f"{describe(output) or 'nothing was written'}"
+            ) from None
         raise InterruptedRun(
             f"interrupted: {describe(output) or 'nothing was written'}", code
         ) from None

@@ -77,6 +77,23 @@ def describe(output: Path) -> str | None:
     )
 
 
+def is_running(output: Path) -> bool:
+    """Whether a process, on this machine, is at the run that makes `output`."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(work_path(output) / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 class Journal:
     """The work state of one run; a context manager.
 
