@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from compressor.calibration import chat
 from compressor.calibration.dataset import Record, on_hub, records
 from compressor.calibration.dataset import check_dataset as check_dataset
+from compressor.checkpoint.dequantised import DequantisedReader, open_model
 from compressor.checkpoint.side_files import lfs_pointer, side_files
-from compressor.errors import DataError
+from compressor.errors import CompressError, DataError
 from compressor.free_memory import free_memory
+from compressor.model.whole import load_dequantised
 from compressor.text import size
 
 if TYPE_CHECKING:
@@ -276,10 +278,13 @@ def sample_from_model(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         start = first_token(config, folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=trust_remote_code
-        )
-    except DataError:
+        reader, options = open_model(folder), {"trust_remote_code": trust_remote_code}
+        model: Any
+        if isinstance(reader, DequantisedReader):
+            model = load_dequantised(reader, dtype="auto", **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
         raise DataError(
@@ -330,7 +335,7 @@ def _require_memory(folder: Path, device: str) -> None:
     """
     import torch
 
-    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = open_model(folder).nbytes
     free = {"cpu": free_memory()}
     if device.startswith("cuda"):
         free[device] = torch.cuda.mem_get_info(device)[0]

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from compressor.checkpoint.side_files import (
     lfs_pointer,
     side_files,
 )
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, OutputError
 from compressor.text import home_path
 
 ITEM_BITS = {
@@ -32,6 +32,7 @@ ITEM_BITS = {
     "BF16": 16, "I16": 16, "U16": 16,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
 }  # fmt: skip
+_COPY = 1 << 24  # bytes read at once of a tensor that is copied
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 _SIZE = re.compile(
     "size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group"
@@ -226,7 +227,8 @@ class Reader:
         Args:
             code: whether its Python files do.
         """
-        names = left_files(self.folder, self.shards, code=code)
+        used = [*self.shards, *([INDEX] if self.index is not None else [])]  # it is made anew
+        names = left_files(self.folder, used, code=code)
         if not names:
             return []
         some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -265,20 +267,28 @@ class Reader:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return self.nbytes
+
+    def check_scales(self) -> None:
+        """Nothing: no tensor has scales."""
+
     @contextmanager
-    def opened(self) -> Iterator[Any]:
-        """A function `name -> lazy slice` (safetensors' own), valid inside the `with`.
+    def files(self) -> Iterator[Callable[[str, str], Any]]:
+        """A function `(shard, name on disk) -> lazy slice` (safetensors' own), valid inside the
+        `with`.
 
         The files are closed at its end: pages of a file that stays mapped count as memory of the
-            process.
+        process.
         """
         from safetensors import SafetensorError, safe_open
 
         handles: dict[str, Any] = {}
         with ExitStack() as stack:
 
-            def lazy(name: str) -> Any:
-                shard = self.tensors[name].shard
+            def lazy(shard: str, name: str) -> Any:
                 try:
                     if shard not in handles:
                         handles[shard] = stack.enter_context(
@@ -292,10 +302,40 @@ class Reader:
 
             yield lazy
 
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Any]]:
+        """A function `name -> lazy slice`, valid inside the `with`; `[...]`, `[index]` and
+        `[start:stop]` of a slice read that much.
+        """
+        with self.files() as lazy:
+            yield lambda name: lazy(self.tensors[name].shard, name)
+
+    def chunks(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of a tensor, some at a time."""
+        yield from self.stored_bytes(self.tensors[name])
+
+    def stored_bytes(self, entry: Entry) -> Iterator[bytes]:
+        """The bytes on disk of a tensor, some at a time."""
+        yield from byte_range(self.folder / entry.shard, entry.start, entry.stop)
+
     def read(self, name: str, at: int | None = None) -> Any:
         """One tensor, or only `tensor[at]`, as a copy of its own in memory."""
         with self.opened() as lazy:
             return (lazy(name)[...] if at is None else lazy(name)[at]).clone()
+
+
+def byte_range(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes `[start, stop)` of a file, some at a time. Raises OutputError where it ends before:
+    a file does not become shorter while a run uses it.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop:
+            data = file.read(min(stop - start, _COPY))
+            if not data:
+                raise OutputError(f"{path} became shorter while it was read")
+            yield data
+            start += len(data)
 
 
 def check_sizes(reader: Reader, config: Any) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import tokens
+from compressor.checkpoint.dequantised import open_model
 from compressor.checkpoint.digest import checkpoint_digest
 from compressor.checkpoint.packed_config import stored_modules
 from compressor.checkpoint.reader import Reader, resolve
@@ -191,11 +192,12 @@ class Candidate:
             if self.dtype != "auto"
             else str(self.config.dtype or torch.float32).removeprefix("torch.")
         )
-        modules = stored_modules(self.reader.config, self.reader.tensors)
-        stored = packed_headers(self.reader.tensors)
+        reader = open_model(self.folder)
+        modules = stored_modules(reader.config, reader.tensors)
+        stored = packed_headers(reader.tensors)
         numbers = sum(
             math.prod(entry.shape)
-            for name, entry in self.reader.tensors.items()
+            for name, entry in reader.tensors.items()
             if name.rpartition(".")[0] not in modules or name.endswith(".bias")
         )
         for name, entry in modules.items():

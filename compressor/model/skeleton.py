@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint.dequantised import DequantisedReader, described_quantisation
+from compressor.checkpoint.packed_config import QUANT_METHOD
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import hf_conversion
@@ -117,7 +119,7 @@ class Skeleton:
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
         check_sizes(reader, self.config)
-        self.model = _on_meta(self.config, self.dtype, trust_remote_code)
+        self.model = on_meta(self.config, self.dtype, trust_remote_code)
         self.path, self.blocks = _decoder_blocks(self.model, self.config)
         self.sources = hf_conversion.sources(self.model, reader.tensors)
         self.on_disk = {
@@ -385,15 +387,11 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     kind = reader.config.get("model_type")
-    if reader.config.get("quantization_config"):
-        described = reader.config["quantization_config"]
-        method = described.get("quant_method") if isinstance(described, dict) else described
-        raise CheckpointError(
-            f"{reader.folder} is quantised or compressed already ({method}); give the original "
-            f"checkpoint"
-        )
+    described = described_quantisation(reader.config) or reader.config.get("quantization_config")
+    if described:
+        raise CheckpointError(f"{reader.folder} {_why_not_dense(described)}")
     try:
-        return AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not take
         import transformers
 
@@ -407,9 +405,28 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
             f"{reader.folder}: architecture {kind!r} cannot be used with transformers "
             f"{transformers.__version__}: {reason}"
         ) from None
+    if isinstance(reader, DequantisedReader):
+        for part in (config, config.get_text_config()):
+            vars(part).pop("quantization_config", None)
+            part.dtype = torch.bfloat16
+    return config
 
 
-def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _why_not_dense(described: Any) -> str:
+    """Why a checkpoint with this `quantization_config` cannot be compressed, and what to do."""
+    method = described.get("quant_method") if isinstance(described, Mapping) else described
+    if method == QUANT_METHOD:
+        return "is compressed already; give the original checkpoint, or `compress unpack` it"
+    return (
+        f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
+        f"other forms give the original checkpoint, in bfloat16, float16 or float32"
+    )
+
+
+def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The causal language model of a transformers config, in eval mode, its parameters on the meta
+    device. Raises CheckpointError.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 

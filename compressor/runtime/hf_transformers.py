@@ -27,6 +27,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressor.checkpoint.dequantised import DequantisedReader, open_model
 from compressor.checkpoint.packed_config import (
     GUARD,
     QUANT_METHOD,
@@ -39,6 +40,7 @@ from compressor.errors import CheckpointError, CompressError, UsageError
 from compressor.formats import form_class
 from compressor.model import hf_conversion
 from compressor.model.hf_conversion import whole_names
+from compressor.model.whole import load_dequantised
 from compressor.runtime import guard, placement
 from compressor.runtime.completeness import check_files, check_loaded
 from compressor.runtime.dequantize import make_plain
@@ -237,10 +239,12 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
         del options["quantization_config"]  # no wish; transformers would drop the folder's own
     asked = _RUNTIME.set(runtime)
     try:
-        _check_folder(Path(path) / (options.get("subfolder") or ""), options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, **options, output_loading_info=True
-        )
+        reader = _checked(Path(path) / (options.get("subfolder") or ""), options)
+        loaded: Any
+        if isinstance(reader, DequantisedReader):
+            loaded = load_dequantised(reader, **options, output_loading_info=True)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
     except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
@@ -263,11 +267,15 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     return (model.eval(), info) if told else model.eval()
 
 
-def _check_folder(folder: Path, options: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a local folder has a config.json that is not of its weights."""
-    if folder.is_dir() and not options.get("variant") and not options.get("config"):
-        code = options.get("trust_remote_code", False)
-        check_sizes(Reader(folder), AutoConfig.from_pretrained(folder, trust_remote_code=code))
+def _checked(folder: Path, options: Mapping[str, Any]) -> Reader | None:
+    """The checkpoint of a local folder. Raises CheckpointError where its config.json is not of its
+    weights.
+    """
+    if not folder.is_dir() or options.get("variant") or options.get("config"):
+        return None
+    reader, code = open_model(folder), options.get("trust_remote_code", False)
+    check_sizes(reader, AutoConfig.from_pretrained(folder, trust_remote_code=code))
+    return reader
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
