@@ -38,8 +38,8 @@ _SIZE = re.compile(
     "size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group"
 )  # in keys of config.json
 _LENGTH = re.compile(
-    "chunk|window|image|patch|audio"
-)  # in keys that measure the input, not the model
+    "chunk|window|image|patch|audio|theta"
+)  # in keys that measure the input, or the angle of a rotation, not the model
 _MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
 _MAX_NAME = 500  # characters of a tensor's name, which is printed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -42,7 +42,7 @@ def compress(
     from compressor.run.check import plan_run
 
     plan = plan_run(recipe, output)
-    tell(plan.reader.notes)
+    tell(plan.notes)
     if as_json:
         print(json.dumps(plan_facts(plan, recipe), indent=1))
     else:

@@ -23,6 +23,7 @@ from compressor.checkpoint.packed_config import QUANT_METHOD
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import hf_conversion
+from compressor.model.architecture import decoder_blocks, is_wrapper, on_meta, text_path
 from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
 
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,14 +34,14 @@ class Linear:
     """One weight matrix of a block.
 
     Attributes:
-        name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that
-            of its tensor on disk.
+        name: of its tensor on disk, without `.weight`: `model.layers.0.self_attn.q_proj`.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
         transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
         at: its place along the first dimension of a tensor that holds the matrices of all experts;
             None otherwise.
         experts: name of the module whose expert it belongs to; empty for a linear of its own.
+        path: of its module in transformers' model, where that is another than `name`.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Linear:
     transposed: bool
     at: int | None = None
     experts: str = ""
+    path: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called by."""
+        return (self.name, self.path) if self.path else (self.name,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,7 +66,9 @@ class Linear:
     @property
     def parameter(self) -> str:
         """Name of the parameter that holds the weight; the experts of a block share theirs."""
-        return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
+        if self.experts:
+            return f"{self.experts}.{self.module.parameter}"
+        return f"{self.path or self.name}.weight"
 
     @property
     def size(self) -> int:
@@ -96,6 +105,21 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Other:
+    """A parameter of a block that is no linear's weight: its name on disk, that in transformers'
+    model, its shape, and what it is.
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+CONVOLUTION = "a convolution"
+
+
 class Skeleton:
     """The model of `reader`'s checkpoint with every parameter on the meta device.
 
@@ -103,6 +127,7 @@ class Skeleton:
         model: the transformers model, in eval mode.
         blocks: its decoder blocks; `path` is their name, such as `model.layers`.
         dtype: what blocks are loaded and computed in.
+        is_wrapper: the model is multimodal; its text model's blocks are the blocks.
         trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
@@ -119,8 +144,11 @@ class Skeleton:
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
         check_sizes(reader, self.config)
-        self.model = on_meta(self.config, self.dtype, trust_remote_code)
-        self.path, self.blocks = _decoder_blocks(self.model, self.config)
+        architectures = reader.config.get("architectures")
+        self.model = on_meta(self.config, self.dtype, trust_remote_code, architectures or ())
+        self.path, self.blocks = decoder_blocks(self.model, self.config)
+        self.is_wrapper = is_wrapper(self.model)
+        self._text = text_path(self.model) if self.is_wrapper else ""
         self.sources = hf_conversion.sources(self.model, reader.tensors)
         self.on_disk = {
             parameter: [name for name, _ in found] for parameter, found in self.sources.items()
@@ -156,7 +184,8 @@ class Skeleton:
                     raise CheckpointError(
                         f"{self.reader.folder}: {name} has shape {list(shape)}, {expected}"
                     )
-        ties = self.config.get_text_config().tie_word_embeddings
+        configs = (self.config, self.config.get_text_config())
+        ties = any(getattr(config, "tie_word_embeddings", False) for config in configs)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or {}) if ties else set()
         missing = sorted(
             name
@@ -236,7 +265,10 @@ class Skeleton:
         wanted = [
             name
             for name in self.on_disk
-            if name in known and name.startswith(prefix) and not name.startswith(f"{self.path}.")
+            if name in known
+            and name.startswith(prefix)
+            and not name.startswith(f"{self.path}.")
+            and self._is_text(name)
         ]
         self._load(wanted)
         for name, module in inner.named_modules():
@@ -246,9 +278,27 @@ class Skeleton:
                 and not full.startswith(f"{self.path}.")
                 and not self.path.startswith(f"{full}.")
                 and name
+                and self._is_text(f"{full}.")
             ):
                 module.to(device)
         return inner
+
+    def _is_text(self, name: str) -> bool:
+        """Whether text needs a parameter: in a wrapper, of the text model or beside the body."""
+        if not self.is_wrapper:
+            return True
+        body = f"{self.model.base_model_prefix}."
+        return name.startswith(f"{self._text}.") or (body != "." and not name.startswith(body))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about how it is compressed."""
+        if not self.is_wrapper:
+            return []
+        return [
+            f"{type(self.model).__name__} is multimodal: the blocks of its text model "
+            f"({self.path}) are compressed, calibrated on text alone; everything else is copied"
+        ]
 
     def free_embeddings(self) -> None:
         """Return the memory of everything outside the blocks; rotary tables and other small buffers
@@ -268,7 +318,7 @@ class Skeleton:
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
                 if len(tensors) == 1 and f"{name}.weight" not in routers:
-                    found.append(Linear(full, tensors[0], module, isinstance(module, Conv1D)))
+                    found.append(_own_linear(full, tensors[0], module, isinstance(module, Conv1D)))
         return found + self._experts[index]
 
     def _routers(self, index: int) -> set[str]:
@@ -287,9 +337,9 @@ class Skeleton:
                     found.add(name)
         return found
 
-    def others(self, index: int) -> list[tuple[str, tuple[int, ...], str]]:
+    def others(self, index: int) -> list[Other]:
         """Parameters of block `index` with two dimensions or more that are no weight of
-        `linears(index)`, and what they are.
+        `linears(index)`.
         """
         routers, inside = (
             self._routers(index),
@@ -305,12 +355,25 @@ class Skeleton:
                 reason = "router"
             elif name.endswith("_bias") and name.startswith(tuple(inside)):
                 reason = "biases of experts"
-            elif isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            elif isinstance(owner := block.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 reason = "a linear layer with a computation of its own"
+            elif isinstance(owner, nn.Conv1d | nn.Conv2d):
+                reason = CONVOLUTION
             else:
                 reason = "not a linear layer"
-            found.append((full, shape, reason))
+            found.append(Other(*self._named(full), shape, reason))
         return found
+
+    def _named(self, parameter: str) -> tuple[str, str]:
+        """The name on disk of a parameter that is a tensor there, and that of the parameter."""
+        tensors = self.on_disk.get(parameter, [])
+        return (tensors[0] if len(tensors) == 1 else parameter), parameter
+
+
+def _own_linear(path: str, tensor: str, module: nn.Module, transposed: bool) -> Linear:
+    """The linear of the module `path`, named as its tensor is."""
+    name = tensor.removesuffix(".weight")
+    return Linear(name, tensor, module, transposed, path="" if name == path else path)
 
 
 def computes_as_linear(module: nn.Module) -> bool:
@@ -421,46 +484,6 @@ def _why_not_dense(described: Any) -> str:
         f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
         f"other forms give the original checkpoint, in bfloat16, float16 or float32"
     )
-
-
-def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The causal language model of a transformers config, in eval mode, its parameters on the meta
-    device. Raises CheckpointError.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"architecture {config.model_type!r} is no causal language model that can be built: "
-            f"{reason}"
-        ) from None
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def _decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList as long as the config has layers; true of every decoder family
-    tried.
-    """
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not lists:
-        raise CheckpointError(
-            f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could "
-            f"be found"
-        )
-    return min(lists, key=lambda item: item[0].count("."))
 
 
 def _stored_dtype(reader: Reader) -> torch.dtype:

@@ -84,7 +84,8 @@ def _infinite(reader: Reader, name: str) -> Iterator[str]:
 
     try:
         tensor = reader.read(name)
-        if tensor.is_floating_point() and tensor.numel():
+        limit = tensor.dim() == 0 and not bool(tensor.isnan())  # "no limit" is stored as infinite
+        if tensor.is_floating_point() and tensor.numel() and not limit:
             # aminmax knows no 8-bit floats
             require_finite(name, tensor.float() if tensor.itemsize < 2 else tensor)
     except (CheckpointError, NumericalError) as error:
@@ -121,17 +122,29 @@ def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
     """A linear stored with zeros in place: as sparse as the report says, and legal in its
     pattern.
     """
-    name = f"{row['name']}.weight"
-    if name not in reader.tensors:
-        yield f"{name}, which report.json names, is not there"
+    place = _place(reader, row["name"])
+    if place is None:
+        yield f"{row['name']}.weight, which report.json names, is not there"
         return
-    weight = reader.read(name)
+    weight = reader.read(*place)
     yield from _as_reported(row["name"], Dense(weight), row)
     pattern = Pattern.parse(str(row["pattern"])) if row.get("pattern") else None
     if pattern and not (
         _legal(pattern, weight) or _legal(pattern, weight.T)
     ):  # gpt2's Conv1D stores [in, out]
         yield f"{row['name']} has a group with more non-zeros than the pattern {pattern} allows"
+
+
+def _place(reader: Reader, name: str) -> tuple[str, int | None] | None:
+    """The tensor of a plain linear, and its place in it where all experts share one."""
+    if f"{name}.weight" in reader.tensors:
+        return f"{name}.weight", None
+    shared, _, number = name.rpartition(".")
+    for tensor in (shared, f"{shared}.weight"):
+        shape = reader.tensors[tensor].shape if tensor in reader.tensors else ()
+        if len(shape) == 3 and number.isdecimal() and int(number) < shape[0]:
+            return tensor, int(number)
+    return None
 
 
 def _legal(pattern: Pattern, weight: Tensor) -> bool:
