@@ -1,5 +1,5 @@
-"""Multimodal checkpoints: the text model's blocks are compressed, everything else is copied, and the
-result loads as a language model and as the multimodal one.
+"""Multimodal checkpoints: the text model's blocks are compressed, everything else is copied, and
+the result loads as a language model and as the multimodal one.
 """
 
 from fnmatch import fnmatchcase

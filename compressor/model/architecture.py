@@ -54,12 +54,8 @@ def on_meta(
 
 def is_wrapper(model: Any) -> bool:
     """Whether a model is multimodal, with a text model inside."""
-    from transformers.models.auto import modeling_auto
-
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type)
-    return type(model).__name__ in _wrappers(model.config.model_type) and (
-        type(model).__name__ != causal
-    )
+    inside = model.config.get_text_config(decoder=True) is not model.config
+    return inside and type(model).__name__ in _wrappers(model.config.model_type)
 
 
 def text_path(model: Any) -> str:
