@@ -73,6 +73,12 @@ class CompressedConfig(QuantizationConfigMixin):
         """As it stands in config.json."""
         return {"quant_method": QUANT_METHOD, "version": self.version, "modules": self.modules}
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dictionary: transformers asks so of the config of a model that is handed to
+        `from_pretrained`.
+        """
+        return self.to_dict().get(key, default)
+
 
 class CompressedQuantizer(HfQuantizer):
     """Swaps modules before loading, unpacks them on the CPU after loading."""
