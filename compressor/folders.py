@@ -122,10 +122,11 @@ def inspect(model: str | Path) -> dict[str, Any]:
     Raises:
         compressor.errors.CheckpointError: it is no checkpoint, or its parts do not belong together.
     """
-    from compressor.checkpoint.reader import Reader, resolve
+    from compressor.checkpoint.dequantised import open_model
+    from compressor.checkpoint.download import resolve
     from compressor.tools.describe import describe
 
-    return describe(Reader(resolve(as_text("model", model))))
+    return describe(open_model(resolve(as_text("model", model))))
 
 
 def pack(folder: str | Path, output: str | Path, *, trust_remote_code: bool = False) -> Packed:

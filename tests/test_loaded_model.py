@@ -24,7 +24,9 @@ from transformers import (
 import compressor
 import compressor.runtime
 from compressor.checkpoint.packed_config import GUARD
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, UsageError
+from compressor.tools.describe import describe
 from compressor.tools.unpack import unpack
 from compressor.tools.verify import verify
 from tests.packed_folders import FORMS, make_packed, tensors_of
@@ -286,6 +288,17 @@ def test_the_guard_survives_editing_and_saving(save, folders, tmp_path):
     assert "import compressor.runtime" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("config", [lambda m: m.config, lambda m: copy.deepcopy(m.config)])
+def test_the_config_of_a_loaded_model_loads_it_again(config, folders):
+    folder, _ = folders("llama", "mixed")
+    model = plain(folder)
+    for again in (
+        plain(folder, config=config(model)),
+        compressor.load(folder, config=config(model)),
+    ):
+        assert torch.equal(logits(again), logits(model))
+
+
 def test_other_configs_are_written_as_before(folders, tmp_path):
     _, twin = folders("llama", "2:4")
     AutoConfig.from_pretrained(twin).save_pretrained(tmp_path)
@@ -329,6 +342,51 @@ def test_a_base_model_saved_alone_loads_again(family, folders, tmp_path):
     plain(folder, AutoModel).save_pretrained(tmp_path / "again")
     ours, theirs = tensors_of(tmp_path / "again"), tensors_of(tmp_path / "base")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def tensor_names(folder):
+    return set(Reader(folder).tensors)
+
+
+def problems(folder):
+    """What `verify` finds, but that there is no manifest, and no head."""
+    known = ("SHA256SUMS is missing", "lacks 1 tensors")
+    return [line for line in verify(folder)["problems"] if not any(map(line.__contains__, known))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_model_saved_alone_is_a_packed_folder(family, folders, tmp_path, cli):
+    """Its config has the names of the whole model, its files those of the base model."""
+    folder, twin = folders(family, "mixed")
+    base, dense, headed = tmp_path / "base", tmp_path / "dense", tmp_path / "headed"
+    plain(folder).base_model.save_pretrained(base)
+    assert tensor_names(base) != tensor_names(folder)
+    assert not problems(base)
+    own, whole = (describe(Reader(each))["linears"] for each in (base, folder))
+    assert sum(row["bytes"] for row in own if row["format"] != "dense") == sum(
+        row["bytes"] for row in whole if row["format"] != "dense"
+    )
+    unpack(base, dense)
+    expected = plain(twin, AutoModel)
+    with torch.no_grad():
+        for loaded in (plain(dense, AutoModel), plain(base, AutoModel).dequantize()):
+            assert torch.equal(loaded(IDS).last_hidden_state, expected(IDS).last_hidden_state)
+    trained = cli("export", base, "--trainable", "lrc").stdout.split()
+    assert trained
+    assert set(trained) <= tensor_names(base)
+    # and the reverse: packed as a base model, saved with a head
+    config = json.loads((base / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    prefix = f"{expected.base_model_prefix}."
+    shorter = {name.removeprefix(prefix): entry for name, entry in modules.items()}
+    config["quantization_config"]["modules"] = shorter
+    (base / "config.json").write_text(json.dumps(config))
+    assert not problems(base)
+    whole = plain(folder)
+    whole.config.quantization_config.modules = shorter
+    whole.save_pretrained(headed)
+    assert unpack(headed, tmp_path / "headed-dense") == len(shorter)
+    assert torch.equal(logits(plain(tmp_path / "headed-dense")), logits(plain(twin)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

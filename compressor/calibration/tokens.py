@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from compressor.calibration import chat
 from compressor.calibration.dataset import Record, on_hub, records
 from compressor.calibration.dataset import check_dataset as check_dataset
+from compressor.checkpoint.dequantised import DequantisedReader, open_model
 from compressor.checkpoint.side_files import lfs_pointer, side_files
-from compressor.errors import DataError
+from compressor.errors import CompressError, DataError
 from compressor.free_memory import free_memory
+from compressor.model.whole import load_dequantised
 from compressor.text import size
 
 if TYPE_CHECKING:
@@ -272,14 +274,17 @@ def sample_from_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _require_memory(folder, device)
+    require_memory(folder, device)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         start = first_token(config, folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=trust_remote_code
-        )
-    except DataError:
+        reader, options = open_model(folder), {"trust_remote_code": trust_remote_code}
+        model: Any
+        if isinstance(reader, DequantisedReader):
+            model = load_dequantised(reader, dtype="auto", **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
         raise DataError(
@@ -324,13 +329,13 @@ def _rows_at_once(config: Any, seq_len: int) -> int:
     return max(1, min(128, 10**9 // row))
 
 
-def _require_memory(folder: Path, device: str) -> None:
+def require_memory(folder: Path, device: str) -> None:
     """Raise DataError where the whole model does not fit: into the host's memory, where it is read,
     and into that of the device.
     """
     import torch
 
-    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = open_model(folder).nbytes
     free = {"cpu": free_memory()}
     if device.startswith("cuda"):
         free[device] = torch.cuda.mem_get_info(device)[0]

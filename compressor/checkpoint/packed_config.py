@@ -8,7 +8,7 @@ refuses it and prints it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from compressor.errors import CheckpointError
@@ -73,3 +73,41 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "config.json: quantization_config.modules must map each linear to its format"
         )
     return {str(name): dict(entry) for name, entry in modules.items()}
+
+
+def stored_modules(
+    config: Mapping[str, Any], tensors: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """As `packed_modules`, each linear under the name that its tensors have.
+
+    Transformers writes the tensors of a base model without the name that a model with a head has
+    it under, and the config of either as it was loaded: a base model that is saved alone has
+    tensors `layers.0…` and a config that says `model.layers.0…`, one that got a head the reverse.
+
+    Args:
+        config: of the checkpoint.
+        tensors: the names of all its tensors.
+
+    Raises:
+        CheckpointError: as `packed_modules`.
+    """
+    modules = packed_modules(config)
+    linears = {
+        owner
+        for owner, _, suffix in (name.rpartition(".") for name in tensors)
+        if suffix.startswith("weight_")
+    }
+    if not modules or not modules.keys().isdisjoint(linears):
+        return modules  # names that are right, or wrong in another way than all by one prefix
+    first = next(iter(modules))
+    base = f"{first.partition('.')[0]}."
+    if all(name.startswith(base) for name in modules):
+        shorter = {name.removeprefix(base): entry for name, entry in modules.items()}
+        if shorter.keys() <= linears:
+            return shorter
+    for linear in linears:
+        if linear.endswith(f".{first}"):
+            longer = {linear.removesuffix(first) + name: e for name, e in modules.items()}
+            if longer.keys() <= linears:
+                return longer
+    return modules

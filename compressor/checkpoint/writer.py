@@ -15,23 +15,22 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from compressor.checkpoint import manifest
 from compressor.checkpoint.atomic import sha256, sync, tensor_bytes
-from compressor.checkpoint.reader import INDEX, ITEM_BITS, Reader
+from compressor.checkpoint.header import ITEM_BITS, byte_range
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import beside, damaged, is_complete, name_folder, work_path
 from compressor.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_COPY = 1 << 24  # bytes moved at once
 
 
 def check_output(output: Path, reader: Reader) -> None:
@@ -112,7 +111,8 @@ class Writer:
         self.waiting = self._count_waiting()
         self.parts: dict[str, list[list[Any]]] = {}
         self.shards: dict[str, dict[str, Any]] = {}
-        self.todo = list(reader.shards)
+        used = {entry.shard for entry in reader.tensors.values()}
+        self.todo = [shard for shard in reader.shards if shard in used]
         self._told: tuple[set[str], set[str]] = (set(), set())
         self.made: list[Path] | None = None
         if work:
@@ -234,42 +234,33 @@ class Writer:
         """Write one shard: the input's tensors in the input's order, the replaced ones by their
         parts.
         """
-        pieces: list[tuple[str, str, list[int], Path, int, int]] = []
+        pieces: list[tuple[str, str, list[int], int, Iterator[bytes | memoryview]]] = []
         own = [(name, entry) for name, entry in self.reader.tensors.items() if entry.shard == shard]
         for name, entry in sorted(own, key=lambda item: (item[1].start, item[1].stop)):
             if name in self.parts:
                 for part, dtype, shape, start, stop, _ in self.parts[name]:
-                    pieces.append((part, dtype, shape, self.spool / shard, start, stop))
+                    data = byte_range(self.spool / shard, start, stop)
+                    pieces.append((part, dtype, shape, stop - start, data))
             else:
-                pieces.append(
-                    (
-                        name,
-                        entry.dtype,
-                        list(entry.shape),
-                        self.reader.folder / shard,
-                        entry.start,
-                        entry.stop,
-                    )
-                )
-        pieces.sort(
-            key=lambda piece: -ITEM_BITS[piece[1]]
-        )  # stable: wide items first keeps every tensor aligned
+                data = self.reader.chunks(name)
+                pieces.append((name, entry.dtype, list(entry.shape), entry.nbytes, data))
+        # stable: wide items first keeps every tensor aligned
+        pieces.sort(key=lambda piece: -ITEM_BITS[piece[1]])
         header: dict[str, Any] = {"__metadata__": self.reader.metadata[shard] or {"format": "pt"}}
         position = 0
-        for name, dtype, shape, _, start, stop in pieces:
-            header[name] = {
-                "dtype": dtype,
-                "shape": shape,
-                "data_offsets": [position, position + stop - start],
-            }
-            position += stop - start
+        for name, dtype, shape, size, _ in pieces:
+            offsets = [position, position + size]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            position += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         digest = hashlib.sha256(head := struct.pack("<Q", len(text)) + text)
         with (self.folder / shard).open("wb") as target:
             target.write(head)
-            for *_, path, start, stop in pieces:
-                _copy_range(path, start, stop, target, digest)
+            for *_, data in pieces:
+                for chunk in data:
+                    target.write(chunk)
+                    digest.update(chunk)
             target.flush()
             os.fsync(target.fileno())
         names = [piece[0] for piece in pieces]
@@ -332,19 +323,6 @@ class Writer:
                 f"output {self.output} has come into being meanwhile; it was left as it is"
             )
         name_folder(self.folder, self.output)
-
-
-def _copy_range(path: Path, start: int, stop: int, target: BinaryIO, digest: Any) -> None:
-    with path.open("rb") as source:
-        source.seek(start)
-        left = stop - start
-        while left:
-            data = source.read(min(left, _COPY))
-            if not data:
-                raise OutputError(f"{path} became shorter while it was read")
-            target.write(data)
-            digest.update(data)
-            left -= len(data)
 
 
 def _dtype(tensor: Tensor) -> str:

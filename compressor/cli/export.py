@@ -22,14 +22,16 @@ def export(
 
     compress export out --trainable lrc
     """
-    from compressor.checkpoint.packed_config import packed_modules
-    from compressor.checkpoint.reader import Reader, resolve
+    from compressor.checkpoint.download import resolve
+    from compressor.checkpoint.packed_config import stored_modules
+    from compressor.checkpoint.reader import Reader
     from compressor.errors import CheckpointError, UsageError
     from compressor.formats import form_class
 
     if trainable != "lrc":
         raise UsageError(f"trainable is {trainable!r}; accepted: lrc")
-    modules = packed_modules(Reader(resolve(model)).config)
+    reader = Reader(resolve(model))
+    modules = stored_modules(reader.config, reader.tensors)
     names = [
         f"{name}.{suffix}"
         for name, entry in modules.items()

@@ -22,10 +22,11 @@ def inspect(
 
     compress inspect out
     """
-    from compressor.checkpoint.reader import Reader, resolve
+    from compressor.checkpoint.dequantised import open_model
+    from compressor.checkpoint.download import resolve
     from compressor.tools.describe import describe
 
-    found = describe(Reader(resolve(model)))
+    found = describe(open_model(resolve(model)))
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -50,9 +50,9 @@ def tell(notes: Iterable[str]) -> None:
 
 def tell_of(folder: Path, *, code: bool = False) -> None:
     """What there is to know of a folder that another was made of."""
-    from compressor.checkpoint.reader import Reader
+    from compressor.checkpoint.dequantised import open_model
 
-    reader = Reader(folder)
+    reader = open_model(folder)
     tell([*reader.notes, *reader.left(code=code)])
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import tokens
+from compressor.checkpoint.dequantised import open_model
 from compressor.checkpoint.digest import checkpoint_digest
-from compressor.checkpoint.packed_config import packed_modules
-from compressor.checkpoint.reader import Reader, resolve
+from compressor.checkpoint.download import resolve
+from compressor.checkpoint.packed_config import stored_modules
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, DataError, UsageError
 from compressor.formats import form_class
 from compressor.formats.headers import check_headers, packed_headers
@@ -191,11 +193,12 @@ class Candidate:
             if self.dtype != "auto"
             else str(self.config.dtype or torch.float32).removeprefix("torch.")
         )
-        modules = packed_modules(self.reader.config)
-        stored = packed_headers(self.reader.tensors)
+        reader = open_model(self.folder)
+        modules = stored_modules(reader.config, reader.tensors)
+        stored = packed_headers(reader.tensors)
         numbers = sum(
             math.prod(entry.shape)
-            for name, entry in self.reader.tensors.items()
+            for name, entry in reader.tensors.items()
             if name.rpartition(".")[0] not in modules or name.endswith(".bias")
         )
         for name, entry in modules.items():

@@ -17,7 +17,9 @@ from compressor.allocation.rank import check_align, uniform
 from compressor.allocation.sparsity import allocator, leave_dense
 from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
-from compressor.checkpoint.reader import Reader, resolve
+from compressor.checkpoint.dequantised import open_model
+from compressor.checkpoint.download import resolve
+from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import check_output
 from compressor.config.options import check_options
 from compressor.config.recipe import Recipe
@@ -25,7 +27,8 @@ from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
 from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
-from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton, require_finite
+from compressor.model.linear import WEIGHT_DTYPES, Linear
+from compressor.model.skeleton import Skeleton, require_finite
 from compressor.pattern import Pattern, parse_fraction
 from compressor.records.report import LeftDense
 from compressor.refine import refinement
@@ -108,7 +111,7 @@ def _refinement(recipe: Recipe, method: ModuleType) -> tuple[ModuleType | None, 
 
 def _skeleton(recipe: Recipe, output: Path | None) -> Skeleton:
     """The checkpoint, opened; `output` may be made from it."""
-    reader = Reader(resolve(recipe.model, recipe.revision or None))
+    reader = open_model(resolve(recipe.model, recipe.revision or None))
     if output is not None:
         check_output(output, reader)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -129,12 +132,15 @@ def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern 
 
 def _check_finite(skeleton: Skeleton) -> None:
     """Read what no block is loaded with, and the norms and biases of the blocks: all that is copied
-    as it is, and small. The matrices of a block are checked when it is loaded.
+    as it is, and small. The matrices of a block are checked when it is loaded. Of a quantised
+    checkpoint all scales are read.
 
     Raises:
         NumericalError: a number is not finite.
+        CheckpointError: a scale is not.
     """
     reader, prefix = skeleton.reader, f"{skeleton.path}."
+    reader.check_scales()
     loaded = {
         tensor
         for parameter, _ in skeleton.model.named_parameters()

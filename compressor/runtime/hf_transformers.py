@@ -27,6 +27,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressor.checkpoint.dequantised import DequantisedReader, open_model
 from compressor.checkpoint.packed_config import (
     GUARD,
     QUANT_METHOD,
@@ -34,11 +35,13 @@ from compressor.checkpoint.packed_config import (
     VERSION,
     packed_modules,
 )
-from compressor.checkpoint.reader import Reader, check_sizes
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, CompressError, UsageError
 from compressor.formats import form_class
 from compressor.model import hf_conversion
+from compressor.model.architecture import check_sizes
 from compressor.model.hf_conversion import whole_names
+from compressor.model.whole import load_dequantised
 from compressor.runtime import guard, placement
 from compressor.runtime.completeness import check_files, check_loaded
 from compressor.runtime.dequantize import make_plain
@@ -69,6 +72,12 @@ class CompressedConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
         return {"quant_method": QUANT_METHOD, "version": self.version, "modules": self.modules}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dictionary: transformers asks so of the config of a model that is handed to
+        `from_pretrained`.
+        """
+        return self.to_dict().get(key, default)
 
 
 class CompressedQuantizer(HfQuantizer):
@@ -237,10 +246,12 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
         del options["quantization_config"]  # no wish; transformers would drop the folder's own
     asked = _RUNTIME.set(runtime)
     try:
-        _check_folder(Path(path) / (options.get("subfolder") or ""), options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, **options, output_loading_info=True
-        )
+        reader = _checked(Path(path) / (options.get("subfolder") or ""), options)
+        loaded: Any
+        if isinstance(reader, DequantisedReader):
+            loaded = load_dequantised(reader, **options, output_loading_info=True)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
     except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
@@ -263,11 +274,15 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     return (model.eval(), info) if told else model.eval()
 
 
-def _check_folder(folder: Path, options: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a local folder has a config.json that is not of its weights."""
-    if folder.is_dir() and not options.get("variant") and not options.get("config"):
-        code = options.get("trust_remote_code", False)
-        check_sizes(Reader(folder), AutoConfig.from_pretrained(folder, trust_remote_code=code))
+def _checked(folder: Path, options: Mapping[str, Any]) -> Reader | None:
+    """The checkpoint of a local folder. Raises CheckpointError where its config.json is not of its
+    weights.
+    """
+    if not folder.is_dir() or options.get("variant") or options.get("config"):
+        return None
+    reader, code = open_model(folder), options.get("trust_remote_code", False)
+    check_sizes(reader, AutoConfig.from_pretrained(folder, trust_remote_code=code))
+    return reader
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

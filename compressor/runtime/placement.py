@@ -24,7 +24,8 @@ from compressor_kernels import kernel_config
 from compressor_kernels.cpu.build import kernels as cpu_kernels
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
-from compressor_kernels.linear import PackedLinear, Sparse24Linear, moves_tensors
+from compressor_kernels.linear import PackedLinear, Sparse24Linear
+from compressor_kernels.stored_linear import moves_tensors
 
 RUNTIMES = ("auto", "packed", "dense")
 # names of linears that read one tensor

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint.packed_config import packed_modules
-from compressor.checkpoint.reader import ITEM_BITS, Reader, read_json
+from compressor.checkpoint.dequantised import DTYPE, DequantisedReader
+from compressor.checkpoint.header import ITEM_BITS
+from compressor.checkpoint.packed_config import stored_modules
+from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,24 +22,25 @@ def describe(reader: Reader) -> dict[str, Any]:
     Sparsity is known where a report is; factors have none. Raises CheckpointError where they do not
     belong together.
     """
-    modules = packed_modules(reader.config)
+    modules = stored_modules(reader.config, reader.tensors)
     zeros = _reported_zeros(reader.folder / "report.json")
     linears = [
         *_packed_linears(reader, modules, zeros),
+        *_quantised_weights(reader),
         *_plain_linears(reader, modules, zeros),
     ]
     shards = [
         {"name": shard, "bytes": (reader.folder / shard).stat().st_size} for shard in reader.shards
     ]
-    dense = reader.nbytes + sum(row["dense_bytes"] - row["bytes"] for row in linears)
+    dense = reader.stored_nbytes + sum(row["dense_bytes"] - row["bytes"] for row in linears)
     return {
         "folder": str(reader.folder),
         "architecture": _architecture(reader.config),
         "shards": shards,
         "tensors": len(reader.tensors),
-        "bytes": reader.nbytes,
+        "bytes": reader.stored_nbytes,
         "dense_bytes": dense,
-        "ratio": reader.nbytes / dense if dense else 1.0,
+        "ratio": reader.stored_nbytes / dense if dense else 1.0,
         "linears": linears,
         "notes": reader.notes,
     }
@@ -69,15 +72,28 @@ def _packed_linears(
         yield _row(name, dense, form.label(entry), zeros.get(name) if form.SPARSE else None, size)
 
 
+def _quantised_weights(reader: Reader) -> Iterator[dict[str, Any]]:
+    """What was quantised, by the names and shapes of the dense tensors."""
+    from compressor.formats.form import Spec
+
+    if isinstance(reader, DequantisedReader):
+        for name, weight in reader.weights.items():
+            stored = sum(reader.stored[part].nbytes for part in weight.parts)
+            spec = Spec(DTYPE, weight.shape)
+            yield _row(name.removesuffix(".weight"), spec, reader.method, None, stored)
+
+
 def _plain_linears(
     reader: Reader, modules: Mapping[str, Any], zeros: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
     from compressor.formats.dense import Dense
     from compressor.formats.form import Spec
 
+    quantised = reader.weights if isinstance(reader, DequantisedReader) else ()
     for tensor, header in reader.tensors.items():
         name = tensor.removesuffix(".weight")
-        if tensor.endswith(".weight") and len(header.shape) == 2 and name not in modules:
+        matrix = tensor.endswith(".weight") and len(header.shape) == 2
+        if matrix and name not in modules and tensor not in quantised:
             spec = Spec(header.dtype, header.shape)
             yield _row(name, spec, Dense.FORMAT, zeros.get(name), header.nbytes)
 

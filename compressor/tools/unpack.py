@@ -8,8 +8,8 @@ from typing import Any
 from compressor.checkpoint.packed_config import (
     TRANSPOSED,
     module_entry,
-    packed_modules,
     plain_config,
+    stored_modules,
 )
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
@@ -26,7 +26,7 @@ def unpack(folder: Path, output: Path) -> int:
         CheckpointError: nothing is packed in it, or a packed linear is incomplete or damaged.
     """
     reader = Reader(folder)
-    modules = packed_modules(reader.config)
+    modules = stored_modules(reader.config, reader.tensors)
     if not modules:
         raise CheckpointError(f"{folder} holds no packed linears: it is a plain checkpoint already")
     check_output(output, reader)

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from compressor.checkpoint import manifest
-from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, packed_modules
+from compressor.checkpoint.dequantised import open_model
+from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, stored_modules
 from compressor.checkpoint.reader import Reader, read_json
-from compressor.errors import CompressError, NumericalError
+from compressor.errors import CheckpointError, CompressError, NumericalError
 from compressor.formats import Form, form_class
 from compressor.formats.dense import Dense
 from compressor.formats.headers import packed_headers, unlisted
@@ -47,8 +48,8 @@ def verify(
         Reader(folder)  # says so
     found = {"files": 0, "tensors": 0, "linears": 0, "problems": manifest.problems(folder)}
     try:
-        reader = Reader(folder)
-        modules = packed_modules(reader.config)
+        reader = open_model(folder)
+        modules = stored_modules(reader.config, reader.tensors)
         rows = {row["name"]: row for row in _report(folder).get("linears", [])}
     except (CompressError, TypeError, KeyError, AttributeError) as error:
         found["problems"].append(
@@ -81,13 +82,13 @@ def _report(folder: Path) -> dict[str, Any]:
 def _infinite(reader: Reader, name: str) -> Iterator[str]:
     from compressor.model.skeleton import require_finite
 
-    tensor = reader.read(name)
-    if tensor.is_floating_point() and tensor.numel():
-        wide = tensor.float() if tensor.itemsize < 2 else tensor  # aminmax knows no 8-bit floats
-        try:
-            require_finite(name, wide)
-        except NumericalError as error:
-            yield str(error).removesuffix("; nothing was written")
+    try:
+        tensor = reader.read(name)
+        if tensor.is_floating_point() and tensor.numel():
+            # aminmax knows no 8-bit floats
+            require_finite(name, tensor.float() if tensor.itemsize < 2 else tensor)
+    except (CheckpointError, NumericalError) as error:
+        yield str(error).removesuffix("; nothing was written")
 
 
 def _packed(

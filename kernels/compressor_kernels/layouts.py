@@ -76,6 +76,11 @@ class Layout:
         raise NotImplementedError
 
     @classmethod
+    def usable(cls) -> bool:
+        """Whether this process can compute from it; what is compiled is loaded by the question."""
+        return True
+
+    @classmethod
     def prepare(cls, values: Tensor, metadata: Tensor) -> Self:
         """The layout of a stored core, on its device.
 
@@ -240,7 +245,11 @@ class InTiles(Layout):
     @classmethod
     def runs_on(cls, values: Tensor) -> bool:
         on_cpu = values.device.type == "cpu" and values.dtype in cpu_ops.DTYPES
-        return on_cpu and values.numel() > 0 and cpu_kernels().problem is None
+        return on_cpu and values.numel() > 0 and cls.usable()
+
+    @classmethod
+    def usable(cls) -> bool:
+        return cpu_kernels().problem is None
 
     @classmethod
     def prepare(cls, values: Tensor, metadata: Tensor) -> Self:
@@ -311,6 +320,14 @@ class Dense(Layout):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, self.dense(), bias)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes products of x in; None where it is off."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

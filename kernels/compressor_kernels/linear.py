@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from compressor_kernels import backend, reference
 from compressor_kernels.cpu import ops as cpu_ops
 from compressor_kernels.fused_projections import FusedProjections
-from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, cast, kernel_layout
+from compressor_kernels.layouts import (
+    Dense,
+    InTiles,
+    Layout,
+    Stored,
+    autocast_dtype,
+    cast,
+    kernel_layout,
+)
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
-from compressor_kernels.stored_linear import StoredLinear
+from compressor_kernels.stored_linear import StoredLinear, moves_tensors
 
 STORED = ("weight_values", "weight_metadata")  # a core in the state
 
@@ -92,6 +100,12 @@ class PackedLinear(StoredLinear):
     def unpack_(self) -> None:
         """Hold the core dense. Raises ValueError as `place_`."""
         self.place_(Dense)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy may come to a process that has to load the kernels, or to a machine without."""
+        super().__setstate__(state)
+        if not self.layout.usable() and not getattr(self, self.layout.names[0]).is_meta:
+            self.place_(Dense)
 
     def _register(self, core: Layout) -> None:
         self.layout = type(core)
@@ -358,6 +372,11 @@ class LowRankLinear(StoredLinear):
         if backend.runs(u):
             self.semaphore = new_semaphore(max(self.out_features, self.rank), u.device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of a PackedLinear: another process has to load the kernels for itself."""
+        super().__setstate__(state)
+        self.cpu_kernels = self.cpu_kernels and InTiles.usable()
+
     def freeze_(self) -> None:
         """Nothing to do: the factors train. Nor for `unpack_`: two thin products are faster than
         the dense one anywhere.
@@ -366,21 +385,6 @@ class LowRankLinear(StoredLinear):
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
         return f"{_features(self)}, rank={self.rank}"
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes products of x in; None where it is off."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def moves_tensors(module: nn.Module) -> bool:
-    """accelerate brings the tensors of `module` from elsewhere for each call."""
-    hook = getattr(module, "_hf_hook", None)
-    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return any(t.is_meta for t in tensors) or (hook is not None and getattr(hook, "offload", True))
 
 
 def _parameter(dtype: torch.dtype, device: torch.device | str | None, *shape: int) -> nn.Parameter:

@@ -36,3 +36,10 @@ class StoredLinear(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("weight_"):
                 parameter.requires_grad_(False)
+
+
+def moves_tensors(module: nn.Module) -> bool:
+    """accelerate brings the tensors of `module` from elsewhere for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(t.is_meta for t in tensors) or (hook is not None and getattr(hook, "offload", True))
