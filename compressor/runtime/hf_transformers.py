@@ -35,10 +35,11 @@ from compressor.checkpoint.packed_config import (
     VERSION,
     packed_modules,
 )
-from compressor.checkpoint.reader import Reader, check_sizes
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, CompressError, UsageError
 from compressor.formats import form_class
 from compressor.model import hf_conversion
+from compressor.model.architecture import check_sizes
 from compressor.model.hf_conversion import whole_names
 from compressor.model.whole import load_dequantised
 from compressor.runtime import guard, placement

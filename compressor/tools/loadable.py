@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.header import Entry
 from compressor.checkpoint.packed_config import (
     GUARD,
     TRANSPOSED,
@@ -21,7 +22,7 @@ from compressor.checkpoint.packed_config import (
     plain_config,
     stored_modules,
 )
-from compressor.checkpoint.reader import INDEX, Entry, Reader
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.side_files import side_files
 from compressor.errors import CompressError
 from compressor.formats.headers import check_headers, packed_headers
