@@ -1,151 +1,124 @@
-"""Which transformers model a config is of, whether it is one that is compressed, and where its
-decoder blocks are.
+"""What config.json says of a model: its transformers config, and its sizes held against the
+tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+from compressor.checkpoint.dequantised import DequantisedReader, described_quantisation
+from compressor.checkpoint.packed_config import QUANT_METHOD
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError
 
+_SIZE = re.compile(
+    "size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group"
+)  # in keys of config.json
+_LENGTH = re.compile(
+    "chunk|window|image|patch|audio|theta"
+)  # in keys that measure the input, or the angle of a rotation, not the model
+_MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
 
-def on_meta(
-    config: Any, dtype: torch.dtype, trust_remote_code: bool, architectures: Sequence[str] = ()
-) -> Any:
-    """The language model of a transformers config, in eval mode, its parameters on the meta device.
 
-    Args:
-        config: of the checkpoint.
-        dtype: of its parameters.
-        trust_remote_code: whether Python code of the checkpoint may run.
-        architectures: the classes that config.json names. A multimodal one among them is what is
-            built, its text model in it; otherwise the causal language model of the config.
-
-    Raises:
-        CheckpointError: there is none, or it is an encoder or an encoder-decoder.
+def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
+    """The transformers config of a checkpoint that is not compressed yet. Raises
+    CheckpointError.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    _refuse_encoder_decoder(config)
-    kind = _wrapper(config, architectures)
+    kind = reader.config.get("model_type")
+    described = described_quantisation(reader.config) or reader.config.get("quantization_config")
+    if described:
+        raise CheckpointError(f"{reader.folder} {_why_not_dense(described)}")
     try:
-        with init_empty_weights(include_buffers=False):
-            if kind:
-                model = kind._from_config(config, dtype=dtype)
-            else:
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
-                )
-    except Exception as error:
+        config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a config class raises on values it does not take
+        import transformers
+
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{reader.folder} needs Python code that it brings along; add `trust_remote_code` "
+                f"if you trust it"
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"architecture {config.model_type!r} is no causal language model that can be built: "
-            f"{reason}"
+            f"{reader.folder}: architecture {kind!r} cannot be used with transformers "
+            f"{transformers.__version__}: {reason}"
         ) from None
-    _refuse_encoder(model)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
+    for part in (config, config.get_text_config()):
+        if isinstance(part.dtype, torch.dtype) and not part.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{reader.folder}/config.json has dtype {str(part.dtype).removeprefix('torch.')}, "
+                f"in which no model computes: write that of its weights, such as bfloat16"
+            )
+    if isinstance(reader, DequantisedReader):
+        for part in (config, config.get_text_config()):
+            vars(part).pop("quantization_config", None)
+            part.dtype = torch.bfloat16
+    return config
 
 
-def is_wrapper(model: Any) -> bool:
-    """Whether a model is multimodal, with a text model inside."""
-    inside = model.config.get_text_config(decoder=True) is not model.config
-    return inside and type(model).__name__ in _wrappers(model.config.model_type)
-
-
-def text_path(model: Any) -> str:
-    """The name of the text model in a wrapper; empty where it is not known."""
-    with torch.no_grad():
-        text = model.get_decoder()
-    names = [name for name, module in model.named_modules() if module is text]
-    return names[0] if names else ""
-
-
-def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList as long as the config has layers, inside the text model where that
-    is known: a vision tower may be as deep.
-
-    Raises:
-        CheckpointError: there is none, or blocks share their weights.
-    """
-    text = config.get_text_config(decoder=True)
-    inside = text_path(model)
-    # some families count the attentions of a block as layers
-    for depth in (getattr(text, "num_hidden_layers", None), getattr(text, "num_layers", None)):
-        lists = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == depth
-        ]
-        lists = [found for found in lists if found[0].startswith(f"{inside}.")] or lists
-        if lists:
-            path, blocks = min(lists, key=lambda item: item[0].count("."))
-            _refuse_shared(path, blocks, config.model_type)
-            return path, blocks
-    raise CheckpointError(
-        f"architecture {config.model_type!r} has no stack of "
-        f"{getattr(text, 'num_hidden_layers', None)} decoder blocks that could be found"
+def _why_not_dense(described: Any) -> str:
+    """Why a checkpoint with this `quantization_config` cannot be compressed, and what to do."""
+    method = described.get("quant_method") if isinstance(described, Mapping) else described
+    if method == QUANT_METHOD:
+        return (
+            f"is quantised or compressed already ({method}); give the original checkpoint, or "
+            f"`compress unpack` it first"
+        )
+    return (
+        f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
+        f"other forms give the original checkpoint, in bfloat16, float16 or float32"
     )
 
 
-def _wrappers(kind: str) -> tuple[str, ...]:
-    """Names of the multimodal classes of a model type."""
-    from transformers.models.auto import modeling_auto
+def check_sizes(reader: Reader, config: Any) -> None:
+    """Refuse a transformers config of a model that cannot be the checkpoint's, before it is built
+    and takes the memory.
 
-    maps = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-    names = [
-        getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}).get(kind) for name in maps
-    ]
-    return tuple(name for name in names if isinstance(name, str))
+    Args:
+        reader: the checkpoint.
+        config: made from its config.json, for the number of layers goes by many names there.
 
-
-def _wrapper(config: Any, architectures: Sequence[str]) -> Any:
-    """The multimodal class that config.json names, if transformers has it for this config."""
-    import transformers
-
-    for name in architectures:
-        if name in _wrappers(config.model_type):
-            return getattr(transformers, name, None)
-    return None
-
-
-def _refuse_encoder_decoder(config: Any) -> None:
-    if getattr(config, "is_encoder_decoder", False):
+    Raises:
+        CheckpointError: more layers than tensors, or a size or count far beyond every dimension of
+            every tensor.
+    """
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth > len(reader.tensors):
         raise CheckpointError(
-            f"a {config.model_type} model is an encoder-decoder; only causal language models of "
-            "decoder blocks alone are compressed"
+            f"{reader.folder}: config.json has {depth} layers, the checkpoint "
+            f"{len(reader.tensors)} tensors"
         )
+    largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
+    for key, value in _numbers(reader.config):
+        if "position" in key:
+            most = _MOST_POSITIONS
+        else:
+            most = (
+                max(4096, 4 * largest)
+                if _SIZE.search(key) and not _LENGTH.search(key)
+                else math.inf
+            )
+        if value > most:
+            raise CheckpointError(
+                f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above "
+                f"{largest}"
+            )
 
 
-def _refuse_encoder(model: Any) -> None:
-    """Raise CheckpointError for a model whose tokens attend to later ones, or to an encoder's."""
-    kind = model.config.model_type
-    layers = any(vars(module).get("is_decoder") is False for module in model.modules())
-    if getattr(model.config, "is_decoder", True) is False and layers:
-        raise CheckpointError(
-            f"a {kind} model is an encoder (config.json does not say is_decoder); only causal "
-            "language models of decoder blocks alone are compressed"
-        )
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if names & {"encoder_attn", "crossattention", "cross_attn"}:
-        raise CheckpointError(
-            f"a {kind} model has blocks that attend to what another model gives (an encoder); only "
-            "causal language models of decoder blocks alone are compressed"
-        )
-
-
-def _refuse_shared(path: str, blocks: nn.ModuleList, kind: str) -> None:
-    owner: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            first = owner.setdefault(id(parameter), index)
-            if first != index:
-                raise CheckpointError(
-                    f"a {kind} model shares {name} between the blocks {path}.{first} and "
-                    f"{path}.{index}; shared weights cannot be compressed block by block"
-                )
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers of a JSON document, each with the nearest key above it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float):
+        yield key, value

@@ -7,89 +7,28 @@ experts are linears by `experts`.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint.dequantised import DequantisedReader, described_quantisation
-from compressor.checkpoint.packed_config import QUANT_METHOD
-from compressor.checkpoint.reader import Reader, check_sizes
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import hf_conversion
-from compressor.model.architecture import decoder_blocks, is_wrapper, on_meta, text_path
+from compressor.model.architecture import check_sizes, load_config
 from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
-
-WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One weight matrix of a block.
-
-    Attributes:
-        name: of its tensor on disk, without `.weight`: `model.layers.0.self_attn.q_proj`.
-        tensor: its weight's name on disk.
-        module: the module that computes with it; its `weight` is the stored matrix.
-        transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
-        at: its place along the first dimension of a tensor that holds the matrices of all experts;
-            None otherwise.
-        experts: name of the module whose expert it belongs to; empty for a linear of its own.
-        path: of its module in transformers' model, where that is another than `name`.
-    """
-
-    name: str
-    tensor: str
-    module: Any  # nn.Linear, Conv1D or ExpertLinear
-    transposed: bool
-    at: int | None = None
-    experts: str = ""
-    path: str = ""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What it may be called by."""
-        return (self.name, self.path) if self.path else (self.name,)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        rows, columns = self.module.weight.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    @property
-    def parameter(self) -> str:
-        """Name of the parameter that holds the weight; the experts of a block share theirs."""
-        if self.experts:
-            return f"{self.experts}.{self.module.parameter}"
-        return f"{self.path or self.name}.weight"
-
-    @property
-    def size(self) -> int:
-        """Its number of weights."""
-        return self.module.weight.numel()
-
-    def read(self, reader: Reader) -> Tensor:
-        """The weight `[out, in]` in its dtype on disk."""
-        weight = reader.read(self.tensor, self.at)
-        return weight.T.contiguous() if self.transposed else weight
-
-    def get(self) -> Tensor:
-        """The weight `[out, in]` it computes with now."""
-        weight = self.module.weight.detach()
-        return weight.T.contiguous() if self.transposed else weight
-
-    @torch.no_grad()
-    def set(self, weight: Tensor) -> None:
-        """Compute with `weight` `[out, in]` from now on."""
-        parameter = self.module.weight
-        parameter.copy_(weight.T if self.transposed else weight)
+from compressor.model.language_model import decoder_blocks, is_wrapper, on_meta, text_path
+from compressor.model.linear import (
+    CONVOLUTION,
+    WEIGHT_DTYPES,
+    Linear,
+    Other,
+    computes_as_linear,
+    own_linear,
+)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -103,21 +42,6 @@ def require_finite(name: str, tensor: Tensor) -> None:
             f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was "
             f"written"
         )
-
-
-@dataclass(frozen=True)
-class Other:
-    """A parameter of a block that is no linear's weight: its name on disk, that in transformers'
-    model, its shape, and what it is.
-    """
-
-    name: str
-    parameter: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-CONVOLUTION = "a convolution"
 
 
 class Skeleton:
@@ -155,7 +79,8 @@ class Skeleton:
         }
         self._check_tensors()
         self._order = hf_conversion.order(self.model)
-        self._experts = [self._find_experts(index) for index in range(len(self.blocks))]
+        shapes = {name: entry.shape for name, entry in reader.tensors.items()}
+        self._experts = [self._find_experts(index, shapes) for index in range(len(self.blocks))]
         if any(self._experts):
             use_linears(self.model)
 
@@ -198,12 +123,11 @@ class Skeleton:
                 f"{missing[0]} among them"
             )
 
-    def _find_experts(self, index: int) -> list[Linear]:
-        """The experts' matrices of block `index`; none where their layout on disk is not
-        understood.
+    def _find_experts(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> list[Linear]:
+        """The experts' matrices of block `index`, found among the tensors on disk, whose `shapes`
+        go by name; none where their layout is not understood.
         """
         linears = []
-        shapes = {name: entry.shape for name, entry in self.reader.tensors.items()}
         for local, module in expert_modules(self.blocks[index]):
             full, stacks = f"{self.path}.{index}.{local}", (entering(module), "down_proj")
             found = {}
@@ -318,7 +242,7 @@ class Skeleton:
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
                 if len(tensors) == 1 and f"{name}.weight" not in routers:
-                    found.append(_own_linear(full, tensors[0], module, isinstance(module, Conv1D)))
+                    found.append(own_linear(full, tensors[0], module, isinstance(module, Conv1D)))
         return found + self._experts[index]
 
     def _routers(self, index: int) -> set[str]:
@@ -370,54 +294,6 @@ class Skeleton:
         return (tensors[0] if len(tensors) == 1 else parameter), parameter
 
 
-def _own_linear(path: str, tensor: str, module: nn.Module, transposed: bool) -> Linear:
-    """The linear of the module `path`, named as its tensor is."""
-    name = tensor.removesuffix(".weight")
-    return Linear(name, tensor, module, transposed, path="" if name == path else path)
-
-
-def computes_as_linear(module: nn.Module) -> bool:
-    """Whether a module computes y = W x + b from its weight. A subclass of nn.Linear may do else (a
-    product for each group of inputs): then neither statistics nor packed modules fit it.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    forward = type(module).forward
-    if forward is nn.Linear.forward or forward is Conv1D.forward:
-        return True
-    if not isinstance(module, nn.Linear):
-        return False
-    key = (type(module), module.in_features, module.out_features, module.bias is None)
-    if key not in _MULTIPLIES:
-        _MULTIPLIES[key] = _multiplies(module)
-    return _MULTIPLIES[key]
-
-
-_MULTIPLIES: dict[tuple[type, int, int, bool], bool] = {}
-"""What was found of subclasses with a forward of their own, by class and shape."""
-
-
-@torch.no_grad()
-def _multiplies(module: nn.Linear) -> bool:
-    """Whether a forward that is not that of nn.Linear gives its result, tried on random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    twin = copy.copy(module)  # its tensors only: whatever else the forward looks at stays
-    twin._parameters = {
-        name: None
-        if tensor is None
-        else nn.Parameter(torch.randn(tensor.shape, generator=generator))
-        for name, tensor in module._parameters.items()
-    }
-    x = torch.randn(1, 3, module.in_features, generator=generator)
-    try:
-        y = twin.forward(x)
-    except Exception:  # whatever it wants is not what nn.Linear takes
-        return False
-    exact = nn.functional.linear(x, twin.weight, twin.bias)
-    alike = isinstance(y, Tensor) and y.shape == exact.shape
-    return alike and torch.allclose(y, exact, rtol=1e-4, atol=1e-4)
-
-
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Buffers stay: they are small, and those that are not on disk could not be loaded again."""
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
@@ -441,49 +317,6 @@ def _return_large_allocations() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
-
-
-def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
-    """The transformers config of a checkpoint that is not compressed yet. Raises
-    CheckpointError.
-    """
-    from transformers import AutoConfig
-
-    kind = reader.config.get("model_type")
-    described = described_quantisation(reader.config) or reader.config.get("quantization_config")
-    if described:
-        raise CheckpointError(f"{reader.folder} {_why_not_dense(described)}")
-    try:
-        config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a config class raises on values it does not take
-        import transformers
-
-        if "trust_remote_code" in str(error):
-            raise CheckpointError(
-                f"{reader.folder} needs Python code that it brings along; add `trust_remote_code` "
-                f"if you trust it"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{reader.folder}: architecture {kind!r} cannot be used with transformers "
-            f"{transformers.__version__}: {reason}"
-        ) from None
-    if isinstance(reader, DequantisedReader):
-        for part in (config, config.get_text_config()):
-            vars(part).pop("quantization_config", None)
-            part.dtype = torch.bfloat16
-    return config
-
-
-def _why_not_dense(described: Any) -> str:
-    """Why a checkpoint with this `quantization_config` cannot be compressed, and what to do."""
-    method = described.get("quant_method") if isinstance(described, Mapping) else described
-    if method == QUANT_METHOD:
-        return "is compressed already; give the original checkpoint, or `compress unpack` it"
-    return (
-        f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
-        f"other forms give the original checkpoint, in bfloat16, float16 or float32"
-    )
 
 
 def _stored_dtype(reader: Reader) -> torch.dtype:
