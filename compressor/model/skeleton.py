@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint.dequantised import DequantisedReader, described_quantisation
-from compressor.checkpoint.packed_config import QUANT_METHOD
+from compressor.checkpoint.packed_config import QUANT_METHOD, place
 from compressor.checkpoint.reader import Reader, check_sizes
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import hf_conversion
@@ -34,7 +34,7 @@ class Linear:
 
     Attributes:
         name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that
-            of its tensor on disk.
+            of its tensor on disk, or `….experts.3.gate_up_proj` where all share one.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
         transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
@@ -60,6 +60,11 @@ class Linear:
     def parameter(self) -> str:
         """Name of the parameter that holds the weight; the experts of a block share theirs."""
         return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where its weight is in a dense checkpoint, as keys of its entry in config.json."""
+        return place(self.transposed, self.tensor, self.at)
 
     @property
     def size(self) -> int:
@@ -183,7 +188,9 @@ class Skeleton:
                     tuple(getattr(module, stack).shape),
                     self.sources[f"{full}.{stack}"],
                 )
-                found[stack] = matrices(shape, module.is_transposed, tensors, shapes, self._order)
+                found[stack] = matrices(
+                    shape, module.is_transposed, tensors, shapes, self._order, f"{full}.{stack}"
+                )
             if all(found.values()):
                 named = attach(module, found)
                 places = [place for stack in stacks for place in found[stack]]
