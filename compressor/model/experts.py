@@ -7,7 +7,7 @@ module for each matrix, so that whatever hooks a linear's module (statistics, gr
 expert's matrix like any other.
 
 On disk most families have one tensor for each expert's gate, up and down; a few stack all experts
-in one (gpt_oss, which also transposes it and interleaves gate and up, and granitemoe).
+in one (gpt_oss, which also transposes it and interleaves gate and up, granitemoe, Qwen3-VL-MoE).
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Matrix:
         at: its place along the first dimension of that tensor, None where it is the tensor.
         expert: the number of the expert.
         rows: its rows within the expert's matrix in the stacked parameter.
+        turned: on disk it is the other way round than in the stacked parameter.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Matrix:
     at: int | None
     expert: int
     rows: slice
+    turned: bool = False
 
 
 def expert_modules(root: nn.Module) -> list[tuple[str, Any]]:
@@ -146,7 +148,9 @@ def matrices(
     experts, rows, columns = shape
     if len(tensors) == 1:
         name = tensors[0][0]
-        whole = tuple(shapes[name]) == tuple(shape) and tensors[0][1] is None
+        turned = tuple(shapes[name]) != tuple(shape)
+        whole = tuple(shapes[name]) == ((experts, columns, rows) if turned else tuple(shape))
+        whole = whole and not (turned and tensors[0][1] is None)
         return (
             [
                 Matrix(
@@ -155,6 +159,7 @@ def matrices(
                     expert,
                     expert,
                     slice(0, columns if transposed else rows),
+                    turned,
                 )
                 for expert in range(experts)
             ]

@@ -37,10 +37,11 @@ class Linear:
             of its tensor on disk, or `….experts.3.gate_up_proj` where all share one.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
-        transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
+        transposed: the module's matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
         at: its place along the first dimension of a tensor that holds the matrices of all experts;
             None otherwise.
         experts: name of the module whose expert it belongs to; empty for a linear of its own.
+        turned: on disk it is the other way round than in the module (Qwen3-VL's experts).
     """
 
     name: str
@@ -49,6 +50,12 @@ class Linear:
     transposed: bool
     at: int | None = None
     experts: str = ""
+    turned: bool = False
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether it is `[in, out]` on disk."""
+        return self.transposed != self.turned
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +71,7 @@ class Linear:
     @property
     def place(self) -> dict[str, Any]:
         """Where its weight is in a dense checkpoint, as keys of its entry in config.json."""
-        return place(self.transposed, self.tensor, self.at)
+        return place(self.stored_transposed, self.tensor, self.at)
 
     @property
     def size(self) -> int:
@@ -74,7 +81,7 @@ class Linear:
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
         weight = reader.read(self.tensor, self.at)
-        return weight.T.contiguous() if self.transposed else weight
+        return weight.T.contiguous() if self.stored_transposed else weight
 
     def get(self) -> Tensor:
         """The weight `[out, in]` it computes with now."""
@@ -194,8 +201,9 @@ class Skeleton:
             if all(found.values()):
                 named = attach(module, found)
                 places = [place for stack in stacks for place in found[stack]]
+                turned = module.is_transposed
                 linears += [
-                    Linear(p.name, p.tensor, named[p.name], module.is_transposed, p.at, full)
+                    Linear(p.name, p.tensor, named[p.name], turned, p.at, full, p.turned)
                     for p in places
                 ]
         return linears
@@ -423,7 +431,10 @@ def _why_not_dense(described: Any) -> str:
     """Why a checkpoint with this `quantization_config` cannot be compressed, and what to do."""
     method = described.get("quant_method") if isinstance(described, Mapping) else described
     if method == QUANT_METHOD:
-        return "is compressed already; give the original checkpoint, or `compress unpack` it"
+        return (
+            f"is quantised or compressed already ({method}); give the original checkpoint, or "
+            f"`compress unpack` it first"
+        )
     return (
         f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
         f"other forms give the original checkpoint, in bfloat16, float16 or float32"

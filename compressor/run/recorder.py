@@ -130,7 +130,7 @@ class Recorder:
         linear = task.linear
         stored = (
             {"weight": form.dense().T}
-            if isinstance(form, Dense) and linear.transposed
+            if isinstance(form, Dense) and linear.stored_transposed
             else form.pack()
         )
         self._store(task, stored)

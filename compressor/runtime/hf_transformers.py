@@ -180,9 +180,9 @@ def swap_linears(
     """
     modules = dict(model.named_modules())
 
-    def make(name: str, module: Any, turned: bool) -> Any:
+    def make(name: str, module: Any, turned: bool | None) -> Any:
         packed: Any = packed_module(name, module, entries[name])
-        if turned != (entries[name].get(TRANSPOSED) is True):
+        if turned is not None and turned != (entries[name].get(TRANSPOSED) is True):
             stored = "[in, out]" if turned else "[out, in]"
             raise CheckpointError(
                 f"config.json is wrong about {name}: a {model.config.model_type} model has it as "

@@ -22,9 +22,9 @@ from compressor.model.experts import (
     run_experts,
 )
 
-Make = Callable[[str, nn.Module, bool], nn.Module]
-"""Name of a linear, a plain one of its shape, and whether its family stores it `[in, out]` -> an
-empty packed one.
+Make = Callable[[str, nn.Module, bool | None], nn.Module]
+"""Name of a linear, a plain one of its shape, and whether its family stores it `[in, out]` (None
+where it may be either) -> an empty packed one.
 """
 
 
@@ -121,6 +121,7 @@ def swap_experts(
     for inside, module in expert_modules(model):
         stacks = (entering(module), "down_proj")
         found = {stack: _shared_pieces(inside, module, stack, shared) for stack in stacks}
+        turned = None if any(found.values()) else module.is_transposed
         if not any(found.values()):
             if not any(f"{inside}.{stack}" in sources for stack in stacks):
                 continue
@@ -140,7 +141,7 @@ def swap_experts(
             for piece in pieces:
                 rows = piece.rows.stop - piece.rows.start
                 plain = nn.Linear(columns, rows, bias=False, device="meta", dtype=stacked.dtype)
-                packed[piece.name] = make(piece.name, plain, module.is_transposed)
+                packed[piece.name] = make(piece.name, plain, turned)
                 paths[piece.name] = f"{inside}.{piece.expert}.{piece.name.rpartition('.')[2]}"
         parent, _, leaf = inside.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedExperts(module, found, packed))
@@ -154,9 +155,7 @@ def swap_experts(
     return paths
 
 
-def _shared_pieces(
-    inside: str, module: Any, stack: str, shared: Mapping[str, str]
-) -> list[Matrix]:
+def _shared_pieces(inside: str, module: Any, stack: str, shared: Mapping[str, str]) -> list[Matrix]:
     """The matrices of a stacked parameter that is one tensor of a dense checkpoint; none where they
     are not there, or not all of them.
     """
