@@ -123,7 +123,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         compressor.errors.CheckpointError: it is no checkpoint, or its parts do not belong together.
     """
     from compressor.checkpoint.dequantised import open_model
-    from compressor.checkpoint.reader import resolve
+    from compressor.checkpoint.download import resolve
     from compressor.tools.describe import describe
 
     return describe(open_model(resolve(as_text("model", model))))

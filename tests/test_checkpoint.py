@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint.reader import INDEX, Reader, read_header, resolve
+from compressor.checkpoint.download import resolve
+from compressor.checkpoint.header import read_header
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError, OutputError
 

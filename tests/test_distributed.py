@@ -135,14 +135,14 @@ def test_factors_of_a_plan_are_made_by_several_processes(recipe, tmp_path):
 def test_an_error_in_one_process_is_that_error_in_all_and_nothing_is_left(
     monkeypatch, recipe, tmp_path
 ):
-    job, real = recipe("sparsegpt"), blocks._compress
+    job, real = recipe("sparsegpt"), blocks.compress_weight
 
     def failing(job, task, weight, stats):
         if os.environ["RANK"] == "1" and ".1." in task.linear.name:
             raise NumericalError(f"{task.linear.name}: cannot be factored")
         return real(job, task, weight, stats)
 
-    monkeypatch.setattr(blocks, "_compress", failing)
+    monkeypatch.setattr(blocks, "compress_weight", failing)
     codes, said = in_processes(2, lambda rank: pipeline.prune(job, tmp_path / "out"))
     assert codes == [3, 3]
     assert said[0] == said[1]

@@ -14,7 +14,8 @@ from tests.hub_server import TOKEN, Repo, running
 
 RESOLVE = """
 import sys
-from compressor.checkpoint.reader import Reader, resolve
+from compressor.checkpoint.download import resolve
+from compressor.checkpoint.reader import Reader
 reader = Reader(resolve("tester/base"))
 print(*sorted(str(p.relative_to(reader.folder)) for p in reader.folder.rglob("*") if p.is_file()))
 """

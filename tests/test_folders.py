@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compressor.checkpoint.manifest import NAME, manifest
 from compressor.checkpoint.reader import INDEX, SINGLE, Reader
@@ -314,6 +316,24 @@ def test_verify_makes_the_model_of_the_config(made, form, change, match):
     (out / "config.json").write_text(json.dumps({**config, **change}))
     seal(out)
     assert any(match in problem for problem in verify(out)["problems"]), verify(out)["problems"]
+
+
+@pytest.mark.parametrize("form", ["sparse24", "lowrank"])
+def test_a_config_saved_by_plain_transformers_is_found_and_mended(made, form):
+    import compressor.runtime  # noqa: F401  # the plug-in: what mends it
+
+    out = made(form)
+    code = (
+        f"from transformers import AutoConfig; at = {str(out)!r}\n"
+        "AutoConfig.from_pretrained(at).save_pretrained(at)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    seal(out)
+    (problem,) = verify(out)["problems"]
+    assert "config.json has lost `transformers_weights`" in problem
+    AutoConfig.from_pretrained(out).save_pretrained(out)
+    seal(out)
+    assert not verify(out)["problems"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from compressor.checkpoint.header import read_header
 from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules
-from compressor.checkpoint.reader import INDEX, Reader, check_sizes, read_header
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.config.read import load, merge
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError, CompressError, UsageError
+from compressor.model.architecture import check_sizes
 from compressor.tools.import_bitmask import decode
 from compressor_kernels.packing import check24, unpack24
 from tests.conftest import ROOT

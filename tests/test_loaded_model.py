@@ -288,6 +288,17 @@ def test_the_guard_survives_editing_and_saving(save, folders, tmp_path):
     assert "import compressor.runtime" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("config", [lambda m: m.config, lambda m: copy.deepcopy(m.config)])
+def test_the_config_of_a_loaded_model_loads_it_again(config, folders):
+    folder, _ = folders("llama", "mixed")
+    model = plain(folder)
+    for again in (
+        plain(folder, config=config(model)),
+        compressor.load(folder, config=config(model)),
+    ):
+        assert torch.equal(logits(again), logits(model))
+
+
 def test_other_configs_are_written_as_before(folders, tmp_path):
     _, twin = folders("llama", "2:4")
     AutoConfig.from_pretrained(twin).save_pretrained(tmp_path)

@@ -20,7 +20,8 @@ from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.head import head
 from compressor.errors import CheckpointError
-from compressor.model.skeleton import Linear, Skeleton
+from compressor.model.linear import Linear
+from compressor.model.skeleton import Skeleton
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`[batch, seq, vocab]` logits and `[batch, seq]` tokens -> a scalar, summed over tokens."""

@@ -274,7 +274,7 @@ def sample_from_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _require_memory(folder, device)
+    require_memory(folder, device)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         start = first_token(config, folder)
@@ -329,7 +329,7 @@ def _rows_at_once(config: Any, seq_len: int) -> int:
     return max(1, min(128, 10**9 // row))
 
 
-def _require_memory(folder: Path, device: str) -> None:
+def require_memory(folder: Path, device: str) -> None:
     """Raise DataError where the whole model does not fit: into the host's memory, where it is read,
     and into that of the device.
     """

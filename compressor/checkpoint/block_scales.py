@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint.reader import ITEM_BITS, Entry
+from compressor.checkpoint.header import ITEM_BITS, Entry
 from compressor.checkpoint.scales import e2m1_pairs, scale_factors
 from compressor.errors import CheckpointError
 

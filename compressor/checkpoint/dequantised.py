@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint import block_scales, mxfp4
-from compressor.checkpoint.reader import ITEM_BITS, Entry, Reader
+from compressor.checkpoint.header import ITEM_BITS, Entry
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError
 from compressor.text import size
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint.reader import Entry
+from compressor.checkpoint.header import Entry
 from compressor.checkpoint.scales import e2m1_pairs, scale_factors
 from compressor.errors import CheckpointError
 

@@ -1,5 +1,5 @@
-"""A checkpoint folder on disk: headers and index, validated before anything is believed. No torch
-at import.
+"""A checkpoint folder on disk: config, headers and index, validated before anything is
+believed. No torch at import.
 
 Reading never unpickles and never leaves the folder. Tensors are read one at a time; nothing here
 holds a whole shard.
@@ -8,57 +8,17 @@ holds a whole shard.
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.side_files import (
-    PATTERNS,
-    TEMPLATES,
-    left_files,
-    lfs_pointer,
-    side_files,
-)
-from compressor.errors import CheckpointError, OutputError
-from compressor.text import home_path
+from compressor.checkpoint.header import Entry, byte_range, read_header
+from compressor.checkpoint.side_files import left_files, lfs_pointer, side_files
+from compressor.errors import CheckpointError
 
-ITEM_BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16,
-    "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F4": 4,
-}  # fmt: skip
-_COPY = 1 << 24  # bytes read at once of a tensor that is copied
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-_SIZE = re.compile(
-    "size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group"
-)  # in keys of config.json
-_LENGTH = re.compile(
-    "chunk|window|image|patch|audio"
-)  # in keys that measure the input, not the model
-_MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
-_MAX_NAME = 500  # characters of a tensor's name, which is printed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: absolute byte range `[start, stop)` of `shard`."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return self.stop - self.start
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,85 +36,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
-
-
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors and `__metadata__` of a safetensors file, checked against the file's size.
-
-    Raises:
-        CheckpointError: truncated file, lying lengths, overlapping or missing bytes, unknown dtype,
-            malformed header.
-    """
-    if pointer := lfs_pointer(path):
-        raise CheckpointError(pointer)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise CheckpointError(
-                    f"{path} is not a safetensors file: header length {length} in a file of {size} "
-                    f"bytes"
-                )
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a malformed safetensors header: {str(error)[:200]}"
-        ) from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a malformed safetensors header: expected a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise CheckpointError(
-            f"{path} has a malformed safetensors header: __metadata__ must map text to text"
-        )
-    entries = {name: _entry(path, name, info, 8 + length) for name, info in header.items()}
-    position = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != position:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} begins at byte {entry.start}, expected {position}"
-            )
-        position = entry.stop
-    if position != size:
-        raise CheckpointError(
-            f"{path} is {'truncated' if size < position else 'too long'}: {size} bytes, its header "
-            f"describes {position}"
-        )
-    return entries, metadata
-
-
-def _entry(path: Path, name: str, info: Any, base: int) -> Entry:
-    """One header entry, checked: printable name, known dtype, whole shape, byte range as long as
-    the shape says.
-    """
-    if not name.isprintable() or len(name) > _MAX_NAME:
-        raise CheckpointError(
-            f"{path}: a tensor is named {name[:100]!r}; names are up to {_MAX_NAME} printable "
-            f"characters"
-        )
-    try:
-        dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry") from None
-    whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop))
-    if not isinstance(dtype, str) or dtype not in ITEM_BITS or not whole:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {dtype!r} and shape {list(shape)}, which is not "
-            f"understood"
-        )
-    needed = math.prod(shape) * ITEM_BITS[dtype] // 8
-    if stop - start != needed:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} ({dtype} {list(shape)}) needs {needed} bytes, its header "
-            f"gives {stop - start}"
-        )
-    return Entry(path.name, dtype, shape, base + start, base + stop)
 
 
 class Reader:
@@ -239,7 +120,7 @@ class Reader:
             if (self.folder / SINGLE).is_file():
                 return [SINGLE]
             raise CheckpointError(_no_weights(self.folder))
-        weight_map = _weight_map(self.folder)
+        weight_map = read_weight_map(self.folder)
         names = list(dict.fromkeys(weight_map.values()))
         for shard in names:
             if not (self.folder / shard).is_file():
@@ -324,67 +205,6 @@ class Reader:
             return (lazy(name)[...] if at is None else lazy(name)[at]).clone()
 
 
-def byte_range(path: Path, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes `[start, stop)` of a file, some at a time. Raises OutputError where it ends before:
-    a file does not become shorter while a run uses it.
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < stop:
-            data = file.read(min(stop - start, _COPY))
-            if not data:
-                raise OutputError(f"{path} became shorter while it was read")
-            yield data
-            start += len(data)
-
-
-def check_sizes(reader: Reader, config: Any) -> None:
-    """Refuse a transformers config of a model that cannot be the checkpoint's, before it is built
-    and takes the memory.
-
-    Args:
-        reader: the checkpoint.
-        config: made from its config.json, for the number of layers goes by many names there.
-
-    Raises:
-        CheckpointError: more layers than tensors, or a size or count far beyond every dimension of
-            every tensor.
-    """
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    if not isinstance(depth, int) or depth > len(reader.tensors):
-        raise CheckpointError(
-            f"{reader.folder}: config.json has {depth} layers, the checkpoint "
-            f"{len(reader.tensors)} tensors"
-        )
-    largest = max((size for entry in reader.tensors.values() for size in entry.shape), default=0)
-    for key, value in _numbers(reader.config):
-        if "position" in key:
-            most = _MOST_POSITIONS
-        else:
-            most = (
-                max(4096, 4 * largest)
-                if _SIZE.search(key) and not _LENGTH.search(key)
-                else math.inf
-            )
-        if value > most:
-            raise CheckpointError(
-                f"{reader.folder}: config.json has {key} {value}; no tensor has a dimension above "
-                f"{largest}"
-            )
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers of a JSON document, each with the nearest key above it."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _numbers(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, int | float):
-        yield key, value
-
-
 def _only_adapter(folder: Path) -> str:
     """What to do with the folder of an adapter; empty for any other."""
     if not (folder / "adapter_config.json").is_file():
@@ -408,49 +228,7 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} has no {SINGLE} and no {INDEX}{adapter and f': {adapter}'}"
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: a local folder as it is, a Hub id downloaded (or found in the cache).
-
-    Raises:
-        CheckpointError: no such folder, no such repository, no connection.
-    """
-    folder = home_path(model)
-    if folder.exists():
-        return folder
-    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model) or model.startswith("."):
-        raise CheckpointError(
-            f"{model} does not exist: MODEL is a local checkpoint folder or a Hub id such as "
-            f"org/name"
-        )
-    try:
-        return _download(model, revision)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the Hub client raises a dozen kinds; each is the same to the user
-        reason = " ".join(str(error).partition("An error happened")[0].split()).removeprefix(
-            "Got: "
-        )[:200]
-        raise CheckpointError(
-            f"{model} is no folder here, and fetching it from the Hub failed: {reason}"
-        ) from None
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """What a run needs of a Hub id: the files beside the weights and the single file or the index
-    first, then the shards that the index names, of the same commit.
-    """
-    from huggingface_hub import snapshot_download
-
-    beside = ["config.json", "report.json", *PATTERNS, "*.py", SINGLE, INDEX]
-    folder = Path(
-        snapshot_download(model, revision=revision, allow_patterns=beside, ignore_patterns=["*/*"])
-    )
-    weight_map = {} if (folder / SINGLE).is_file() else _weight_map(folder)
-    rest = [f"{TEMPLATES}/*.jinja", *sorted(set(weight_map.values()))]
-    return Path(snapshot_download(model, revision=folder.name, allow_patterns=rest))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
+def read_weight_map(folder: Path) -> dict[str, str]:
     """Tensor -> shard, checked to be plain file names; nothing where there is no index.
 
     Raises:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from compressor.checkpoint import manifest
 from compressor.checkpoint.atomic import sha256, sync, tensor_bytes
-from compressor.checkpoint.reader import INDEX, ITEM_BITS, Reader, byte_range
+from compressor.checkpoint.header import ITEM_BITS, byte_range
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import beside, damaged, is_complete, name_folder, work_path
 from compressor.errors import OutputError

@@ -22,8 +22,9 @@ def export(
 
     compress export out --trainable lrc
     """
+    from compressor.checkpoint.download import resolve
     from compressor.checkpoint.packed_config import stored_modules
-    from compressor.checkpoint.reader import Reader, resolve
+    from compressor.checkpoint.reader import Reader
     from compressor.errors import CheckpointError, UsageError
     from compressor.formats import form_class
 

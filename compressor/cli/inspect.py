@@ -23,7 +23,7 @@ def inspect(
     compress inspect out
     """
     from compressor.checkpoint.dequantised import open_model
-    from compressor.checkpoint.reader import resolve
+    from compressor.checkpoint.download import resolve
     from compressor.tools.describe import describe
 
     found = describe(open_model(resolve(model)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,38 +25,19 @@ from compressor.calibration.hidden_states import Batch, advance
 from compressor.engine.block_tuning import tune
 from compressor.engine.distributed import ALONE, Group
 from compressor.engine.memory import gram_bytes, in_groups
+from compressor.engine.one_linear import Compressed, Seen, compress_weight, finish
 from compressor.engine.plan import Plan, Prepared
 from compressor.engine.task import Rank, Task
-from compressor.errors import NumericalError, about
-from compressor.formats import Form, notes
-from compressor.formats.dense import Dense
-from compressor.formats.sparse24 import Sparse24
+from compressor.errors import NumericalError
+from compressor.formats import Form
 from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
-from compressor.stats import InputStats, collecting, output_error
+from compressor.stats import InputStats, collecting
 
 FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
 
-
-@dataclass(frozen=True)
-class Seen:
-    """What the calibration showed of a linear.
-
-    Attributes:
-        tokens: of its input.
-        error: of its output, as `output_error` measures it.
-        note: what the report says of its input, if anything.
-    """
-
-    tokens: int
-    error: float
-    note: str
-
-
-Compressed = tuple[Form, Seen | None]
-"""What became of a linear; nothing was seen where there is no calibration."""
 
 Store = Callable[[Task, Form, Seen | None], None]
 """Told of each finished linear: its task, the form it has now, what the calibration showed of it.
@@ -191,7 +172,7 @@ def _compress_block(block: _Block, store: Store, progress: Progress, group: Grou
         forms = _tune(block, untuned, states)
         for task in tasks:
             name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
-            form, seen = _finished(plan, task, weight, forms[name], inputs.get(name))
+            form, seen = finish(plan, task, weight, forms[name], inputs.get(name))
             task.linear.set(form.dense())  # compute with what is stored from now on
             store(task, form, seen)
     return _advance(block, states) if states else None
@@ -242,7 +223,7 @@ def _compressed(
             name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
             form, seen = _form(block, task, weight, stats.get(name)), None
             if not plan.tune:
-                form, seen = _finished(plan, task, weight, form, stats.get(name))
+                form, seen = finish(plan, task, weight, form, stats.get(name))
             if len(groups) == 1:
                 yield form, seen
             else:
@@ -302,54 +283,7 @@ def _form(block: _Block, task: Task, weight: Tensor, stats: InputStats | None) -
     factors = block.prepared.factors
     if factors and task.needs_gradients and isinstance(task.target, Rank):
         return factors.of(task.linear.name, task.target, weight.device)
-    return _compress(block.plan, task, weight, stats)
-
-
-def _compress(plan: Plan, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
-    """What method and refinement make of `weight` `[out, in]`."""
-    with about(task.linear.name):
-        form: Form = task.method.compress(weight, stats, task.chosen, **task.options)
-        if plan.refine and task.refined:
-            refined = plan.refine.refine(
-                weight, form.dense(), stats, task.target, **plan.refine_options
-            )
-            form = Dense(refined)
-    return form
-
-
-def _finished(
-    plan: Plan, task: Task, weight: Tensor, form: Form, stats: InputStats | None
-) -> Compressed:
-    """What is stored of a linear, packed where it can be, and its error against `weight` `[out,
-    in]`.
-
-    Raises:
-        NumericalError: it is not finite, whatever made it: method, refinement, factors or tuning.
-    """
-    weight_now = form.dense()
-    if not bool(torch.isfinite(weight_now).all()):
-        method = task.method.__name__.rpartition(".")[2]
-        raise NumericalError(
-            f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
-            f"{str(weight_now.dtype).removeprefix('torch.')}: try another method or other options, "
-            f"or leave it dense with `ignore={task.linear.name!r}`"
-        )
-    if not plan.packed and not isinstance(form, Dense):
-        form = _multiplied(form)
-    if plan.packs(task) and isinstance(form, Dense):
-        form = replace(Sparse24.from_dense(form.weight), **notes(form))
-    if stats is None:
-        return form, None
-    return form, Seen(stats.tokens, output_error(weight, weight_now, stats), stats.note)
-
-
-def _multiplied(form: Form) -> Dense:
-    """The weight that a form stands for, as every tool reads it."""
-    carried = notes(form)
-    if len(form.factors()) > 1:
-        said = [carried.get("note", ""), "format dense: its factors are multiplied"]
-        carried["note"] = "; ".join(filter(None, said))
-    return Dense(form.dense(), **carried)
+    return compress_weight(block.plan, task, weight, stats)
 
 
 def _tune(block: _Block, forms: Mapping[str, Form], states: States) -> dict[str, Form]:

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from compressor.methods import counterpart, factors, method_module
-from compressor.model.skeleton import Linear
+from compressor.model.linear import Linear
 from compressor.pattern import Pattern
 
 

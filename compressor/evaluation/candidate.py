@@ -20,8 +20,9 @@ from torch import Tensor
 from compressor.calibration import tokens
 from compressor.checkpoint.dequantised import open_model
 from compressor.checkpoint.digest import checkpoint_digest
+from compressor.checkpoint.download import resolve
 from compressor.checkpoint.packed_config import stored_modules
-from compressor.checkpoint.reader import Reader, resolve
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, DataError, UsageError
 from compressor.formats import form_class
 from compressor.formats.headers import check_headers, packed_headers

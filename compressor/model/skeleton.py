@@ -7,92 +7,20 @@ experts are linears by `experts`.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint.dequantised import DequantisedReader, described_quantisation
-from compressor.checkpoint.packed_config import QUANT_METHOD, place
-from compressor.checkpoint.reader import Reader, check_sizes
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import hf_conversion
+from compressor.model.architecture import check_sizes, decoder_blocks, load_config, on_meta
 from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
-
-WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One weight matrix of a block.
-
-    Attributes:
-        name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that
-            of its tensor on disk, or `….experts.3.gate_up_proj` where all share one.
-        tensor: its weight's name on disk.
-        module: the module that computes with it; its `weight` is the stored matrix.
-        transposed: the module's matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
-        at: its place along the first dimension of a tensor that holds the matrices of all experts;
-            None otherwise.
-        experts: name of the module whose expert it belongs to; empty for a linear of its own.
-        turned: on disk it is the other way round than in the module (Qwen3-VL's experts).
-    """
-
-    name: str
-    tensor: str
-    module: Any  # nn.Linear, Conv1D or ExpertLinear
-    transposed: bool
-    at: int | None = None
-    experts: str = ""
-    turned: bool = False
-
-    @property
-    def stored_transposed(self) -> bool:
-        """Whether it is `[in, out]` on disk."""
-        return self.transposed != self.turned
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        rows, columns = self.module.weight.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    @property
-    def parameter(self) -> str:
-        """Name of the parameter that holds the weight; the experts of a block share theirs."""
-        return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Where its weight is in a dense checkpoint, as keys of its entry in config.json."""
-        return place(self.stored_transposed, self.tensor, self.at)
-
-    @property
-    def size(self) -> int:
-        """Its number of weights."""
-        return self.module.weight.numel()
-
-    def read(self, reader: Reader) -> Tensor:
-        """The weight `[out, in]` in its dtype on disk."""
-        weight = reader.read(self.tensor, self.at)
-        return weight.T.contiguous() if self.stored_transposed else weight
-
-    def get(self) -> Tensor:
-        """The weight `[out, in]` it computes with now."""
-        weight = self.module.weight.detach()
-        return weight.T.contiguous() if self.transposed else weight
-
-    @torch.no_grad()
-    def set(self, weight: Tensor) -> None:
-        """Compute with `weight` `[out, in]` from now on."""
-        parameter = self.module.weight
-        parameter.copy_(weight.T if self.transposed else weight)
+from compressor.model.linear import WEIGHT_DTYPES, Linear, computes_as_linear
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -132,14 +60,15 @@ class Skeleton:
         self.dtype = dtype or _stored_dtype(reader)
         check_sizes(reader, self.config)
         self.model = on_meta(self.config, self.dtype, trust_remote_code)
-        self.path, self.blocks = _decoder_blocks(self.model, self.config)
+        self.path, self.blocks = decoder_blocks(self.model, self.config)
         self.sources = hf_conversion.sources(self.model, reader.tensors)
         self.on_disk = {
             parameter: [name for name, _ in found] for parameter, found in self.sources.items()
         }
         self._check_tensors()
         self._order = hf_conversion.order(self.model)
-        self._experts = [self._find_experts(index) for index in range(len(self.blocks))]
+        shapes = {name: entry.shape for name, entry in reader.tensors.items()}
+        self._experts = [self._find_experts(index, shapes) for index in range(len(self.blocks))]
         if any(self._experts):
             use_linears(self.model)
 
@@ -181,12 +110,11 @@ class Skeleton:
                 f"{missing[0]} among them"
             )
 
-    def _find_experts(self, index: int) -> list[Linear]:
-        """The experts' matrices of block `index`; none where their layout on disk is not
-        understood.
+    def _find_experts(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> list[Linear]:
+        """The experts' matrices of block `index`, found among the tensors on disk, whose `shapes`
+        go by name; none where their layout is not understood.
         """
         linears = []
-        shapes = {name: entry.shape for name, entry in self.reader.tensors.items()}
         for local, module in expert_modules(self.blocks[index]):
             full, stacks = f"{self.path}.{index}.{local}", (entering(module), "down_proj")
             found = {}
@@ -328,48 +256,6 @@ class Skeleton:
         return found
 
 
-def computes_as_linear(module: nn.Module) -> bool:
-    """Whether a module computes y = W x + b from its weight. A subclass of nn.Linear may do else (a
-    product for each group of inputs): then neither statistics nor packed modules fit it.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    forward = type(module).forward
-    if forward is nn.Linear.forward or forward is Conv1D.forward:
-        return True
-    if not isinstance(module, nn.Linear):
-        return False
-    key = (type(module), module.in_features, module.out_features, module.bias is None)
-    if key not in _MULTIPLIES:
-        _MULTIPLIES[key] = _multiplies(module)
-    return _MULTIPLIES[key]
-
-
-_MULTIPLIES: dict[tuple[type, int, int, bool], bool] = {}
-"""What was found of subclasses with a forward of their own, by class and shape."""
-
-
-@torch.no_grad()
-def _multiplies(module: nn.Linear) -> bool:
-    """Whether a forward that is not that of nn.Linear gives its result, tried on random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    twin = copy.copy(module)  # its tensors only: whatever else the forward looks at stays
-    twin._parameters = {
-        name: None
-        if tensor is None
-        else nn.Parameter(torch.randn(tensor.shape, generator=generator))
-        for name, tensor in module._parameters.items()
-    }
-    x = torch.randn(1, 3, module.in_features, generator=generator)
-    try:
-        y = twin.forward(x)
-    except Exception:  # whatever it wants is not what nn.Linear takes
-        return False
-    exact = nn.functional.linear(x, twin.weight, twin.bias)
-    alike = isinstance(y, Tensor) and y.shape == exact.shape
-    return alike and torch.allclose(y, exact, rtol=1e-4, atol=1e-4)
-
-
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Buffers stay: they are small, and those that are not on disk could not be loaded again."""
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
@@ -393,92 +279,6 @@ def _return_large_allocations() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
-
-
-def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
-    """The transformers config of a checkpoint that is not compressed yet. Raises
-    CheckpointError.
-    """
-    from transformers import AutoConfig
-
-    kind = reader.config.get("model_type")
-    described = described_quantisation(reader.config) or reader.config.get("quantization_config")
-    if described:
-        raise CheckpointError(f"{reader.folder} {_why_not_dense(described)}")
-    try:
-        config = AutoConfig.from_pretrained(reader.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a config class raises on values it does not take
-        import transformers
-
-        if "trust_remote_code" in str(error):
-            raise CheckpointError(
-                f"{reader.folder} needs Python code that it brings along; add `trust_remote_code` "
-                f"if you trust it"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{reader.folder}: architecture {kind!r} cannot be used with transformers "
-            f"{transformers.__version__}: {reason}"
-        ) from None
-    if isinstance(reader, DequantisedReader):
-        for part in (config, config.get_text_config()):
-            vars(part).pop("quantization_config", None)
-            part.dtype = torch.bfloat16
-    return config
-
-
-def _why_not_dense(described: Any) -> str:
-    """Why a checkpoint with this `quantization_config` cannot be compressed, and what to do."""
-    method = described.get("quant_method") if isinstance(described, Mapping) else described
-    if method == QUANT_METHOD:
-        return (
-            f"is quantised or compressed already ({method}); give the original checkpoint, or "
-            f"`compress unpack` it first"
-        )
-    return (
-        f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
-        f"other forms give the original checkpoint, in bfloat16, float16 or float32"
-    )
-
-
-def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The causal language model of a transformers config, in eval mode, its parameters on the meta
-    device. Raises CheckpointError.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"architecture {config.model_type!r} is no causal language model that can be built: "
-            f"{reason}"
-        ) from None
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def _decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList as long as the config has layers; true of every decoder family
-    tried.
-    """
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not lists:
-        raise CheckpointError(
-            f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could "
-            f"be found"
-        )
-    return min(lists, key=lambda item: item[0].count("."))
 
 
 def _stored_dtype(reader: Reader) -> torch.dtype:

@@ -18,7 +18,8 @@ from compressor.allocation.sparsity import allocator, leave_dense
 from compressor.allocation.sparsity.options import check as check_ratio_options
 from compressor.calibration import tokens
 from compressor.checkpoint.dequantised import open_model
-from compressor.checkpoint.reader import Reader, resolve
+from compressor.checkpoint.download import resolve
+from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import check_output
 from compressor.config.options import check_options
 from compressor.config.recipe import Recipe
@@ -26,7 +27,8 @@ from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
 from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
-from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton, require_finite
+from compressor.model.linear import WEIGHT_DTYPES, Linear
+from compressor.model.skeleton import Skeleton, require_finite
 from compressor.pattern import Pattern, parse_fraction
 from compressor.records.report import LeftDense
 from compressor.refine import refinement

@@ -33,7 +33,7 @@ from compressor.pattern import Pattern, parse_fraction
 if TYPE_CHECKING:
     from compressor.allocation.choice import Choice
     from compressor.engine.plan import Plan
-    from compressor.model.skeleton import Linear
+    from compressor.model.linear import Linear
 
 FILE = "plan.toml"
 _LARGEST = 1 << 24  # bytes of a plan that is read: a hundred thousand linears

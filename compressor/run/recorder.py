@@ -22,12 +22,12 @@ from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer
 from compressor.config.recipe import Recipe
-from compressor.engine.blocks import Seen
+from compressor.engine.one_linear import Seen
 from compressor.engine.plan import Plan
 from compressor.engine.task import Task
 from compressor.formats import Form
 from compressor.formats.dense import Dense
-from compressor.model.skeleton import WEIGHT_DTYPES
+from compressor.model.linear import WEIGHT_DTYPES
 from compressor.pattern import Pattern
 from compressor.records.report import BlockRow, LinearRow, Report, to_json
 from compressor.run import plan_file

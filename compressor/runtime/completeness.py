@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compressor.checkpoint.reader import Entry, read_header
+from compressor.checkpoint.header import Entry, read_header
 from compressor.errors import CheckpointError
 from compressor.formats import FORMATS, PACKED
 from compressor.model import hf_conversion

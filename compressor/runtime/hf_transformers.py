@@ -36,10 +36,11 @@ from compressor.checkpoint.packed_config import (
     VERSION,
     packed_modules,
 )
-from compressor.checkpoint.reader import Reader, check_sizes
+from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, CompressError, UsageError
 from compressor.formats import form_class
 from compressor.model import hf_conversion
+from compressor.model.architecture import check_sizes
 from compressor.model.hf_conversion import whole_names
 from compressor.model.whole import load_dequantised
 from compressor.runtime import guard, placement
@@ -72,6 +73,12 @@ class CompressedConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
         return {"quant_method": QUANT_METHOD, "version": self.version, "modules": self.modules}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dictionary: transformers asks so of the config of a model that is handed to
+        `from_pretrained`.
+        """
+        return self.to_dict().get(key, default)
 
 
 class CompressedQuantizer(HfQuantizer):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.dequantised import DTYPE, DequantisedReader
+from compressor.checkpoint.header import ITEM_BITS
 from compressor.checkpoint.packed_config import stored_modules
-from compressor.checkpoint.reader import ITEM_BITS, Reader, read_json
+from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -14,15 +14,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.header import Entry
 from compressor.checkpoint.packed_config import (
+    GUARD,
     TENSOR,
     TRANSPOSED,
+    packed_modules,
     place_of,
     plain_config,
     shared_tensors,
     stored_modules,
 )
-from compressor.checkpoint.reader import INDEX, Entry, Reader
+from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.side_files import side_files
 from compressor.errors import CompressError
 from compressor.formats.headers import check_headers, packed_headers
@@ -52,7 +55,17 @@ def problems(reader: Reader, *, trust_remote_code: bool = False) -> list[str]:
     if not found:
         found += _model(reader, trust_remote_code)
         found += _settings(reader.folder, beside, trust_remote_code)
-    return found
+    return [*_unguarded(reader), *found]
+
+
+def _unguarded(reader: Reader) -> Iterator[str]:
+    """A config that was saved where the plug-in was not imported."""
+    if packed_modules(reader.config) and reader.config.get("transformers_weights") != GUARD:
+        yield (
+            "config.json has lost `transformers_weights`, which keeps the folder from being loaded "
+            "with random weights where compressor.runtime is not imported: import that, load the "
+            "config with AutoConfig and save it again"
+        )
 
 
 def _foreign(reader: Reader) -> Iterator[str]:

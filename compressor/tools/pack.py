@@ -15,7 +15,8 @@ from compressor.errors import CheckpointError
 from compressor.formats import Form
 from compressor.formats.sparse24 import Sparse24
 from compressor.model.experts import only_stacks
-from compressor.model.skeleton import WEIGHT_DTYPES, Linear, Skeleton
+from compressor.model.linear import WEIGHT_DTYPES, Linear
+from compressor.model.skeleton import Skeleton
 from compressor.records.report import LeftDense
 
 

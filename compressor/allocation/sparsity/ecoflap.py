@@ -32,7 +32,8 @@ from compressor.calibration.gradients import Taps, backward_blocks, next_token_l
 from compressor.calibration.head import head
 from compressor.calibration.hidden_states import Batch
 from compressor.engine.plan import Plan
-from compressor.model.skeleton import Linear, Skeleton
+from compressor.model.linear import Linear
+from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
 
 NEEDS_INPUTS = True

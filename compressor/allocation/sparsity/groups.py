@@ -8,7 +8,7 @@ from fractions import Fraction
 from compressor.allocation.sparsity.apportion import evenly
 from compressor.engine.plan import Plan
 from compressor.errors import UsageError
-from compressor.model.skeleton import Linear
+from compressor.model.linear import Linear
 
 Groups = Mapping[str, Sequence[Linear]]
 
