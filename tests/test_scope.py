@@ -61,19 +61,22 @@ def test_verify_has_nothing_to_say_of_a_right_output(family, rows, tmp_path):
     report = prune(recipe, tmp_path / "out")
     assert not verify(tmp_path / "out")["problems"]
     on_disk = Reader(folder).tensors
-    shared = {row.name for row in report.linears if "all experts share one" in row.note}
-    assert all(f"{row.name}.weight" in on_disk for row in report.linears if row.name not in shared)
+    alone = [row for row in report.linears if "tensor" not in row.entry]
+    assert alone
+    assert all(f"{row.name}.weight" in on_disk for row in alone)
 
 
 def test_verify_sees_an_expert_with_too_few_zeros(rows, tmp_path):
     folder = build("gpt_oss", tmp_path / "model", torch.float32)
-    recipe = Recipe(str(folder), dataset=str(rows), num_samples=8, seq_len=32)
+    recipe = Recipe(str(folder), dataset=str(rows), num_samples=8, seq_len=32, format="dense")
     prune(recipe, tmp_path / "out")
+    assert not verify(tmp_path / "out")["problems"]
     name = "model.layers.1.mlp.experts.down_proj"
     shard = tmp_path / "out" / Reader(tmp_path / "out").tensors[name].shard
     tensors = load_file(shard)
     tensors[name][2] = 1.0
     save_file(tensors, shard, metadata={"format": "pt"})
     problems = verify(tmp_path / "out")["problems"]
-    assert any(f"{name}.2 has 0.0000% zeros" in problem for problem in problems)
-    assert not any(f"{name}.1 " in problem for problem in problems)
+    wrong = [problem for problem in problems if "has 0.0000% zeros" in problem]
+    assert len(wrong) == 1
+    assert "model.layers.1.mlp.experts.2.down_proj" in wrong[0]

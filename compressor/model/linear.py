@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint.packed_config import place
 from compressor.checkpoint.reader import Reader
 
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,13 +20,15 @@ class Linear:
     """One weight matrix of a block.
 
     Attributes:
-        name: of its tensor on disk, without `.weight`: `model.layers.0.self_attn.q_proj`.
+        name: of its tensor on disk, without `.weight`: `model.layers.0.self_attn.q_proj`, or
+            `….experts.3.gate_up_proj` where all experts share one.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
-        transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
+        transposed: the module's matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
         at: its place along the first dimension of a tensor that holds the matrices of all experts;
             None otherwise.
         experts: name of the module whose expert it belongs to; empty for a linear of its own.
+        turned: on disk it is the other way round than in the module (Qwen3-VL's experts).
         path: of its module in transformers' model, where that is another than `name`.
     """
 
@@ -35,12 +38,18 @@ class Linear:
     transposed: bool
     at: int | None = None
     experts: str = ""
+    turned: bool = False
     path: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """What it may be called by."""
         return (self.name, self.path) if self.path else (self.name,)
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether it is `[in, out]` on disk."""
+        return self.transposed != self.turned
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,6 +65,11 @@ class Linear:
         return f"{self.path or self.name}.weight"
 
     @property
+    def place(self) -> dict[str, Any]:
+        """Where its weight is in a dense checkpoint, as keys of its entry in config.json."""
+        return place(self.stored_transposed, self.tensor, self.at)
+
+    @property
     def size(self) -> int:
         """Its number of weights."""
         return self.module.weight.numel()
@@ -63,7 +77,7 @@ class Linear:
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
         weight = reader.read(self.tensor, self.at)
-        return weight.T.contiguous() if self.transposed else weight
+        return weight.T.contiguous() if self.stored_transposed else weight
 
     def get(self) -> Tensor:
         """The weight `[out, in]` it computes with now."""

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from compressor.checkpoint import manifest
 from compressor.checkpoint.dequantised import open_model
-from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, stored_modules
+from compressor.checkpoint.packed_config import (
+    AT,
+    TENSOR,
+    module_entry,
+    place_of,
+    stored_modules,
+)
 from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError, CompressError, NumericalError
 from compressor.formats import Form, form_class
@@ -105,7 +111,7 @@ def _packed(
     tensors = {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}
     try:
         form = form_class(entry["format"]).unpack(tensors)
-        if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
+        if module_entry(form.entry, place_of(entry)) != entry:
             raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
         if extra := set(tensors) - set(form.pack()):
             raise ValueError(f"{min(extra)} does not belong to the format {entry['format']}")
@@ -122,29 +128,18 @@ def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
     """A linear stored with zeros in place: as sparse as the report says, and legal in its
     pattern.
     """
-    place = _place(reader, row["name"])
-    if place is None:
-        yield f"{row['name']}.weight, which report.json names, is not there"
+    where = place_of(row.get("entry") or {})
+    name = where.get(TENSOR, f"{row['name']}.weight")
+    if name not in reader.tensors:
+        yield f"{name}, which report.json names, is not there"
         return
-    weight = reader.read(*place)
+    weight = reader.read(name, where.get(AT))
     yield from _as_reported(row["name"], Dense(weight), row)
     pattern = Pattern.parse(str(row["pattern"])) if row.get("pattern") else None
     if pattern and not (
         _legal(pattern, weight) or _legal(pattern, weight.T)
     ):  # gpt2's Conv1D stores [in, out]
         yield f"{row['name']} has a group with more non-zeros than the pattern {pattern} allows"
-
-
-def _place(reader: Reader, name: str) -> tuple[str, int | None] | None:
-    """The tensor of a plain linear, and its place in it where all experts share one."""
-    if f"{name}.weight" in reader.tensors:
-        return f"{name}.weight", None
-    shared, _, number = name.rpartition(".")
-    for tensor in (shared, f"{shared}.weight"):
-        shape = reader.tensors[tensor].shape if tensor in reader.tensors else ()
-        if len(shape) == 3 and number.isdecimal() and int(number) < shape[0]:
-            return tensor, int(number)
-    return None
 
 
 def _legal(pattern: Pattern, weight: Tensor) -> bool:
