@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ from compressor.runtime.modules import packed_module
 from compressor.runtime.packed_experts import swap_experts
 
 _RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
+
+# transformers replaces methods of its classes while it loads a model: of two at once, one puts back
+# what the other put there, and no later model of the process has its weights tied
+_LOADING = RLock()
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -257,12 +262,13 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     try:
         reader = _checked(Path(path) / (options.get("subfolder") or ""), options)
         loaded: Any
-        if isinstance(reader, DequantisedReader):
-            loaded = load_dequantised(reader, **options, output_loading_info=True)
-        else:
-            loaded = _auto_class(path, options).from_pretrained(
-                path, **options, output_loading_info=True
-            )
+        with _LOADING:
+            if isinstance(reader, DequantisedReader):
+                loaded = load_dequantised(reader, **options, output_loading_info=True)
+            else:
+                loaded = _auto_class(path, options).from_pretrained(
+                    path, **options, output_loading_info=True
+                )
     except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load
