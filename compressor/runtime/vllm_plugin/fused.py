@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint.packed_config import TRANSPOSED
+from compressor.checkpoint.packed_config import module_entry, place_of
 from compressor.errors import CheckpointError
 from compressor.formats import Form, Spec, form_class
 from compressor.runtime.modules import packed_module
@@ -97,9 +97,11 @@ class Part:
             form = unpacked(self.entry["format"], self.whole, place.dtype)
         except ValueError as error:
             raise CheckpointError(f"{self.name} is damaged: {error}") from None
-        due = {key: value for key, value in self.entry.items() if key != TRANSPOSED}
-        if form.entry != due:
-            raise CheckpointError(f"config.json says that {self.name} is {due}, it is {form.entry}")
+        found = module_entry(form.entry, place_of(self.entry))
+        if found != self.entry:
+            raise CheckpointError(
+                f"config.json says that {self.name} is {dict(self.entry)}, it is {found}"
+            )
         weight = form.dense()
         self._check_shape("weight", weight)
         place.copy_(cut(DENSE, "weight", weight, share))
@@ -174,7 +176,8 @@ def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) ->
     """
 
     def together(part: Part) -> str:
-        rows_alone = set(part.held) <= {"format", TRANSPOSED}  # neither blocks nor a rank
+        # neither blocks nor a rank
+        rows_alone = set(part.held) - set(place_of(part.held)) == {"format"}
         return part.held["format"] if rows_alone else part.name
 
     segments = []
