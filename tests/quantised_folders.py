@@ -53,7 +53,8 @@ def to_fp8(
     powers = scale_dtype in (torch.float8_e8m0fnu, torch.uint8)
 
     def quantise(name, weight):
-        if weight.dim() != 2 or any(part in name for part in PLAIN):
+        matrix = weight.dim() == 2 and name.endswith(".weight")
+        if not matrix or any(part in name for part in PLAIN):
             return {name: weight}, {name: weight}
         stored, scales, dense = fp8_block(weight, block, powers=powers)
         scale = name.removesuffix("weight") + spelled

@@ -190,6 +190,23 @@ def test_block_fp8_is_pruned_as_its_dense_twin(options, ragged, rows, tmp_path):
     assert report.input_bytes == Reader(ragged / "twin").nbytes
 
 
+@pytest.mark.parametrize(
+    ("family", "scales"),
+    [
+        ("deepseek_v3", {}),
+        ("minimax_m2", {"modules_to_not_convert": ["gate", "lm_head"]}),
+        ("deepseek_v4", {"spelled": "scale", "scale_dtype": torch.float8_e8m0fnu}),
+    ],
+)
+def test_mixtures_in_block_fp8_are_pruned_as_their_dense_twins(family, scales, rows, tmp_path):
+    build(family, tmp_path / "dense")
+    to_fp8(tmp_path / "dense", tmp_path / "fp8", tmp_path / "twin", (16, 16), **scales)
+    options = {"ignore": ["*.1.*w2*" if family == "minimax_m2" else "*.1.*down_proj*"]}
+    pruned(tmp_path / "fp8", rows, tmp_path / "out", **options)
+    pruned(tmp_path / "twin", rows, tmp_path / "out-of-twin", **options)
+    assert shards(tmp_path / "out") == shards(tmp_path / "out-of-twin")
+
+
 def test_zeros_in_place_leave_no_trace_of_the_old_form(ragged, rows, tmp_path):
     pruned(ragged / "fp8", rows, tmp_path / "out", format="dense", ignore=["*.1.*"])
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())

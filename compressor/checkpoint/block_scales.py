@@ -12,7 +12,7 @@ DeepSeek-V3 technical report, section 3.3: https://arxiv.org/abs/2412.19437. No 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,45 +73,44 @@ class BlockScaled:
         """
         import torch
 
-        stored, dense = lazy(self.name), []
+        stored, scales = lazy(self.name), lazy(self.scale)[...]
+        dense = torch.empty(stop - start, *self.shape[1:], dtype=torch.bfloat16)
         if len(self.shape) == 2:
-            factors = scale_factors(lazy(self.scale)[...], self.scale).reshape(self._grid)
-            dense = list(self._matrix(lambda a, b: stored[a:b], factors, start, stop))
-            return torch.cat(dense) if dense else torch.empty(0, self.shape[1]).bfloat16()
-        scales = lazy(self.scale)[...].reshape(self.shape[0], *self._grid)
-        for expert in range(start, stop):
-            matrix = stored[expert]
-            factors = scale_factors(scales[expert], self.scale)
-            parts = self._matrix(lambda a, b, m=matrix: m[a:b], factors, 0, self.shape[1])
-            dense.append(torch.cat(list(parts)))
-        return torch.stack(dense)
+            factors = scale_factors(scales, self.scale).reshape(self._grid)
+            self._fill(dense, stored, factors, start)
+        else:
+            scales = scales.reshape(self.shape[0], *self._grid)
+            for expert in range(start, stop):
+                factors = scale_factors(scales[expert], self.scale)
+                self._fill(dense[expert - start], stored[expert], factors, 0)
+        return dense
 
     @property
     def _grid(self) -> tuple[int, int]:
         """Blocks along the rows and the columns of one matrix."""
         return math.ceil(self.shape[-2] / self.block[0]), math.ceil(self.shape[-1] / self.block[1])
 
-    def _matrix(
-        self, read: Callable[[int, int], Tensor], factors: Tensor, start: int, stop: int
-    ) -> Iterator[Tensor]:
-        """Rows `start:stop` of one matrix in bfloat16, some at a time.
+    def _fill(self, dense: Tensor, stored: Any, factors: Tensor, first: int) -> None:
+        """Rows of one matrix, some at a time.
 
         Args:
-            read: stored rows `[start:stop]`.
+            dense: `[rows, in]`, to be filled.
+            stored: the matrix as it is stored, a tensor or a slice; its rows from `first` on.
             factors: `[⌈out/block⌉, ⌈in/block⌉]`, float32.
-            start, stop: rows.
+            first: row.
         """
         height, width = self.block
         columns = self.shape[-1]
         step = max(1, _AT_ONCE // columns)
-        for row in range(start, stop, step):
-            end = min(row + step, stop)
-            stored = read(row, end)
-            numbers = e2m1_pairs(stored) if self.four_bits else stored.float()
-            first = row // height
-            own = factors[first : (end - 1) // height + 1].repeat_interleave(height, 0)
-            own = own[row - first * height :][: end - row]
-            yield numbers.mul_(own.repeat_interleave(width, 1)[:, :columns]).bfloat16()
+        for at in range(0, len(dense), step):
+            count = min(step, len(dense) - at)
+            row = first + at
+            part = stored[row : row + count]
+            numbers = e2m1_pairs(part) if self.four_bits else part.float()
+            block = row // height
+            own = factors[block : (row + count - 1) // height + 1].repeat_interleave(height, 0)
+            own = own[row - block * height :][:count].repeat_interleave(width, 1)[:, :columns]
+            dense[at : at + count] = numbers.mul_(own)
 
 
 def find(tensors: Mapping[str, Entry], described: Mapping[str, Any]) -> dict[str, BlockScaled]:

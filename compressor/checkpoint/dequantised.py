@@ -119,6 +119,13 @@ class DequantisedReader(Reader):
 
             yield lazy
 
+    def read(self, name: str, at: int | None = None) -> Any:
+        """One tensor, or only `tensor[at]`, as a copy of its own in memory."""
+        if name not in self.weights:
+            return super().read(name, at)
+        with self.opened() as lazy:  # made just now: no second copy
+            return lazy(name)[...] if at is None else lazy(name)[at]
+
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of a dense tensor, some at a time."""
         if name not in self.weights:
