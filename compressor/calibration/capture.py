@@ -139,7 +139,8 @@ def capture(
     with torch.no_grad(), forwards(skeleton, recorder.forward):
         for number, batch in enumerate(batches):
             recorder.begin()
-            decoder(input_ids=batch, use_cache=False)
+            with _nothing_missing(kind):
+                decoder(input_ids=batch, use_cache=False)
             if recorder.kept is None:
                 raise CheckpointError(
                     f"the decoder of {kind!r} does not call the blocks {skeleton.path} that were "
@@ -152,6 +153,20 @@ def capture(
     states.arguments, states.returns = recorder.arguments(), recorder.returns
     skeleton.free_embeddings()
     return states
+
+
+@contextmanager
+def _nothing_missing(kind: str) -> Iterator[None]:
+    """Inside the `with`, a computation that asks for weights that were not loaded is refused."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise CheckpointError(
+            f"a {kind} model computes with weights of its blocks, or of parts that text does not "
+            "need, outside of its blocks; it cannot be compressed block by block"
+        ) from None
 
 
 def _store(device: torch.device, hidden: Batches | None, number: int) -> TensorStore | list[Any]:

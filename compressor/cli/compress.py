@@ -43,7 +43,7 @@ def compress(
     from compressor.run.check import plan_run
 
     plan = plan_run(recipe, output)
-    tell([*plan.reader.notes, *_no_room(plan, recipe, device)])
+    tell([*plan.notes, *_no_room(plan, recipe, device)])
     if as_json:
         print(json.dumps(plan_facts(plan, recipe), indent=1))
     else:

@@ -72,7 +72,7 @@ def plan(
         picture.check_picture(plot)
     with pruning_progress(quiet) as progress:
         choice = make_plan(merged, device=device, progress=progress)
-    tell(choice.plan.reader.notes)
+    tell(choice.plan.notes)
     PlanFile.of(choice).save(output)
     if plot:
         title = f"{Path(merged.model).name}: {_chosen(merged)}"

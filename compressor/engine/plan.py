@@ -134,6 +134,11 @@ class Plan:
             "ratio_options": shared,
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the checkpoint and of how it is compressed: a line each."""
+        return [*self.reader.notes, *self.skeleton.notes]
+
     @cached_property
     def _methods(self) -> list[ModuleType]:
         """The methods of the tasks, each once."""

@@ -1,5 +1,5 @@
-"""What config.json says of a model: its transformers config, its sizes held against the tensors,
-the model of it without memory, and where its decoder blocks are.
+"""What config.json says of a model: its transformers config, and its sizes held against the
+tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from compressor.checkpoint.dequantised import DequantisedReader, described_quantisation
 from compressor.checkpoint.packed_config import QUANT_METHOD
@@ -21,8 +20,8 @@ _SIZE = re.compile(
     "size|dim|head|layer|expert|rank|width|channel|embd|inner|d_model|group"
 )  # in keys of config.json
 _LENGTH = re.compile(
-    "chunk|window|image|patch|audio"
-)  # in keys that measure the input, not the model
+    "chunk|window|image|patch|audio|theta"
+)  # in keys that measure the input, or the angle of a rotation, not the model
 _MOST_POSITIONS = 1 << 24  # that any model was made for; some families keep a table of them
 
 
@@ -76,46 +75,6 @@ def _why_not_dense(described: Any) -> str:
         f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
         f"other forms give the original checkpoint, in bfloat16, float16 or float32"
     )
-
-
-def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The causal language model of a transformers config, in eval mode, its parameters on the meta
-    device. Raises CheckpointError.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"architecture {config.model_type!r} is no causal language model that can be built: "
-            f"{reason}"
-        ) from None
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList as long as the config has layers; true of every decoder family
-    tried.
-    """
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not lists:
-        raise CheckpointError(
-            f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could "
-            f"be found"
-        )
-    return min(lists, key=lambda item: item[0].count("."))
 
 
 def check_sizes(reader: Reader, config: Any) -> None:

@@ -99,8 +99,14 @@ def whole_names(patterns: re.Pattern[str]) -> re.Pattern[str]:
     """The compiled patterns of a conversion, each made to end where a name does, as transformers
     has them from 5.21 on.
 
-    Before, a pattern for `w1.weight` takes `w1.weight_values` too.
+    Before, a pattern for `w1.weight` takes `w1.weight_values` too. Later versions are left alone:
+    they have patterns that are meant to end within a name.
     """
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) >= Version("5.21"):
+        return patterns
     return re.compile(re.sub(r"(?<=\w)\)(?=\|\(\?P<g|$)", r"(?!\\w))", patterns.pattern))
 
 

@@ -20,8 +20,8 @@ class Linear:
     """One weight matrix of a block.
 
     Attributes:
-        name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that
-            of its tensor on disk, or `….experts.3.gate_up_proj` where all share one.
+        name: of its tensor on disk, without `.weight`: `model.layers.0.self_attn.q_proj`, or
+            `….experts.3.gate_up_proj` where all experts share one.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
         transposed: the module's matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
@@ -29,6 +29,7 @@ class Linear:
             None otherwise.
         experts: name of the module whose expert it belongs to; empty for a linear of its own.
         turned: on disk it is the other way round than in the module (Qwen3-VL's experts).
+        path: of its module in transformers' model, where that is another than `name`.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Linear:
     at: int | None = None
     experts: str = ""
     turned: bool = False
+    path: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called by."""
+        return (self.name, self.path) if self.path else (self.name,)
 
     @property
     def stored_transposed(self) -> bool:
@@ -53,7 +60,9 @@ class Linear:
     @property
     def parameter(self) -> str:
         """Name of the parameter that holds the weight; the experts of a block share theirs."""
-        return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
+        if self.experts:
+            return f"{self.experts}.{self.module.parameter}"
+        return f"{self.path or self.name}.weight"
 
     @property
     def place(self) -> dict[str, Any]:
@@ -80,6 +89,27 @@ class Linear:
         """Compute with `weight` `[out, in]` from now on."""
         parameter = self.module.weight
         parameter.copy_(weight.T if self.transposed else weight)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A parameter of a block that is no linear's weight: its name on disk, that in transformers'
+    model, its shape, and what it is.
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+CONVOLUTION = "a convolution"
+
+
+def own_linear(path: str, tensor: str, module: nn.Module, transposed: bool) -> Linear:
+    """The linear of the module `path`, named as its tensor is."""
+    name = tensor.removesuffix(".weight")
+    return Linear(name, tensor, module, transposed, path="" if name == path else path)
 
 
 def computes_as_linear(module: nn.Module) -> bool:

@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import hf_conversion
-from compressor.model.architecture import check_sizes, decoder_blocks, load_config, on_meta
+from compressor.model.architecture import check_sizes, load_config
 from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
-from compressor.model.linear import WEIGHT_DTYPES, Linear, computes_as_linear
+from compressor.model.language_model import decoder_blocks, is_wrapper, on_meta, text_path
+from compressor.model.linear import (
+    CONVOLUTION,
+    WEIGHT_DTYPES,
+    Linear,
+    Other,
+    computes_as_linear,
+    own_linear,
+)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -43,6 +51,7 @@ class Skeleton:
         model: the transformers model, in eval mode.
         blocks: its decoder blocks; `path` is their name, such as `model.layers`.
         dtype: what blocks are loaded and computed in.
+        is_wrapper: the model is multimodal; its text model's blocks are the blocks.
         trust_remote_code: whether Python code of the checkpoint may run.
 
     Raises:
@@ -59,8 +68,11 @@ class Skeleton:
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
         self.dtype = dtype or _stored_dtype(reader)
         check_sizes(reader, self.config)
-        self.model = on_meta(self.config, self.dtype, trust_remote_code)
+        architectures = reader.config.get("architectures")
+        self.model = on_meta(self.config, self.dtype, trust_remote_code, architectures or ())
         self.path, self.blocks = decoder_blocks(self.model, self.config)
+        self.is_wrapper = is_wrapper(self.model)
+        self._text = text_path(self.model) if self.is_wrapper else ""
         self.sources = hf_conversion.sources(self.model, reader.tensors)
         self.on_disk = {
             parameter: [name for name, _ in found] for parameter, found in self.sources.items()
@@ -97,7 +109,8 @@ class Skeleton:
                     raise CheckpointError(
                         f"{self.reader.folder}: {name} has shape {list(shape)}, {expected}"
                     )
-        ties = self.config.get_text_config().tie_word_embeddings
+        configs = (self.config, self.config.get_text_config())
+        ties = any(getattr(config, "tie_word_embeddings", False) for config in configs)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or {}) if ties else set()
         missing = sorted(
             name
@@ -179,7 +192,10 @@ class Skeleton:
         wanted = [
             name
             for name in self.on_disk
-            if name in known and name.startswith(prefix) and not name.startswith(f"{self.path}.")
+            if name in known
+            and name.startswith(prefix)
+            and not name.startswith(f"{self.path}.")
+            and self._is_text(name)
         ]
         self._load(wanted)
         for name, module in inner.named_modules():
@@ -189,9 +205,27 @@ class Skeleton:
                 and not full.startswith(f"{self.path}.")
                 and not self.path.startswith(f"{full}.")
                 and name
+                and self._is_text(f"{full}.")
             ):
                 module.to(device)
         return inner
+
+    def _is_text(self, name: str) -> bool:
+        """Whether text needs a parameter: in a wrapper, of the text model or beside the body."""
+        if not self.is_wrapper:
+            return True
+        body = f"{self.model.base_model_prefix}."
+        return name.startswith(f"{self._text}.") or (body != "." and not name.startswith(body))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about how it is compressed."""
+        if not self.is_wrapper:
+            return []
+        return [
+            f"{type(self.model).__name__} is multimodal: the blocks of its text model "
+            f"({self.path}) are compressed, calibrated on text alone; everything else is copied"
+        ]
 
     def free_embeddings(self) -> None:
         """Return the memory of everything outside the blocks; rotary tables and other small buffers
@@ -211,7 +245,7 @@ class Skeleton:
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
                 if len(tensors) == 1 and f"{name}.weight" not in routers:
-                    found.append(Linear(full, tensors[0], module, isinstance(module, Conv1D)))
+                    found.append(own_linear(full, tensors[0], module, isinstance(module, Conv1D)))
         return found + self._experts[index]
 
     def _routers(self, index: int) -> set[str]:
@@ -230,9 +264,9 @@ class Skeleton:
                     found.add(name)
         return found
 
-    def others(self, index: int) -> list[tuple[str, tuple[int, ...], str]]:
+    def others(self, index: int) -> list[Other]:
         """Parameters of block `index` with two dimensions or more that are no weight of
-        `linears(index)`, and what they are.
+        `linears(index)`.
         """
         routers, inside = (
             self._routers(index),
@@ -248,12 +282,19 @@ class Skeleton:
                 reason = "router"
             elif name.endswith("_bias") and name.startswith(tuple(inside)):
                 reason = "biases of experts"
-            elif isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            elif isinstance(owner := block.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 reason = "a linear layer with a computation of its own"
+            elif isinstance(owner, nn.Conv1d | nn.Conv2d):
+                reason = CONVOLUTION
             else:
                 reason = "not a linear layer"
-            found.append((full, shape, reason))
+            found.append(Other(*self._named(full), shape, reason))
         return found
+
+    def _named(self, parameter: str) -> tuple[str, str]:
+        """The name on disk of a parameter that is a tensor there, and that of the parameter."""
+        tensors = self.on_disk.get(parameter, [])
+        return (tensors[0] if len(tensors) == 1 else parameter), parameter
 
 
 def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from compressor.checkpoint.dequantised import DequantisedReader
-from compressor.model.architecture import load_config, on_meta
+from compressor.model.architecture import load_config
+from compressor.model.language_model import on_meta
 
 
 def load_dequantised(reader: DequantisedReader, **options: Any) -> Any:

@@ -27,7 +27,7 @@ from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
 from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
 from compressor.methods import factors, method_module, options_of
-from compressor.model.linear import WEIGHT_DTYPES, Linear
+from compressor.model.linear import CONVOLUTION, WEIGHT_DTYPES, Linear, Other
 from compressor.model.skeleton import Skeleton, require_finite
 from compressor.pattern import Pattern, parse_fraction
 from compressor.records.report import LeftDense
@@ -65,7 +65,7 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
     seq_len = _sequence_length(recipe.seq_len, tokens.context_length(skeleton.config))
     blocks, left_dense = _split(skeleton, recipe.ignore)
     _check_weights(skeleton.reader, blocks, None if entries or factors(method) else pattern)
-    refined = _refined(recipe, [linear.name for block in blocks for linear in block])
+    refined = _refined(recipe, [linear for block in blocks for linear in block])
     target = None if factors(method) else pattern
     plan = Plan(
         reader=skeleton.reader, skeleton=skeleton,
@@ -164,20 +164,24 @@ def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
         tokens.first_token(skeleton.config, skeleton.reader.folder)
 
 
-def _refined(recipe: Recipe, names: list[str]) -> set[str]:
+def _refined(recipe: Recipe, linears: list[Linear]) -> set[str]:
     """Names of the linears that the refinement is for."""
     for glob in recipe.refine_only:
         if not recipe.refine:
             raise UsageError(f"`refine_only={glob!r}` is for `refine`, which is not given")
-        if not any(fnmatchcase(name, glob) for name in names):
+        if not any(_matches(linear, glob) for linear in linears):
             raise UsageError(
-                f"`refine_only={glob!r}` matches no linear; names look like {names[0]!r}"
+                f"`refine_only={glob!r}` matches no linear; names look like {linears[0].name!r}"
             )
     return {
-        name
-        for name in names
-        if not recipe.refine_only or any(fnmatchcase(name, glob) for glob in recipe.refine_only)
+        linear.name
+        for linear in linears
+        if not recipe.refine_only or any(_matches(linear, glob) for glob in recipe.refine_only)
     }
+
+
+def _matches(linear: Linear, glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in linear.names)
 
 
 def _rank_choice(recipe: Recipe, method: ModuleType) -> ShareRanks | None:
@@ -274,29 +278,23 @@ def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], l
     left: list[LeftDense] = []
     unused = set(ignore)
 
-    def matching(name: str) -> str | None:
-        hits = [glob for glob in ignore if fnmatchcase(name, glob)]
+    def matching(*names: str) -> str | None:
+        hits = [glob for glob in ignore if any(fnmatchcase(name, glob) for name in names)]
         unused.difference_update(hits)
         return hits[0] if hits else None
 
     for index in range(len(skeleton.blocks)):
         blocks.append([])
         for linear in skeleton.linears(index):
-            if glob := matching(linear.name):
+            if glob := matching(*linear.names):
                 left.append(LeftDense(linear.name, list(linear.shape), f"--ignore {glob}"))
             else:
                 blocks[-1].append(linear)
-        for name, shape, reason in skeleton.others(index):
-            glob = matching(name)
-            if (
-                len(shape) > 2 and min(shape) > 1 and not glob
-            ):  # a convolution over time is [channels, 1, width]
-                raise CheckpointError(
-                    f"{name} has shape {list(shape)}: weights stacked in this way are not "
-                    f"supported; "
-                    f"leave them dense with `ignore='*{name.split('.')[-1]}'`"
-                )
-            left.append(LeftDense(name, list(shape), f"--ignore {glob}" if glob else reason))
+        for other in skeleton.others(index):
+            glob = matching(other.name, other.parameter)
+            _refuse_stack(other, glob)
+            reason = f"--ignore {glob}" if glob else other.reason
+            left.append(LeftDense(other.name, list(other.shape), reason))
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
         raise UsageError(f"`ignore={min(unused)!r}` matches no linear; names look like {example!r}")
@@ -306,6 +304,21 @@ def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], l
         )
     left += _outside(skeleton)
     return blocks, left
+
+
+def _refuse_stack(other: Other, glob: str | None) -> None:
+    """Raise CheckpointError for matrices stacked in a way that is not understood, which would stay
+    dense though they may be most of the model.
+    """
+    stacked = (
+        len(other.shape) > 2 and min(other.shape) > 1
+    )  # a state space has [channels, 1, width]
+    if stacked and not glob and other.reason != CONVOLUTION:
+        raise CheckpointError(
+            f"{other.name} has shape {list(other.shape)}: weights stacked in this way are not "
+            f"supported; "
+            f"leave them dense with `ignore='*{other.name.split('.')[-1]}'`"
+        )
 
 
 def _outside(skeleton: Skeleton) -> list[LeftDense]:

@@ -196,6 +196,8 @@ def fit(
             a linear cannot have.
     """
     names = {linear.name: linear for linear in linears}
+    others = {linear.path: linear.name for linear in linears if linear.path}
+    entries = {others.get(name, name): entry for name, entry in entries.items()}
     entries = _named(entries, names, dense)
     for name, entry in entries.items():
         if name in dense and "dense" not in entry:

@@ -120,7 +120,7 @@ class Recorder:
             allocation=facts.measured,
             spectra=facts.spectra,
             calibration_tokens=facts.calibration_tokens,
-            notes=[*reader.notes, *reader.left(code=facts.recipe.trust_remote_code)],
+            notes=[*plan.notes, *reader.left(code=facts.recipe.trust_remote_code)],
         )
         self._recorded = len(self._report.linears)  # rows that are in the journal
         return len(blocks), blocks[-1]["hidden"] if blocks else None

@@ -18,6 +18,7 @@ from threading import RLock
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -265,7 +266,7 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
             if isinstance(reader, DequantisedReader):
                 loaded = load_dequantised(reader, **options, output_loading_info=True)
             else:
-                loaded = AutoModelForCausalLM.from_pretrained(
+                loaded = _auto_class(path, options).from_pretrained(
                     path, **options, output_loading_info=True
                 )
     except CompressError:
@@ -288,6 +289,25 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
             f"weights cannot be trusted"
         )
     return (model.eval(), info) if told else model.eval()
+
+
+def _auto_class(path: str | Path, options: Mapping[str, Any]) -> Any:
+    """What loads a checkpoint as a language model: the multimodal class where its family has no
+    other.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
+    asked = {name: options[name] for name in named if name in options}
+    config = options.get("config") or AutoConfig.from_pretrained(path, **asked)
+    kind = getattr(config, "model_type", None)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        known = getattr(transformers, auto, None)
+        if known is not None and type(config) in known._model_mapping:
+            return known
+    return AutoModelForCausalLM
 
 
 def _checked(folder: Path, options: Mapping[str, Any]) -> Reader | None:

@@ -57,8 +57,8 @@ def pack(
         for index, block in enumerate(blocks):
             _pack_block(reader, writer, block, form, done)
             done.left_dense.extend(
-                LeftDense(name, list(shape), reason)
-                for name, shape, reason in skeleton.others(index)
+                LeftDense(other.name, list(other.shape), other.reason)
+                for other in skeleton.others(index)
             )
         if not done.packed:
             first = (

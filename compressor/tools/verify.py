@@ -90,7 +90,8 @@ def _infinite(reader: Reader, name: str) -> Iterator[str]:
 
     try:
         tensor = reader.read(name)
-        if tensor.is_floating_point() and tensor.numel():
+        limit = tensor.dim() == 0 and not bool(tensor.isnan())  # "no limit" is stored as infinite
+        if tensor.is_floating_point() and tensor.numel() and not limit:
             # aminmax knows no 8-bit floats
             require_finite(name, tensor.float() if tensor.itemsize < 2 else tensor)
     except (CheckpointError, NumericalError) as error:
