@@ -9,32 +9,33 @@ from compressor.errors import CheckpointError
 from compressor.formats import FORMATS
 from compressor.runtime.vllm_plugin.fused import Part, allocate, suffixes
 from compressor.runtime.vllm_plugin.slicing import Share
+from compressor_kernels.layouts import InTiles
 from tests.vllm.folders import stored
 
 INPUTS = 64
 
 
-def linear(form, rows, seed=0):
+def linear(form, rows, seed=0, dtype=torch.float32):
     """A form and its stored tensors."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, INPUTS, generator=generator)
+    weight = torch.randn(rows, INPUTS, generator=generator).to(dtype)
     if form == "dense":
         return {"format": "dense"}, {"weight": weight}, weight
     packed = stored(form, weight, generator, (8, 16))
     return packed.entry, packed.pack(), packed.dense()
 
 
-def layer(forms, *, packed=True, rank=0, ranks=1, loaded=True):
+def layer(forms, *, packed=True, rank=0, ranks=1, loaded=True, dtype=torch.float32):
     """The parts and segments of linears of 32 outputs each, and the weight they stand for."""
     parts, tensors, weights = [], [], []
     own = torch.arange(32).chunk(ranks)[rank]
     for seed, form in enumerate(forms):
-        entry, stored_tensors, weight = linear(form, 32, seed)
+        entry, stored_tensors, weight = linear(form, 32, seed, dtype)
         held = form == "lowrank" or (packed and form != "dense")
         parts.append(Part(f"block.{seed}", entry, Share(own, 0, INPUTS, INPUTS), held))
         tensors.append(stored_tensors)
         weights.append(weight[own])
-    segments = allocate(parts, torch.float32, torch.device("cpu"))
+    segments = allocate(parts, dtype, torch.device("cpu"))
     for part, own_tensors in zip(parts, tensors, strict=True):
         for suffix, tensor in own_tensors.items() if loaded else ():
             part.load(suffix, tensor)
@@ -167,3 +168,34 @@ def test_names_of_stored_tensors():
     for form in FORMATS:
         entry, tensors, _ = linear(form, 32)
         assert set(suffixes(entry)) == set(tensors)
+
+
+@pytest.mark.skipif(not InTiles.usable(), reason="the CPU kernels do not run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cpu_computes_from_the_packed_weights_in_one_graph(dtype, ranks):
+    """What vLLM compiles: one graph, kernels of ours in it, and no dense weight in memory."""
+    x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
+    for rank in range(ranks):
+        _, segments, weight = layer(
+            ("sparse24", "sparse24", "armor", "lowrank"), rank=rank, ranks=ranks, dtype=dtype
+        )
+        modules = torch.nn.ModuleList(segment.module("a layer") for segment in segments)
+        for module in modules:
+            module.prepare_()
+        # two neighbours in 2:4 are one
+        kernels = [getattr(module, "layout", None) for module in modules]
+        assert kernels == [InTiles, InTiles, None]
+        assert modules[2].cpu_kernels
+        for module in modules[:2]:  # half of the values, four bits for each group of four
+            held = sum(tensor.nbytes for tensor in module.core.tensors)
+            size = module.out_features * module.in_features
+            assert held == size // 2 * dtype.itemsize + size // 8
+        y = torch.compile(
+            lambda x, m=modules: torch.cat([one(x) for one in m], -1),
+            backend="aot_eager",
+            fullgraph=True,
+        )(x)
+        scale = 1e-5 if dtype == torch.float32 else 2e-2
+        expected = x.double() @ weight.double().T
+        assert (y.double() - expected).norm() <= scale * expected.norm()
