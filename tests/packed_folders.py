@@ -49,7 +49,7 @@ def make_packed(source: Path, folder: Path, forms: list[str]) -> Path:
             form = stored(kind, linear.read(skeleton.reader), generator)
             prefix = linear.tensor.removesuffix("weight")
             replaced[linear.tensor] = {prefix + name: t for name, t in form.pack().items()}
-            entries[linear.name] = module_entry(form.entry, transposed=linear.transposed)
+            entries[linear.name] = module_entry(form.entry, linear.place)
     shutil.copytree(source, folder)
     for path in folder.glob("*.safetensors"):
         tensors: dict[str, Tensor] = {}

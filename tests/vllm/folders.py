@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compressor.checkpoint.packed_config import compressed_config, module_entry
+from compressor.checkpoint.packed_config import compressed_config, module_entry, place
 from compressor.formats.armor import Armor
 from compressor.formats.lowrank import LowRank
 from compressor.formats.sparse24 import Sparse24
@@ -64,7 +64,7 @@ def pack_folder(source: Path, out: Path, form_of, *, transposed=False, blocks=(3
                 continue
             weight = tensor.T.contiguous() if transposed else tensor
             packed = stored(form, weight, generator, blocks)
-            modules[linear] = module_entry(packed.entry, transposed=transposed)
+            modules[linear] = module_entry(packed.entry, place(transposed, name, None))
             tensors |= {f"{linear}.{key}": part.clone() for key, part in packed.pack().items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
