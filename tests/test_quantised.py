@@ -18,6 +18,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError
 from compressor.run.pipeline import prune
+from compressor.tools.pack import pack
 from tests.families import build
 from tests.quantised_folders import FP8, fp8_block, mxfp4, to_fp8, to_mxfp4
 
@@ -204,6 +205,15 @@ def test_mixtures_in_block_fp8_are_pruned_as_their_dense_twins(family, scales, r
     options = {"ignore": ["*.1.*w2*" if family == "minimax_m2" else "*.1.*down_proj*"]}
     pruned(tmp_path / "fp8", rows, tmp_path / "out", **options)
     pruned(tmp_path / "twin", rows, tmp_path / "out-of-twin", **options)
+    assert shards(tmp_path / "out") == shards(tmp_path / "out-of-twin")
+
+
+def test_zeros_in_block_fp8_are_packed_as_those_of_its_dense_twin(ragged, rows, tmp_path):
+    pruned(ragged / "dense", rows, tmp_path / "zeros", format="dense")
+    to_fp8(tmp_path / "zeros", tmp_path / "fp8", tmp_path / "twin")
+    done = pack(tmp_path / "fp8", tmp_path / "out")
+    assert len(done.packed) == 14
+    pack(tmp_path / "twin", tmp_path / "out-of-twin")
     assert shards(tmp_path / "out") == shards(tmp_path / "out-of-twin")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.dequantised import open_model
 from compressor.checkpoint.packed_config import compressed_config, module_entry
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
@@ -43,7 +44,7 @@ def pack(
     Raises:
         CheckpointError: no linear is 2:4, or the checkpoint is packed or quantised already.
     """
-    reader = Reader(folder)
+    reader = open_model(folder)
     check_output(output, reader)
     skeleton = Skeleton(reader, trust_remote_code=trust_remote_code)
     blocks = [skeleton.linears(index) for index in range(len(skeleton.blocks))]
