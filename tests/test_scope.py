@@ -80,3 +80,20 @@ def test_verify_sees_an_expert_with_too_few_zeros(rows, tmp_path):
     wrong = [problem for problem in problems if "has 0.0000% zeros" in problem]
     assert len(wrong) == 1
     assert "model.layers.1.mlp.experts.2.down_proj" in wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-q4.gguf", "model-q4.gguf is a GGUF file"),
+        ("consolidated.safetensors", "Mistral's own format"),
+        ("model-00001-of-00002.safetensors", "a shard without its index"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_a_folder_of_another_kind_is_named(name, said, config, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    if config:
+        AutoConfig.for_model("bert", **SMALL).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=said):
+        Reader(tmp_path)

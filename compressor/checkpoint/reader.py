@@ -52,9 +52,7 @@ class Reader:
             raise CheckpointError(f"{folder} is not a folder")
         if not (folder / "config.json").is_file():
             missing = "a Hugging Face checkpoint folder is expected"
-            raise CheckpointError(
-                f"{folder} has no config.json: {_only_adapter(folder) or missing}"
-            )
+            raise CheckpointError(f"{folder} has no config.json: {_foreign(folder) or missing}")
         self.config = read_json(folder / "config.json")
         for name in side_files(folder, code=False):
             if pointer := lfs_pointer(folder / name):
@@ -214,6 +212,25 @@ def _only_adapter(folder: Path) -> str:
     )
 
 
+def _foreign(folder: Path) -> str:
+    """What a folder without a checkpoint of transformers holds, and what to do; empty where that is
+    not known.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if adapter := _only_adapter(folder):
+        return adapter
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return f"{gguf[0]} is a GGUF file; give the safetensors checkpoint that it was made from"
+    if "consolidated.safetensors" in names or "consolidated.safetensors.index.json" in names:
+        return (
+            "consolidated.safetensors has the names of Mistral's own format; give the transformers "
+            "form of the checkpoint, which has model.safetensors or an index"
+        )
+    if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+.safetensors", name)]:
+        return f"{shards[0]} is a shard without its index: the download is incomplete"
+    return ""
+
+
 def _no_weights(folder: Path) -> str:
     pickles = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
@@ -224,8 +241,8 @@ def _no_weights(folder: Path) -> str:
             f"and are not read; convert it with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) where you trust it"
         )
-    adapter = _only_adapter(folder)
-    return f"{folder} has no {SINGLE} and no {INDEX}{adapter and f': {adapter}'}"
+    other = _foreign(folder)
+    return f"{folder} has no {SINGLE} and no {INDEX}{other and f': {other}'}"
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
