@@ -14,7 +14,7 @@ from compressor.checkpoint.packed_config import (
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
-from compressor.formats import form_class
+from compressor.formats import form_of
 from compressor.formats.headers import packed_headers, unlisted
 
 
@@ -50,10 +50,9 @@ def unpack(folder: Path, output: Path) -> int:
 def _unpack_one(
     reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]
 ) -> None:
-    form = form_class(entry["format"])
     transposed = entry.get(TRANSPOSED) is True
     try:
-        stored = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
+        stored = form_of(entry, {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
         if module_entry(stored.entry, transposed=transposed) != entry or set(stored.pack()) != set(
             suffixes
         ):

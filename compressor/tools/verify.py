@@ -17,7 +17,7 @@ from compressor.checkpoint.dequantised import open_model
 from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, stored_modules
 from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError, CompressError, NumericalError
-from compressor.formats import Form, form_class
+from compressor.formats import Form, form_of
 from compressor.formats.dense import Dense
 from compressor.formats.headers import packed_headers, unlisted
 from compressor.pattern import Pattern
@@ -103,7 +103,7 @@ def _packed(
     """
     tensors = {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}
     try:
-        form = form_class(entry["format"]).unpack(tensors)
+        form = form_of(entry, tensors)
         if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
             raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
         if extra := set(tensors) - set(form.pack()):

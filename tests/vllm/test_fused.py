@@ -7,7 +7,7 @@ import torch
 
 from compressor.errors import CheckpointError
 from compressor.formats import FORMATS
-from compressor.runtime.vllm_plugin.fused import Part, allocate, suffixes
+from compressor.runtime.vllm_plugin.fused import Part, allocate, fitting, suffixes, unpacked
 from compressor.runtime.vllm_plugin.slicing import Share
 from tests.vllm.folders import stored
 
@@ -167,3 +167,16 @@ def test_names_of_stored_tensors():
     for form in FORMATS:
         entry, tensors, _ = linear(form, 32)
         assert set(suffixes(entry)) == set(tensors)
+
+
+def test_the_entry_of_an_experts_matrix_is_the_one_that_its_tensors_fit():
+    entries = []
+    for blocks in ((8, 4), (4, 8)):
+        form = stored("armor", torch.randn(16, 32), torch.Generator().manual_seed(3), blocks)
+        entries.append(form.entry)
+    tensors = form.pack()
+    assert fitting(entries, tensors) == entries[1]
+    made = unpacked(entries[1], tensors, torch.float32).dense()
+    assert torch.equal(made, form.dense())
+    with pytest.raises(ValueError, match="are not what config.json says"):
+        fitting(entries[:1], tensors)
