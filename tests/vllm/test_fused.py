@@ -178,5 +178,5 @@ def test_the_entry_of_an_experts_matrix_is_the_one_that_its_tensors_fit():
     assert fitting(entries, tensors) == entries[1]
     made = unpacked(entries[1], tensors, torch.float32).dense()
     assert torch.equal(made, form.dense())
-    with pytest.raises(ValueError, match="are not what config.json says"):
+    with pytest.raises(ValueError, match=r"are not what config\.json says"):
         fitting(entries[:1], tensors)
