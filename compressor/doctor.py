@@ -108,13 +108,15 @@ def _packages() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
+    from compressor.bench.cpu_timing import processor
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [
         Finding(
             "devices",
             "cpu",
             "ok",
-            f"{_processor()}, {cores} cores, torch uses {torch.get_num_threads()} threads",
+            f"{processor()}, {cores} cores, torch uses {torch.get_num_threads()} threads",
         )
     ]
     for index in range(torch.cuda.device_count()):
@@ -131,17 +133,6 @@ def _devices() -> list[Finding]:
         )
         found.append(Finding("devices", "cuda", "missing", f"no GPU that torch can use; {build}"))
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 def _kernels(build: bool) -> list[Finding]:

@@ -43,6 +43,20 @@ def compress(*arguments: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def decoding(folder: Path) -> str:
+    """One line: how fast the packed model writes beside its dense twin, measured here."""
+    from compressor_kernels.cpu.build import kernels
+
+    if problem := kernels().problem:
+        return f"decoding: as fast as dense, as packed linears are unpacked here: {problem}"
+    options = ("--shape", "256x256", "--rows", 1, "--seconds", 1, "--batches", 1, "--json", "-q")
+    dense, packed = json.loads(compress("bench", folder, *options))["decode"]
+    return (
+        f"decoding: {packed['tokens_per_s'] / dense['tokens_per_s']:.1f}x of dense "
+        f"({packed['tokens_per_s']:.0f} tokens/s; larger models gain more: docs/kernels.md)"
+    )
+
+
 def linear_bytes(folder: Path) -> int:
     """Bytes of the linears inside the decoder blocks."""
     found = json.loads(compress("inspect", folder, "--json"))
@@ -94,6 +108,7 @@ def main() -> None:
         "perplexity: how surprised a model is by text (lower is better); here held-out text that "
         "the original model wrote."
     )
+    print(decoding(OUT / "sparsegpt"))
     print(
         f"The compressed models are in {OUT.relative_to(HERE.parent)}/; look at one with: compress "
         f"inspect .demo/sparsegpt"

@@ -206,6 +206,7 @@ def test_bad_models(refuse, copy, tmp_path):
         ("num_hidden_layers", -1, "no stack of -1 decoder blocks"),
         ("num_hidden_layers", "three", "cannot be used with transformers"),
         ("quantization_config", "nonsense", "quantised or compressed already"),
+        ("dtype", "int8", "config.json has dtype int8, in which no model computes"),
         ("auto_map", {"AutoConfig": "evil.Config"}, None),
     ]:
         (copy / "config.json").write_text(json.dumps({**json.loads(config), field: value}))

@@ -1,6 +1,7 @@
 """What people have for data: chats, padded rows, other columns, broken texts, long files."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -490,3 +491,10 @@ def test_ids_of_a_task_outside_the_vocabulary_end_in_one_line(cli, demo_model, t
     )
     asked = ["--tasks", "words", "--include-path", tmp_path / "tasks", "-q", "--no-cache"]
     assert "vocabulary ends at 99" in cli("eval", folder, *asked, code=1).stderr
+
+
+@pytest.mark.parametrize(("make", "said"), [(os.mkdir, "a folder"), (os.mkfifo, "no regular file")])
+def test_what_is_no_file_is_not_called_missing(demo_model, tmp_path, make, said):
+    make(tmp_path / "text.jsonl")
+    with pytest.raises(DataError, match=rf"text.jsonl is {said}; accepted: a .txt"):
+        rows(tmp_path / "text.jsonl", demo_model)

@@ -304,6 +304,7 @@ def test_verify_loads_what_a_loader_would_look_at(made, form, name, text, match)
         ({"model_type": "nobody_knows"}, "architecture 'nobody_knows' cannot be used"),
         ({"tie_word_embeddings": False}, "lacks 1 tensors of a llama model, lm_head.weight"),
         ({"num_attention_heads": 3}, "architecture 'llama' cannot be used"),
+        ({"dtype": "int8"}, "config.json has dtype int8, in which no model computes"),
         ({"num_key_value_heads": 2}, "this config.json"),
         ({"intermediate_size": 100}, "this config.json"),
         ({"num_hidden_layers": 5}, "lacks"),

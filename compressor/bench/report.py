@@ -24,7 +24,12 @@ def write(folder: Path, result: dict[str, Any]) -> None:
             if result.get(name):
                 _csv(folder / f"{name}.csv", result[name])
         if result.get("kernels"):
-            drawing = plot(result["kernels"], result["environment"]["gpu"])
+            ran_on = result["environment"]
+            title = f"{ran_on.get('gpu') or ran_on['cpu']}, {result['kernels'][0]['dtype']}"
+            drawing = plot(
+                [row for row in result["kernels"] if row["dtype"] == result["kernels"][0]["dtype"]],
+                title,
+            )
             (folder / "ratio.svg").write_text(drawing, encoding="utf-8")
 
 
@@ -42,15 +47,18 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     """
     said = []
     ours = [row for row in result.get("kernels", []) if row["op"] in PACKED and "ratio" in row]
-    for op, n, k in dict.fromkeys((row["op"], row["out"], row["in"]) for row in ours):
-        rows = [row for row in ours if (row["op"], row["out"], row["in"]) == (op, n, k)]
+    dtypes = {row["dtype"] for row in ours}
+    for key in dict.fromkeys(map(_linear, ours)):
+        rows = [row for row in ours if _linear(row) == key]
+        op, n, k, dtype = key
+        name = f"{op} {n} x {k}" + (f" in {dtype}" if len(dtypes) > 1 else "")
         best = max(rows, key=lambda row: row["ratio"])
         if best["ratio"] <= 1:
-            said.append(f"{op} {n} x {k}: no gain here")
+            said.append(f"{name}: no gain here")
         else:
             none = [str(row["rows"]) for row in rows if row["ratio"] <= 1]
             said.append(
-                f"{op} {n} x {k}: up to {best['ratio']:.2f}x dense (at {best['rows']} rows)"
+                f"{name}: up to {best['ratio']:.2f}x dense (at {best['rows']} rows)"
                 + (f"; no gain here at {', '.join(none)} rows" if none else "")
             )
     decode = result.get("decode", [])
@@ -70,9 +78,13 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     return said
 
 
+def _linear(row: dict[str, Any]) -> tuple[str, int, int, str]:
+    return row["op"], row["out"], row["in"], row["dtype"]
+
+
 def plot(rows: list[dict[str, Any]], title: str) -> str:
-    """Speed relative to dense cuBLAS over rows of x, one panel for each op, one line for each
-    shape; an SVG.
+    """Speed relative to torch's dense product over rows of x, one panel for each op, one line for
+    each shape; an SVG.
     """
     ours = [row for row in rows if "ratio" in row and row["op"] != "dense"]
     ops = list(dict.fromkeys(row["op"] for row in ours))
@@ -85,7 +97,7 @@ def plot(rows: list[dict[str, Any]], title: str) -> str:
         f'height="{height + 110}" '
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="60" y="22" font-size="14">Speed relative to dense cuBLAS, {title}</text>',
+        f'<text x="60" y="22" font-size="14">Speed relative to a dense product, {title}</text>',
     ]
     for panel, op in enumerate(ops):
         left = 60 + panel * (width + 40)

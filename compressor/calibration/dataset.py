@@ -72,10 +72,11 @@ def check_dataset(dataset: str, text_column: str = "") -> None:
             raise DataError(f"dataset {dataset} is empty")
         if pointer := lfs_pointer(path):
             raise DataError(f"dataset {pointer}")
+    elif path.exists():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise DataError(f"dataset {dataset} is {kind}; {_ACCEPTED}")
     elif (
-        path.exists()
-        or not re.fullmatch(r"[\w.\-]+/[\w.\-]+(:[\w.\-]*){0,2}", dataset)
-        or path.suffix in _SUFFIXES
+        not re.fullmatch(r"[\w.\-]+/[\w.\-]+(:[\w.\-]*){0,2}", dataset) or path.suffix in _SUFFIXES
     ):
         hint = did_you_mean(dataset, ["self"])
         raise DataError(f"dataset {dataset} does not exist{hint}; {_ACCEPTED}")

@@ -51,6 +51,12 @@ def load_config(reader: Reader, *, trust_remote_code: bool) -> Any:
             f"{reader.folder}: architecture {kind!r} cannot be used with transformers "
             f"{transformers.__version__}: {reason}"
         ) from None
+    for part in (config, config.get_text_config()):
+        if isinstance(part.dtype, torch.dtype) and not part.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{reader.folder}/config.json has dtype {str(part.dtype).removeprefix('torch.')}, "
+                f"in which no model computes: write that of its weights, such as bfloat16"
+            )
     if isinstance(reader, DequantisedReader):
         for part in (config, config.get_text_config()):
             vars(part).pop("quantization_config", None)

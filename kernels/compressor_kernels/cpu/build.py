@@ -161,12 +161,21 @@ def _commands(compiler: str, cpu: tuple[str, ...]) -> list[list[str]]:
     ]
 
 
+def compiler_version() -> str:
+    """What the compiler says of itself. Raises NoKernelsError without one."""
+    return _version(_compiler()).splitlines()[0]
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT
+    ).stdout
+
+
 def _key(compiler: str, commands: list[list[str]], cpu: tuple[str, ...]) -> str:
     import torch
 
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT
-    ).stdout
+    version = _version(compiler)
     parts = [torch.__version__, torch.version.git_version, version, repr(commands), repr(cpu)]
     parts += [_source(name).decode() for name in SOURCES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
