@@ -54,7 +54,7 @@ def streamed(folder: Path) -> tuple[str, str, int]:
     whole(input_ids=IDS, use_cache=False)
     expected, found = (
         caught[0][0] if isinstance(caught[0], tuple) else caught[0],
-        torch.cat(states.hidden),
+        torch.cat([batch.hidden for batch in states.hidden]),
     )
     same = (
         "exact" if torch.equal(expected, found) else f"off by {(expected - found).abs().max():.2g}"

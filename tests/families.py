@@ -250,8 +250,6 @@ def build(family: str, folder: Path, dtype: Any = None) -> Path:
 
 
 REFUSED = {
-    "gpt_oss": {"armor": "keeps all experts in one tensor"},
-    "granitemoe": {"armor": "keeps all experts in one tensor"},
     "llama4_text": {"wanda": "weights stacked in this way", "armor": "weights stacked in this way"},
     "jamba": {"wanda": "mamba.dt_proj saw no tokens", "armor": "mamba.dt_proj saw no tokens"},
 }

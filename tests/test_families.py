@@ -142,14 +142,12 @@ def test_prunes_packs_and_reloads(family, method, rows, tmp_path):
             prune(recipe, tmp_path / "out")
         return
     report = prune(recipe, tmp_path / "out")
-    together = {row.name for row in report.linears if "all experts share one tensor" in row.note}
-    assert {row.format for row in report.linears if row.name not in together} <= {
-        "sparse24",
-        "armor",
-    }
+    assert {row.format for row in report.linears} <= {"sparse24", "armor"}
     assert all(row.sparsity == pytest.approx(0.5, abs=0.01) for row in report.linears)
     ours = compressor.runtime.load(tmp_path / "out")
     logits = score(ours)
+    # gpt_oss's experts are [in, out] in the plain model, and sums are taken in another order
+    atol = 1e-4 if method != "wanda" else 1e-6 if family == "gpt_oss" else 0
     ours.save_pretrained(tmp_path / "again")
     stored, again = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
     assert stored.keys() == again.keys()
@@ -160,9 +158,9 @@ def test_prunes_packs_and_reloads(family, method, rows, tmp_path):
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    torch.testing.assert_close(score(plain), logits, rtol=0, atol=0 if method == "wanda" else 1e-4)
+    torch.testing.assert_close(score(plain), logits, rtol=0, atol=atol)
     ours.dequantize()
-    torch.testing.assert_close(score(ours), logits, rtol=0, atol=0 if method == "wanda" else 1e-4)
+    torch.testing.assert_close(score(ours), logits, rtol=0, atol=atol)
     assert sum(row.bytes for row in report.linears) < sum(row.dense_bytes for row in report.linears)
 
 

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from compressor.errors import CheckpointError, UsageError
 from compressor.tools.describe import describe
 from compressor.tools.unpack import unpack
 from compressor.tools.verify import verify
+from compressor_kernels.layouts import Dense
 from tests.packed_folders import FORMS, make_packed, tensors_of
 
 IDS = torch.arange(4, 28)[None]
@@ -286,6 +288,21 @@ def test_the_guard_survives_editing_and_saving(save, folders, tmp_path):
     code = f"import transformers as t\nt.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "import compressor.runtime" in done.stderr.splitlines()[-1]
+
+
+def test_threads_may_load_at_once(demo_model, tmp_path):
+    """Of two models that transformers loads at once, one leaves the classes as the other found
+    them: no later model has its head tied.
+    """
+    folder = make_packed(demo_model, tmp_path / "packed", FORMS["2:4"])
+    expected = [logits(compressor.load(folder, runtime=each)) for each in ("dense", "packed")]
+    with ThreadPoolExecutor(4) as pool:
+        runtimes = ["dense", "packed"] * 4
+        models = list(pool.map(lambda each: compressor.load(folder, runtime=each), runtimes))
+    for model, same in zip(models, expected * 4, strict=True):
+        assert torch.equal(logits(model), same)
+    assert {type(m.model.layers[0].mlp.up_proj.core) for m in models[::2]} == {Dense}
+    assert torch.equal(logits(plain(folder)), logits(compressor.load(folder)))
 
 
 @pytest.mark.parametrize("config", [lambda m: m.config, lambda m: copy.deepcopy(m.config)])

@@ -15,7 +15,8 @@ from compressor.errors import CheckpointError
 
 QUANT_METHOD = "compress-llm"
 VERSION = 1
-TRANSPOSED = "transposed"  # key of an entry whose dense weight is stored [in, out]
+# keys of an entry: its dense weight is stored [in, out]; it is the matrix AT of the dense TENSOR
+TRANSPOSED, TENSOR, AT = "transposed", "tensor", "at"
 GUARD = (
     "this checkpoint is compressed: `pip install compress-llm` and `import compressor.runtime` "
     "before loading it"
@@ -34,11 +35,56 @@ def compressed_config(
     return {**config, "quantization_config": described, "transformers_weights": GUARD}
 
 
-def module_entry(entry: Mapping[str, Any], *, transposed: bool) -> dict[str, Any]:
-    """A form's entry as the table of modules has it: what turns it back into a dense checkpoint
-    must know of gpt2's layout.
+def place(transposed: bool, tensor: str, at: int | None) -> dict[str, Any]:
+    """What turns a packed linear back into the tensor of a dense checkpoint must know of it, as
+    keys of its entry.
+
+    Args:
+        transposed: the dense weight is stored `[in, out]`, as gpt2's Conv1D is.
+        tensor: the dense tensor's name.
+        at: its place along the first dimension of that tensor, where it holds all experts; None
+            for a tensor that is the linear's own, which is named as the linear is.
     """
-    return {**entry, TRANSPOSED: True} if transposed else dict(entry)
+    turned = {TRANSPOSED: True} if transposed else {}
+    return turned if at is None else {**turned, TENSOR: tensor, AT: at}
+
+
+def place_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an entry that `place` made; those of another kind are left out."""
+    tensor, at = entry.get(TENSOR), entry.get(AT)
+    shared = isinstance(tensor, str) and type(at) is int and at >= 0
+    return place(entry.get(TRANSPOSED) is True, str(tensor), at if shared else None)
+
+
+def module_entry(entry: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """A form's entry as the table of modules has it, with the `place` of the dense weight."""
+    return {**entry, **where}
+
+
+def shared_tensors(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Dense tensors that hold the matrices of all experts -> their packed linears, in order.
+
+    Raises:
+        CheckpointError: the table lists one twice, or not all of them.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name, entry in modules.items():
+        where = place_of(entry)
+        if TENSOR in where:
+            held = found.setdefault(where[TENSOR], {})
+            if where[AT] in held:
+                raise CheckpointError(
+                    f"config.json gives {name} the place {where[AT]} of {where[TENSOR]}, where "
+                    f"{held[where[AT]]} is"
+                )
+            held[where[AT]] = name
+    for tensor, held in found.items():
+        if missing := set(range(len(held))) - held.keys():
+            raise CheckpointError(
+                f"config.json lists {len(held)} matrices of {tensor}, and number {min(missing)} is "
+                f"not among them"
+            )
+    return {tensor: [held[at] for at in sorted(held)] for tensor, held in found.items()}
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

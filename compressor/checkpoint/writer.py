@@ -147,12 +147,20 @@ class Writer:
                 f"output {self.output} could not be written: {error.strerror or error}"
             ) from None
 
-    def replace(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store `tensors` in place of the input tensor `name`; their names replace its last
-        part.
+    def replace(
+        self, name: str, tensors: Mapping[str, Tensor], *, owner: str = "", last: bool = True
+    ) -> None:
+        """Store `tensors` in place of the input tensor `name`.
+
+        Args:
+            name: of the input tensor.
+            tensors: by the last part of their names.
+            owner: the rest of their names; as that of `name` where it is empty.
+            last: no further call is to come that stores more in its place.
         """
-        prefix = name.rpartition(".")[0]
-        self.pending.remove(name)
+        prefix = owner or name.rpartition(".")[0]
+        if last:
+            self.pending.remove(name)
         parts = self.parts.setdefault(name, [])
         with (self.spool / self.reader.tensors[name].shard).open("ab") as file:
             for suffix, tensor in tensors.items():

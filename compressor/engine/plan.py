@@ -199,7 +199,7 @@ class Plan:
         stacks: dict[str, bool] = {}  # what a module holds is asked once, not for each expert
 
         def plain(task: Task) -> bool:
-            if not (task.fits_2_4 or not task.method.REFINABLE) or task.linear.at is not None:
+            if not (task.fits_2_4 or not task.method.REFINABLE):
                 return True
             name = task.linear.experts
             if name not in stacks:
@@ -217,16 +217,10 @@ class Plan:
         for task in self.every if self.packed else ():
             name = task.linear.experts
             if not task.method.REFINABLE and name in self._unpackable:
-                shared = task.linear.at is not None
-                why = (
-                    "keeps all experts in one tensor"
-                    if shared
-                    else "has some experts that stay dense, or biases"
-                )
-                glob = f"*{task.linear.name.split('.')[-2]}.*" if shared else "*experts*"
                 raise UsageError(
-                    f"{name} {why}: factors cannot be stored for {task.linear.name}; "
-                    f"use a method that prunes, or leave them all dense with `ignore='{glob}'`"
+                    f"{name} has some experts that stay dense, or a norm: factors cannot be stored "
+                    f"for {task.linear.name}; use a method that prunes, or leave them all dense "
+                    f"with `ignore='*experts*'`"
                 )
         return self
 

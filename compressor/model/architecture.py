@@ -68,7 +68,10 @@ def _why_not_dense(described: Any) -> str:
     """Why a checkpoint with this `quantization_config` cannot be compressed, and what to do."""
     method = described.get("quant_method") if isinstance(described, Mapping) else described
     if method == QUANT_METHOD:
-        return "is compressed already; give the original checkpoint, or `compress unpack` it"
+        return (
+            f"is quantised or compressed already ({method}); give the original checkpoint, or "
+            f"`compress unpack` it first"
+        )
     return (
         f"is quantised or compressed already ({method}); block FP8 (fp8) and MXFP4 are read, of "
         f"other forms give the original checkpoint, in bfloat16, float16 or float32"

@@ -7,7 +7,7 @@ module for each matrix, so that whatever hooks a linear's module (statistics, gr
 expert's matrix like any other.
 
 On disk most families have one tensor for each expert's gate, up and down; a few stack all experts
-in one (gpt_oss, which also transposes it and interleaves gate and up, and granitemoe).
+in one (gpt_oss, which also transposes it and interleaves gate and up, granitemoe, Qwen3-VL-MoE).
 """
 
 from __future__ import annotations
@@ -75,12 +75,13 @@ class Matrix:
     """One expert's matrix on disk.
 
     Attributes:
-        name: its tensor's, without `.weight`; with the expert's number behind it where all experts
-            share the tensor.
+        name: its tensor's, without `.weight`; where all experts share the tensor, as if they did
+            not: `….experts.3.gate_up_proj`.
         tensor: the tensor on disk.
         at: its place along the first dimension of that tensor, None where it is the tensor.
         expert: the number of the expert.
         rows: its rows within the expert's matrix in the stacked parameter.
+        turned: on disk it is the other way round than in the stacked parameter.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Matrix:
     at: int | None
     expert: int
     rows: slice
+    turned: bool = False
 
 
 def expert_modules(root: nn.Module) -> list[tuple[str, Any]]:
@@ -112,13 +114,17 @@ def entering(module: Any) -> str:
 
 
 def only_stacks(module: Any) -> bool:
-    """Whether an experts' module holds nothing but its two stacked parameters: no biases, no
+    """Whether an experts' module holds nothing but its two stacked parameters and their biases: no
     norm.
     """
-    return {name for name, _ in module.named_parameters()} == {
-        entering(module),
-        "down_proj",
-    } and not list(module.buffers())
+    stacks = {entering(module), "down_proj"}
+    held = {name for name, _ in module.named_parameters()}
+    return held == stacks | set(biases(module)) and not list(module.buffers())
+
+
+def biases(module: Any) -> list[str]:
+    """Names of the parameters that hold the biases of an experts' module, `[experts, out]` each."""
+    return [f"{entering(module)}_bias", "down_proj_bias"] if module.has_bias else []
 
 
 def matrices(
@@ -127,6 +133,7 @@ def matrices(
     tensors: Sequence[tuple[str, str | None]],
     shapes: Mapping[str, Sequence[int]],
     order: Sequence[str],
+    parameter: str = "",
 ) -> list[Matrix] | None:
     """How a stacked parameter is made of tensors on disk; None where that is not understood.
 
@@ -136,20 +143,23 @@ def matrices(
         tensors: names on disk and, for each, the pattern of the conversion that it matched, if any.
         shapes: of the tensors on disk.
         order: the patterns of that conversion; it concatenates in this order.
+        parameter: its name, such as `model.layers.0.mlp.experts.gate_up_proj`.
     """
     experts, rows, columns = shape
     if len(tensors) == 1:
         name = tensors[0][0]
-        base = name.removesuffix(".weight")
-        whole = tuple(shapes[name]) == tuple(shape) and tensors[0][1] is None
+        turned = tuple(shapes[name]) != tuple(shape)
+        whole = tuple(shapes[name]) == ((experts, columns, rows) if turned else tuple(shape))
+        whole = whole and not (turned and tensors[0][1] is None)
         return (
             [
                 Matrix(
-                    f"{base}.{expert}",
+                    _name_of(expert, name.removesuffix(".weight"), parameter),
                     name,
                     expert,
                     expert,
                     slice(0, columns if transposed else rows),
+                    turned,
                 )
                 for expert in range(experts)
             ]
@@ -181,6 +191,15 @@ def matrices(
         if start != rows:
             return None
     return found if sorted(numbered) == list(range(experts)) else None
+
+
+def _name_of(expert: int, base: str, parameter: str) -> str:
+    """The name of an expert's matrix in the tensor `base` of all experts: as where each has its
+    own, in the module that `parameter` belongs to, under the names on disk of what is around it.
+    """
+    *_, around, module, stack = ["", "", *parameter.split(".")]
+    head, found, _ = base.rpartition(f".{around}.")
+    return f"{head}{found}{module}.{expert}.{stack}" if around and found else f"{base}.{expert}"
 
 
 def run_experts(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint.packed_config import place
 from compressor.checkpoint.reader import Reader
 
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -20,13 +21,14 @@ class Linear:
 
     Attributes:
         name: of the module, such as `model.layers.0.self_attn.q_proj`; of an expert's matrix, that
-            of its tensor on disk.
+            of its tensor on disk, or `….experts.3.gate_up_proj` where all share one.
         tensor: its weight's name on disk.
         module: the module that computes with it; its `weight` is the stored matrix.
-        transposed: the stored matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
+        transposed: the module's matrix is `[in, out]` (gpt2's Conv1D, gpt_oss's experts).
         at: its place along the first dimension of a tensor that holds the matrices of all experts;
             None otherwise.
         experts: name of the module whose expert it belongs to; empty for a linear of its own.
+        turned: on disk it is the other way round than in the module (Qwen3-VL's experts).
     """
 
     name: str
@@ -35,6 +37,12 @@ class Linear:
     transposed: bool
     at: int | None = None
     experts: str = ""
+    turned: bool = False
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether it is `[in, out]` on disk."""
+        return self.transposed != self.turned
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,6 +56,11 @@ class Linear:
         return f"{self.experts}.{self.module.parameter}" if self.experts else f"{self.name}.weight"
 
     @property
+    def place(self) -> dict[str, Any]:
+        """Where its weight is in a dense checkpoint, as keys of its entry in config.json."""
+        return place(self.stored_transposed, self.tensor, self.at)
+
+    @property
     def size(self) -> int:
         """Its number of weights."""
         return self.module.weight.numel()
@@ -55,7 +68,7 @@ class Linear:
     def read(self, reader: Reader) -> Tensor:
         """The weight `[out, in]` in its dtype on disk."""
         weight = reader.read(self.tensor, self.at)
-        return weight.T.contiguous() if self.transposed else weight
+        return weight.T.contiguous() if self.stored_transposed else weight
 
     def get(self) -> Tensor:
         """The weight `[out, in]` it computes with now."""

@@ -123,12 +123,15 @@ class Skeleton:
                     tuple(getattr(module, stack).shape),
                     self.sources[f"{full}.{stack}"],
                 )
-                found[stack] = matrices(shape, module.is_transposed, tensors, shapes, self._order)
+                found[stack] = matrices(
+                    shape, module.is_transposed, tensors, shapes, self._order, f"{full}.{stack}"
+                )
             if all(found.values()):
                 named = attach(module, found)
                 places = [place for stack in stacks for place in found[stack]]
+                turned = module.is_transposed
                 linears += [
-                    Linear(p.name, p.tensor, named[p.name], module.is_transposed, p.at, full)
+                    Linear(p.name, p.tensor, named[p.name], turned, p.at, full, p.turned)
                     for p in places
                 ]
         return linears

@@ -130,11 +130,10 @@ class Recorder:
         linear = task.linear
         stored = (
             {"weight": form.dense().T}
-            if isinstance(form, Dense) and linear.transposed
+            if isinstance(form, Dense) and linear.stored_transposed
             else form.pack()
         )
-        if (tensors := self._shared.filled(task, stored)) is not None:
-            self._writer.replace(linear.tensor, tensors)
+        self._store(task, stored)
         dtype = WEIGHT_DTYPES[self._plan.reader.tensors[linear.tensor].dtype]
         losses, overflowed = _finite(getattr(form, "losses", None))
         notes = [
@@ -152,13 +151,24 @@ class Recorder:
                 error=seen.error if seen else None,
                 dense_bytes=linear.size * dtype.itemsize,
                 bytes=sum(tensor.nbytes for tensor in stored.values()),
-                entry=module_entry(form.entry, transposed=linear.transposed),
+                entry=module_entry(form.entry, linear.place),
                 tokens=seen.tokens if seen else None,
                 note="; ".join(note for note in notes if note),
                 losses=losses,
                 pattern=_pattern(task, form),
             )
         )
+
+    def _store(self, task: Task, stored: dict[str, Tensor]) -> None:
+        """Write what takes the place of a linear's tensor on disk, or of its part of one."""
+        linear = task.linear
+        last = self._shared.is_last(task)
+        if linear.at is None:
+            self._writer.replace(linear.tensor, stored)
+        elif "weight" not in stored:
+            self._writer.replace(linear.tensor, stored, owner=linear.name, last=last)
+        elif (whole := self._shared.filled(task, stored["weight"], last)) is not None:
+            self._writer.replace(linear.tensor, {linear.tensor.rpartition(".")[2]: whole})
 
     def finish_block(self, row: BlockRow, seconds: float, hidden: list[Any]) -> None:
         """Note a finished block, once everything it wrote is on disk.
@@ -230,28 +240,26 @@ class _SharedTensors:
         self._waiting = Counter(task.linear.tensor for task in plan.every)
         self._tensors: dict[str, Tensor] = {}
 
-    def filled(self, task: Task, stored: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """What takes the place of the task's tensor on disk, by suffix; None while other matrices
-        of it are to come.
+    def is_last(self, task: Task) -> bool:
+        """Whether no other matrix of the task's tensor on disk is to come. Asked once of each."""
+        self._waiting[task.linear.tensor] -= 1
+        return not self._waiting[task.linear.tensor]
+
+    def filled(self, task: Task, weight: Tensor, last: bool) -> Tensor | None:
+        """The task's tensor on disk with `weight` in its place, after the `last` one; None while
+        others are to come.
         """
         linear = task.linear
-        if linear.at is None:
-            return stored
-        self._waiting[linear.tensor] -= 1
         if linear.tensor not in self._tensors:
             self._tensors[linear.tensor] = self._reader.read(linear.tensor)
-        self._tensors[linear.tensor][linear.at] = stored["weight"]
-        if self._waiting[linear.tensor]:
-            return None
-        return {linear.tensor.rpartition(".")[2]: self._tensors.pop(linear.tensor)}
+        self._tensors[linear.tensor][linear.at] = weight
+        return self._tensors.pop(linear.tensor) if last else None
 
 
 def _why_not_packed(plan: Plan, task: Task, form: Form) -> str:
     """Why zeros are in place where a packed form was asked for; empty if they are not."""
     if not plan.packed or not isinstance(form, Dense) or not task.fits_2_4:
         return ""
-    if task.linear.at is not None:
-        return "zeros in place: all experts share one tensor"
     return "zeros in place: other experts of the block are not packed"
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import CheckpointError, UsageError
 from compressor.formats import form_of
+from compressor.model.experts import biases
 from compressor.model.hf_conversion import saving_steps
 from compressor.runtime.packed_experts import PackedExperts
 
@@ -105,6 +106,8 @@ class _Weights(Mapping[str, Tensor]):
         if isinstance(packed, PackedExperts):
             for stack in packed.leaves:
                 self.parts[stack] = lambda stack=stack: self._stack(stack)
+            for bias in biases(packed.original):
+                self.parts[bias] = lambda bias=bias: _tensors(packed)[bias]
         else:
             self.parts["weight"] = self._weight
             if packed.bias is not None:
@@ -124,18 +127,17 @@ class _Weights(Mapping[str, Tensor]):
         return weight.T.contiguous() if isinstance(self.packed.original, Conv1D) else weight
 
     def _stack(self, stack: str) -> Tensor:
-        experts = range(self.packed.original.num_experts)
-        return torch.stack(
-            [
-                torch.cat(
-                    [
-                        _dense(f"{self.path}.{expert}", part)
-                        for part in self.packed.matrices(stack, expert)
-                    ]
-                )
-                for expert in experts
-            ]
-        )
+        original = self.packed.original
+        dense = [
+            torch.cat(
+                [
+                    _dense(f"{self.path}.{expert}", part)
+                    for part in self.packed.matrices(stack, expert)
+                ]
+            )
+            for expert in range(original.num_experts)
+        ]
+        return torch.stack([one.T for one in dense] if original.is_transposed else dense)
 
 
 def _linears(packed: Any) -> Iterator[Any]:
@@ -157,11 +159,14 @@ def _hook_with_weights(module: Any) -> Any:
 
 
 def _tensors(linear: Any) -> dict[str, Tensor]:
-    """The stored tensors of a packed linear and its bias, brought from where they are."""
+    """The tensors that a packed module holds itself, brought from where they are: those that a
+    linear is stored as and its bias, the biases of experts.
+    """
     hook, state = _hook_with_weights(linear), linear.state_dict()
     return {
         name: hook.weights_map[name] if hook is not None and tensor.is_meta else tensor.detach()
         for name, tensor in state.items()
+        if "." not in name
     }
 
 

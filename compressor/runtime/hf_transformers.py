@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from compressor.checkpoint.dequantised import DequantisedReader, open_model
 from compressor.checkpoint.packed_config import (
     GUARD,
     QUANT_METHOD,
+    TENSOR,
     TRANSPOSED,
     VERSION,
     packed_modules,
@@ -49,6 +51,10 @@ from compressor.runtime.modules import packed_module
 from compressor.runtime.packed_experts import swap_experts
 
 _RUNTIME: ContextVar[str] = ContextVar("runtime", default="auto")  # what `load` was asked for
+
+# transformers replaces methods of its classes while it loads a model: of two at once, one puts back
+# what the other put there, and no later model of the process has its weights tied
+_LOADING = RLock()
 
 
 class CompressedConfig(QuantizationConfigMixin):
@@ -186,10 +192,10 @@ def swap_linears(
     """
     modules = dict(model.named_modules())
 
-    def make(name: str, module: Any) -> Any:
+    def make(name: str, module: Any, turned: bool | None) -> Any:
         packed: Any = packed_module(name, module, entries[name])
-        if isinstance(module, Conv1D) != (entries[name].get(TRANSPOSED) is True):
-            stored = "[in, out]" if isinstance(module, Conv1D) else "[out, in]"
+        if turned is not None and turned != (entries[name].get(TRANSPOSED) is True):
+            stored = "[in, out]" if turned else "[out, in]"
             raise CheckpointError(
                 f"config.json is wrong about {name}: a {model.config.model_type} model has it as "
                 f"{stored}"
@@ -198,7 +204,8 @@ def swap_linears(
         return packed
 
     paths, stacked = {}, []
-    names = [f"{name}.weight" for name in entries]
+    shared = [name for name, entry in entries.items() if TENSOR in entry]
+    names = [f"{name}.weight" for name in entries if name not in set(shared)]
     for parameter, tensors in hf_conversion.sources(model, names, quantizer).items():
         path, found = (
             parameter.removesuffix(".weight"),
@@ -208,11 +215,17 @@ def swap_linears(
             stacked += found
             continue
         parent, _, leaf = path.rpartition(".")
-        packed = make(found[0], modules[path])
+        packed = make(found[0], modules[path], isinstance(modules[path], Conv1D))
         packed.__dict__["original"] = modules[path]  # no submodule: `dequantize` fills it again
         setattr(model.get_submodule(parent), leaf, packed)
         paths[found[0]] = path
-    return paths | swap_experts(model, stacked, make) if stacked else paths
+    probe = ".weight_values"  # goes where every stored tensor of a linear goes
+    places = hf_conversion.sources(model, [name + probe for name in shared], quantizer)
+    by_path = {
+        path.removesuffix(probe): tensors[0][0].removesuffix(probe)
+        for path, tensors in places.items()
+    }
+    return paths | swap_experts(model, stacked, by_path, make) if stacked or shared else paths
 
 
 def runtimes(model: Any) -> dict[str, str]:
@@ -248,10 +261,13 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     try:
         reader = _checked(Path(path) / (options.get("subfolder") or ""), options)
         loaded: Any
-        if isinstance(reader, DequantisedReader):
-            loaded = load_dequantised(reader, **options, output_loading_info=True)
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+        with _LOADING:
+            if isinstance(reader, DequantisedReader):
+                loaded = load_dequantised(reader, **options, output_loading_info=True)
+            else:
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    path, **options, output_loading_info=True
+                )
     except CompressError:
         raise
     except Exception as error:  # transformers raises many kinds on a folder it cannot load

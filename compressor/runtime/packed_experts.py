@@ -14,6 +14,7 @@ from compressor.model import hf_conversion
 from compressor.model.experts import (
     Expert,
     Matrix,
+    biases,
     entering,
     expert_modules,
     matrices,
@@ -21,16 +22,18 @@ from compressor.model.experts import (
     run_experts,
 )
 
-Make = Callable[[str, nn.Module], nn.Module]
-"""Name of a linear and a plain one of its shape -> an empty packed one."""
+Make = Callable[[str, nn.Module, bool | None], nn.Module]
+"""Name of a linear, a plain one of its shape, and whether its family stores it `[in, out]` (None
+where it may be either) -> an empty packed one.
+"""
 
 
 class PackedExperts(nn.Module):
     """The experts of one block; `experts.3.up_proj` is the packed `up_proj` of expert 3.
 
     Args:
-        original: the module it takes the place of; kept for its activation, its parameters stay
-            empty.
+        original: the module it takes the place of; kept for its activation, its stacked parameters
+            stay empty. Its biases are parameters of this module, under the same names.
         found: the matrices of its stacked parameters.
         packed: the packed linears, by name.
     """
@@ -48,6 +51,14 @@ class PackedExperts(nn.Module):
             stack: [p.name.rpartition(".")[2] for p in pieces if not p.expert]
             for stack, pieces in found.items()
         }
+        self.rows = {
+            piece.name.rpartition(".")[2]: piece.rows
+            for pieces in found.values()
+            for piece in pieces
+            if not piece.expert
+        }
+        for name in biases(original):
+            self.register_parameter(name, getattr(original, name))
         for expert in range(original.num_experts):
             own = [piece for pieces in found.values() for piece in pieces if piece.expert == expert]
             self.add_module(
@@ -65,18 +76,34 @@ class PackedExperts(nn.Module):
         """
         stack, number = entering(self.original), self.original.num_experts
         experts = [
-            Expert(self.matrices(stack, one), self.matrices("down_proj", one)[0])
+            Expert(self._linears(stack, one), self._linears("down_proj", one)[0])
             for one in range(number)
         ]
         return run_experts(self.original, experts, hidden, index, weights)
 
+    def _linears(self, stack: str, expert: int) -> Sequence[Callable[[Tensor], Tensor]]:
+        """As `matrices`, each with its bias."""
+        packed = self.matrices(stack, expert)
+        if not self.original.has_bias:
+            return packed
+        bias = getattr(self, f"{stack}_bias")[expert]
+        rows = [self.rows[leaf] for leaf in self.leaves[stack]]
+        return [
+            lambda x, linear=linear, own=bias[part]: linear(x) + own
+            for linear, part in zip(packed, rows, strict=True)
+        ]
 
-def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]:
-    """Put PackedExperts where the packed linears `names` are experts' matrices.
+
+def swap_experts(
+    model: Any, names: Sequence[str], shared: Mapping[str, str], make: Make
+) -> dict[str, str]:
+    """Put PackedExperts where packed linears are experts' matrices.
 
     Args:
         model: on the meta device, before its weights are loaded.
         names: linears that are no modules of `model`.
+        shared: those whose dense weights are together in one tensor, by what their path would be:
+            that of the module, the number of the expert, the stacked parameter.
         make: of an empty packed linear.
 
     Returns:
@@ -93,12 +120,15 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
     )
     for inside, module in expert_modules(model):
         stacks = (entering(module), "down_proj")
-        if not any(f"{inside}.{stack}" in sources for stack in stacks):
-            continue
-        found = {
-            stack: _pieces(module, stack, sources.get(f"{inside}.{stack}", []), order)
-            for stack in stacks
-        }
+        found = {stack: _shared_pieces(inside, module, stack, shared) for stack in stacks}
+        turned = None if any(found.values()) else module.is_transposed
+        if not any(found.values()):
+            if not any(f"{inside}.{stack}" in sources for stack in stacks):
+                continue
+            found = {
+                stack: _pieces(module, stack, sources.get(f"{inside}.{stack}", []), order)
+                for stack in stacks
+            }
         if not all(found.values()) or not only_stacks(module):
             raise CheckpointError(
                 f"config.json lists matrices of {inside} as packed, but not those of all its "
@@ -106,16 +136,16 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
             )
         packed = {}
         for stack, pieces in found.items():
-            columns, dtype = getattr(module, stack).shape[2], getattr(module, stack).dtype
+            stacked = getattr(module, stack)
+            columns = stacked.shape[1 if module.is_transposed else 2]
             for piece in pieces:
                 rows = piece.rows.stop - piece.rows.start
-                packed[piece.name] = make(
-                    piece.name, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
-                )
+                plain = nn.Linear(columns, rows, bias=False, device="meta", dtype=stacked.dtype)
+                packed[piece.name] = make(piece.name, plain, turned)
                 paths[piece.name] = f"{inside}.{piece.expert}.{piece.name.rpartition('.')[2]}"
         parent, _, leaf = inside.rpartition(".")
         setattr(model.get_submodule(parent), leaf, PackedExperts(module, found, packed))
-    if unknown := [name for name in names if name not in paths]:
+    if unknown := [name for name in (*names, *shared.values()) if name not in paths]:
         saved = model.config.architectures or []
         other = "" if type(model).__name__ in saved else f" (what was saved is {', '.join(saved)})"
         raise CheckpointError(
@@ -123,6 +153,17 @@ def swap_experts(model: Any, names: Sequence[str], make: Make) -> dict[str, str]
             f"does not have{other}"
         )
     return paths
+
+
+def _shared_pieces(inside: str, module: Any, stack: str, shared: Mapping[str, str]) -> list[Matrix]:
+    """The matrices of a stacked parameter that is one tensor of a dense checkpoint; none where they
+    are not there, or not all of them.
+    """
+    _, *sides = getattr(module, stack).shape
+    rows = slice(0, sides[1 if module.is_transposed else 0])
+    names = [shared.get(f"{inside}.{expert}.{stack}", "") for expert in range(module.num_experts)]
+    found = [Matrix(name, name, None, expert, rows) for expert, name in enumerate(names) if name]
+    return found if len(found) == len(names) else []
 
 
 def _pieces(

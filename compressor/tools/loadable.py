@@ -17,9 +17,12 @@ from typing import Any
 from compressor.checkpoint.header import Entry
 from compressor.checkpoint.packed_config import (
     GUARD,
+    TENSOR,
     TRANSPOSED,
     packed_modules,
+    place_of,
     plain_config,
+    shared_tensors,
     stored_modules,
 )
 from compressor.checkpoint.reader import INDEX, Reader
@@ -107,13 +110,17 @@ def _unpacked(reader: Reader) -> Reader:
     dense.config = plain_config(reader.config)
     dense.tensors = dict(reader.tensors)
     stored = packed_headers(reader.tensors)
-    for name, entry in stored_modules(reader.config, reader.tensors).items():
+    modules = stored_modules(reader.config, reader.tensors)
+    count = {tensor: len(names) for tensor, names in shared_tensors(modules).items()}
+    for name, entry in modules.items():
         dtype, shape = check_headers(name, entry, parts := stored.get(name, {}))
         shard = dense.tensors[f"{name}.{next(iter(parts))}"].shard
         for suffix in parts:
             del dense.tensors[f"{name}.{suffix}"]
         shape = shape[::-1] if entry.get(TRANSPOSED) is True else shape
-        dense.tensors[f"{name}.weight"] = Entry(shard, dtype, shape, 0, 0)
+        tensor = place_of(entry).get(TENSOR)
+        whole = (count[tensor], *shape) if tensor else shape
+        dense.tensors[tensor or f"{name}.weight"] = Entry(shard, dtype, whole, 0, 0)
     return dense
 
 

@@ -81,7 +81,7 @@ def _pack_block(
             form = "other experts beside it that are not 2:4"
         if not isinstance(form, str):
             writer.replace(linear.tensor, form.pack())
-            done.packed[linear.name] = module_entry(form.entry, transposed=linear.transposed)
+            done.packed[linear.name] = module_entry(form.entry, linear.place)
             continue
         done.left_dense.append(LeftDense(linear.name, list(linear.shape), form))
         if _alone(reader, linear):

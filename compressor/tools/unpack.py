@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from compressor.checkpoint.packed_config import (
+    TENSOR,
     TRANSPOSED,
     module_entry,
+    place_of,
     plain_config,
+    shared_tensors,
     stored_modules,
 )
 from compressor.checkpoint.reader import Reader
@@ -42,27 +48,39 @@ def unpack(folder: Path, output: Path) -> int:
     listed = {f"{name}.{suffix}" for name in modules for suffix in suffixes[name]}
     with Writer(reader, output, listed) as writer:
         for name, entry in modules.items():
-            _unpack_one(reader, writer, name, entry, suffixes[name])
+            if TENSOR not in place_of(entry):
+                weight = _dense(reader, name, entry, suffixes[name])
+                _put(writer, f"{name}.weight", weight, [name], suffixes)
+        for tensor, names in shared_tensors(modules).items():
+            parts = [_dense(reader, name, modules[name], suffixes[name]) for name in names]
+            if len({part.shape for part in parts}) > 1:
+                raise CheckpointError(f"{tensor} is damaged: its matrices differ in shape")
+            _put(writer, tensor, torch.stack(parts), names, suffixes)
         writer.finish(plain_config(reader.config), {})
     return len(modules)
 
 
-def _unpack_one(
-    reader: Reader, writer: Writer, name: str, entry: dict[str, Any], suffixes: list[str]
+def _put(
+    writer: Writer, tensor: str, weight: Tensor, names: list[str], suffixes: dict[str, list[str]]
 ) -> None:
-    transposed = entry.get(TRANSPOSED) is True
+    """Write the dense `tensor` in place of the stored tensors of the linears `names`."""
+    owner, _, leaf = tensor.rpartition(".")
+    stored = [f"{name}.{suffix}" for name in names for suffix in suffixes[name]]
+    writer.replace(stored[0], {leaf: weight}, owner=owner)
+    for other in stored[1:]:
+        writer.replace(other, {})
+
+
+def _dense(reader: Reader, name: str, entry: dict[str, Any], suffixes: list[str]) -> Tensor:
+    """The weight of a packed linear as a dense checkpoint has it. Raises CheckpointError."""
+    where = place_of(entry)
     try:
         stored = form_of(entry, {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
-        if module_entry(stored.entry, transposed=transposed) != entry or set(stored.pack()) != set(
-            suffixes
-        ):
+        whole = set(stored.pack()) == set(suffixes)
+        if module_entry(stored.entry, where) != entry or not whole:
             raise ValueError(
                 f"config.json says {entry}, its tensors {sorted(suffixes)} are {stored.entry}"
             )
-        weight = stored.dense().T if transposed else stored.dense()
+        return stored.dense().T if TRANSPOSED in where else stored.dense()
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{name} is damaged: {error}") from None
-    first, *rest = suffixes
-    writer.replace(f"{name}.{first}", {"weight": weight})
-    for suffix in rest:
-        writer.replace(f"{name}.{suffix}", {})

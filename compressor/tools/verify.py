@@ -14,7 +14,13 @@ from torch import Tensor
 
 from compressor.checkpoint import manifest
 from compressor.checkpoint.dequantised import open_model
-from compressor.checkpoint.packed_config import TRANSPOSED, module_entry, stored_modules
+from compressor.checkpoint.packed_config import (
+    AT,
+    TENSOR,
+    module_entry,
+    place_of,
+    stored_modules,
+)
 from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError, CompressError, NumericalError
 from compressor.formats import Form, form_of
@@ -104,7 +110,7 @@ def _packed(
     tensors = {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}
     try:
         form = form_of(entry, tensors)
-        if module_entry(form.entry, transposed=entry.get(TRANSPOSED) is True) != entry:
+        if module_entry(form.entry, place_of(entry)) != entry:
             raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
         if extra := set(tensors) - set(form.pack()):
             raise ValueError(f"{min(extra)} does not belong to the format {entry['format']}")
@@ -121,11 +127,12 @@ def _plain(reader: Reader, row: dict[str, Any]) -> Iterator[str]:
     """A linear stored with zeros in place: as sparse as the report says, and legal in its
     pattern.
     """
-    name = f"{row['name']}.weight"
+    where = place_of(row.get("entry") or {})
+    name = where.get(TENSOR, f"{row['name']}.weight")
     if name not in reader.tensors:
         yield f"{name}, which report.json names, is not there"
         return
-    weight = reader.read(name)
+    weight = reader.read(name, where.get(AT))
     yield from _as_reported(row["name"], Dense(weight), row)
     pattern = Pattern.parse(str(row["pattern"])) if row.get("pattern") else None
     if pattern and not (

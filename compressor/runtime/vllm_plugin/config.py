@@ -11,7 +11,8 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules
+from compressor.checkpoint.packed_config import QUANT_METHOD, packed_modules, shared_tensors
+from compressor.errors import CheckpointError
 from compressor.runtime.placement import asked_by_environment
 from compressor.runtime.vllm_plugin.fused import DENSE
 
@@ -49,8 +50,17 @@ class CompressConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CompressConfig:
-        """Raises CheckpointError where the table is malformed or of a newer version."""
-        return cls(packed_modules({"quantization_config": config}))
+        """Raises CheckpointError where the table is malformed or of a newer version, or lists
+        matrices of experts that are together in one tensor of the dense checkpoint: vLLM has a way
+        of its own to load each such family.
+        """
+        modules = packed_modules({"quantization_config": config})
+        if shared := shared_tensors(modules):
+            raise CheckpointError(
+                f"{next(iter(shared))} holds all experts of a block, and packed they cannot be "
+                f"served by vLLM: serve what `compress unpack` makes of the checkpoint"
+            )
+        return cls(modules)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
