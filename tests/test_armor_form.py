@@ -24,7 +24,7 @@ def form(request: pytest.FixtureRequest) -> Armor:
 def test_form_round_trips(form: Armor) -> None:
     tensors = form.pack()
     assert sorted(tensors) == ["weight_a", "weight_b", "weight_metadata", "weight_values"]
-    again = form_class("armor").unpack({k: v.clone() for k, v in tensors.items()})
+    again = form_class("armor").unpack(form.entry, {k: v.clone() for k, v in tensors.items()})
     assert all(torch.equal(x, again.pack()[k]) for k, x in tensors.items())
     exact = (
         torch.block_diag(*form.a.double())
@@ -49,7 +49,7 @@ def test_form_refuses_what_does_not_belong_together(form: Armor) -> None:
         {"weight_metadata": torch.zeros_like(form.metadata)},
     ):
         with pytest.raises(ValueError, match=r"weight_|metadata"):
-            Armor.unpack(tensors | change)
+            Armor.unpack(form.entry, tensors | change)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -191,13 +191,13 @@ def test_the_form_comes_apart_and_together():
     form = svd.compress(problem(24, 40)[0], None, 6)
     torch.testing.assert_close(LowRank.product(**form.factors()), form.dense())
     assert LowRank.from_factors(**form.factors()).entry == {"format": "lowrank", "rank": 6}
-    assert torch.equal(LowRank.unpack(form.pack()).dense(), form.dense())
+    assert torch.equal(LowRank.unpack(form.entry, form.pack()).dense(), form.dense())
     for bad in (
         {"weight_u": form.u, "weight_v": form.v[:5]},
         {"weight_u": form.u.double(), "weight_v": form.v},
     ):
         with pytest.raises(ValueError, match="weight_u"):
-            LowRank.unpack(bad)
+            LowRank.unpack(form.entry, bad)
 
 
 def test_every_factorization_has_what_the_pipeline_asks_for():

@@ -71,8 +71,9 @@ def test_headers_tell_the_weight_and_the_weight_tells_headers(name, dtype):
     form = example(name, dtype)
     stored = headers(form.pack())
     assert tuple(stored) == form.SUFFIXES
-    assert form.dense_spec(stored) == Spec(NAMES[dtype], tuple(form.dense().shape))
-    assert form.stored_specs(form.entry, form.dense_spec(stored)) == stored
+    dense = Spec(form.dense_dtype(form.entry, stored), form.dense_shape(stored))
+    assert dense == Spec(NAMES[dtype], tuple(form.dense().shape))
+    assert form.stored_specs(form.entry, dense) == stored
     assert form.entry["format"] == name
     form.check_entry(form.entry, (OUT, IN))
     assert check_headers("a", form.entry, stored) == Spec(NAMES[dtype], (OUT, IN))
@@ -94,7 +95,7 @@ def test_the_state_of_the_module_is_the_stored_tensors(name):
 @each_form
 def test_forms_come_apart_and_together_again(name):
     form = example(name)
-    again = type(form).unpack(form.pack())
+    again = type(form).unpack(form.entry, form.pack())
     again.check_canonical()
     assert torch.equal(again.dense(), form.dense())
     rebuilt = type(form).from_factors(**form.factors())

@@ -86,7 +86,9 @@ def test_damaged_metadata_is_refused():
     with pytest.raises(ValueError, match="row 1, group 0"):
         check24(values, metadata)
     with pytest.raises(ValueError, match="row 1, group 0"):
-        Sparse24.unpack({"weight_values": values, "weight_metadata": metadata})
+        Sparse24.unpack(
+            {"format": "sparse24"}, {"weight_values": values, "weight_metadata": metadata}
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compressor.errors import CompressError, OutputError, ProcessError, UsageError
-from compressor.formats import Form, form_class, notes
+from compressor.formats import Form, form_of, notes
 from compressor.stats import InputStats
 
 Made = tuple[Form, Any]
@@ -154,8 +154,8 @@ class Group:
         packed = form.pack() if form else {}
         kinds = [(suffix, tensor.shape, tensor.dtype) for suffix, tensor in packed.items()]
         said = notes(form) if form else {}
-        name, kinds, said, beside = self._gathered(
-            (form.FORMAT, kinds, said, beside) if form else None
+        entry, kinds, said, beside = self._gathered(
+            (form.entry, kinds, said, beside) if form else None
         )[owner]
         tensors = {}
         for suffix, shape, dtype in kinds:
@@ -168,7 +168,7 @@ class Group:
                 tensor.view(-1).view(torch.uint8), owner
             )  # as bytes: not every backend sends int16
             tensors[suffix] = tensor
-        return form or replace(cast(Any, form_class(name).unpack(tensors)), **said), beside
+        return form or replace(cast(Any, form_of(entry, tensors)), **said), beside
 
     def _gathered(self, value: Any) -> list[Any]:
         """`value` of every process, in order."""

@@ -4,14 +4,29 @@ its name asks the table below. Importing it takes no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from compressor.errors import CheckpointError
 from compressor.formats.armor import Armor
 from compressor.formats.dense import Dense
-from compressor.formats.form import Form, Spec, notes
+from compressor.formats.form import Form, Shape, Spec, notes
 from compressor.formats.lowrank import LowRank
 from compressor.formats.sparse24 import Sparse24
 
-__all__ = ["FORMATS", "PACKED", "Form", "Spec", "form_class", "notes"]
+__all__ = [
+    "FORMATS",
+    "PACKED",
+    "Form",
+    "Spec",
+    "checked_shape",
+    "form_class",
+    "form_of",
+    "notes",
+]
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS: dict[str, type[Form]] = {
     "dense": Dense,
@@ -32,3 +47,25 @@ def form_class(name: str) -> type[Form]:
             f"unknown format {name!r}; this version knows {', '.join(FORMATS)}: update compress-llm"
         )
     return FORMATS[name]
+
+
+def checked_shape(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Shape:
+    """(out, in) of the weight that is stored as `tensors`, by suffix, once its entry of config.json
+    was checked. Raises CheckpointError for an unknown format, KeyError for a tensor that lacks,
+    ValueError where the entry or a shape is none.
+    """
+    form = form_class(entry["format"])
+    shape = form.dense_shape({key: Spec("", tuple(t.shape)) for key, t in tensors.items()})
+    try:
+        form.check_entry(entry, shape)
+    except ValueError as error:
+        raise ValueError(f"config.json gives it {error}") from None
+    return shape
+
+
+def form_of(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Form:
+    """The form that is stored as `tensors`, by suffix, with this entry in config.json. Raises what
+    `checked_shape` does, and ValueError where the tensors do not belong together.
+    """
+    checked_shape(entry, tensors)
+    return form_class(entry["format"]).unpack(entry, tensors)

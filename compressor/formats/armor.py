@@ -36,8 +36,8 @@ class Armor(Form):
     losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @staticmethod
-    def dense_spec(stored: Mapping[str, Spec]) -> Spec:
-        return Sparse24.dense_spec(stored)
+    def dense_shape(stored: Mapping[str, Spec]) -> Shape:
+        return Sparse24.dense_shape(stored)
 
     @staticmethod
     def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
@@ -115,7 +115,7 @@ class Armor(Form):
         ).to(self.values.dtype)
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def unpack(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Raises ValueError where shapes, dtypes or metadata do not belong together."""
         from compressor_kernels.packing import check24
 

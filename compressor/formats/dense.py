@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from compressor.formats.form import Form, Spec, matrix, zeros
+from compressor.formats.form import Form, Shape, Spec, matrix, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,8 +23,8 @@ class Dense(Form):
     losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @staticmethod
-    def dense_spec(stored: Mapping[str, Spec]) -> Spec:
-        return Spec(stored["weight"].dtype, matrix(stored, "weight"))
+    def dense_shape(stored: Mapping[str, Spec]) -> Shape:
+        return matrix(stored, "weight")
 
     @staticmethod
     def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
@@ -54,5 +54,5 @@ class Dense(Form):
         return self.weight
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def unpack(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["weight"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Shape = tuple[int, int]
@@ -51,11 +52,18 @@ class Form(Protocol):
     # Of headers and entries: no torch.
 
     @staticmethod
-    def dense_spec(stored: Mapping[str, Spec]) -> Spec:
-        """The dense weight `[out, in]` that tensors with these headers, by suffix, stand for.
-        Raises ValueError for a shape that no weight has.
+    def dense_shape(stored: Mapping[str, Spec]) -> Shape:
+        """(out, in) of the weight that tensors with these headers, by suffix, stand for. Raises
+        ValueError for a shape that no weight has, KeyError for a tensor that lacks.
         """
         ...
+
+    @classmethod
+    def dense_dtype(cls, entry: Mapping[str, Any], stored: Mapping[str, Spec]) -> str:
+        """The dtype of that weight, such as `BF16`: of the first tensor. A form that keeps its
+        numbers in another has the weight's in its entry, as `dtype`; `check_entry` was asked.
+        """
+        return stored[cls.SUFFIXES[0]].dtype
 
     @staticmethod
     def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
@@ -133,9 +141,9 @@ class Form(Protocol):
         return {suffix: getattr(self, suffix.removeprefix("weight_")) for suffix in self.SUFFIXES}
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The form stored as `tensors`. Raises KeyError for one that lacks, ValueError where they
-        do not belong together.
+    def unpack(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The form stored as `tensors`, by suffix; `check_entry` was asked of its entry. Raises
+        KeyError for one that lacks, ValueError where they do not belong together.
         """
         ...
 
@@ -169,6 +177,34 @@ def notes(form: Form) -> dict[str, Any]:
     `losses`, the relative loss its method started from and arrived at; only those it has.
     """
     return {part: value for part in ("note", "losses") if (value := getattr(form, part, None))}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors headers, and the entries of forms, call a dtype of torch."""
+    return _names()[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of torch that safetensors headers call `name`."""
+    return {known: dtype for dtype, known in _names().items()}[name]
+
+
+def _names() -> dict[torch.dtype, str]:
+    import torch
+
+    return {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.float8_e5m2: "F8_E5M2",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+    }
 
 
 def matrix(stored: Mapping[str, Spec], suffix: str) -> Shape:

@@ -54,13 +54,14 @@ def check_headers(name: str, entry: Mapping[str, Any], stored: Mapping[str, Spec
             f"config.json names the packed linear {name!r}, but its tensors are not there"
         )
     try:
-        dense = form.dense_spec(stored)
+        shape = form.dense_shape(stored)
     except ValueError as error:
         raise CheckpointError(f"{name}.{error}") from None
     try:
-        form.check_entry(entry, (dense.shape[0], dense.shape[1]))
+        form.check_entry(entry, shape)
     except ValueError as error:
         raise CheckpointError(f"config.json gives {name} {error}") from None
+    dense = Spec(form.dense_dtype(entry, stored), shape)
     expected = form.stored_specs(entry, dense)
     for suffix, spec in stored.items():
         if suffix not in expected:

@@ -27,9 +27,8 @@ class LowRank(Form):
     note: str = field(default="", compare=False)
 
     @staticmethod
-    def dense_spec(stored: Mapping[str, Spec]) -> Spec:
-        rows, columns = matrix(stored, "weight_u")[0], matrix(stored, "weight_v")[1]
-        return Spec(stored["weight_u"].dtype, (rows, columns))
+    def dense_shape(stored: Mapping[str, Spec]) -> Shape:
+        return matrix(stored, "weight_u")[0], matrix(stored, "weight_v")[1]
 
     @staticmethod
     def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
@@ -95,7 +94,7 @@ class LowRank(Form):
         return (u @ v).to(self.u.dtype)
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def unpack(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Raises ValueError where shapes or dtypes do not belong together."""
         u, v = tensors["weight_u"], tensors["weight_v"]
         if u.dim() != 2 or v.dim() != 2 or u.shape[1] != v.shape[0] or not len(v):

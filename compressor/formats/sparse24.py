@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from compressor.formats.form import Form, Spec, matrix, zeros
+from compressor.formats.form import Form, Shape, Spec, matrix, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,9 +26,9 @@ class Sparse24(Form):
     losses: tuple[float, float] | None = field(default=None, compare=False)
 
     @staticmethod
-    def dense_spec(stored: Mapping[str, Spec]) -> Spec:
+    def dense_shape(stored: Mapping[str, Spec]) -> Shape:
         rows, half = matrix(stored, "weight_values")
-        return Spec(stored["weight_values"].dtype, (rows, 2 * half))
+        return rows, 2 * half
 
     @staticmethod
     def stored_specs(entry: Mapping[str, Any], dense: Spec) -> dict[str, Spec]:
@@ -73,7 +73,7 @@ class Sparse24(Form):
         return unpack24(self.values, self.metadata)
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def unpack(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         from compressor_kernels.packing import check24
 
         check24(tensors["weight_values"], tensors["weight_metadata"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import CheckpointError, UsageError
+from compressor.formats import form_of
 from compressor.model.experts import biases
 from compressor.model.hf_conversion import saving_steps
 from compressor.runtime.packed_experts import PackedExperts
@@ -174,7 +175,7 @@ def _dense(path: str, linear: Any) -> Tensor:
     """The weight `[out, in]` of a packed linear, as `compress unpack` computes it."""
     stored = {name: t for name, t in _tensors(linear).items() if name.startswith("weight_")}
     try:
-        return linear.form.unpack(stored).dense()
+        return form_of(linear.entry, stored).dense()
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 

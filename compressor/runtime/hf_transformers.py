@@ -201,7 +201,7 @@ def swap_linears(
                 f"config.json is wrong about {name}: a {model.config.model_type} model has it as "
                 f"{stored}"
             )
-        packed.__dict__["form"] = form_class(entries[name]["format"])  # for `dequantize`
+        packed.__dict__["entry"] = entries[name]  # for `dequantize`
         return packed
 
     paths, stacked = {}, []

@@ -20,7 +20,7 @@ from compressor.checkpoint.packed_config import (
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
-from compressor.formats import form_class
+from compressor.formats import form_of
 from compressor.formats.headers import packed_headers, unlisted
 
 
@@ -75,8 +75,7 @@ def _dense(reader: Reader, name: str, entry: dict[str, Any], suffixes: list[str]
     """The weight of a packed linear as a dense checkpoint has it. Raises CheckpointError."""
     where = place_of(entry)
     try:
-        form = form_class(entry["format"])
-        stored = form.unpack({suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
+        stored = form_of(entry, {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes})
         whole = set(stored.pack()) == set(suffixes)
         if module_entry(stored.entry, where) != entry or not whole:
             raise ValueError(

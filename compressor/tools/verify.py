@@ -23,7 +23,7 @@ from compressor.checkpoint.packed_config import (
 )
 from compressor.checkpoint.reader import Reader, read_json
 from compressor.errors import CheckpointError, CompressError, NumericalError
-from compressor.formats import Form, form_class
+from compressor.formats import Form, form_of
 from compressor.formats.dense import Dense
 from compressor.formats.headers import packed_headers, unlisted
 from compressor.pattern import Pattern
@@ -110,7 +110,7 @@ def _packed(
     """
     tensors = {suffix: reader.read(f"{name}.{suffix}") for suffix in suffixes}
     try:
-        form = form_class(entry["format"]).unpack(tensors)
+        form = form_of(entry, tensors)
         if module_entry(form.entry, place_of(entry)) != entry:
             raise ValueError(f"config.json says {entry}, its tensors are {form.entry}")
         if extra := set(tensors) - set(form.pack()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class StoredLinear(nn.Module):
@@ -20,6 +21,18 @@ class StoredLinear(nn.Module):
     bias: Any
     without_kernels = "packed, unpacked at every call: no kernel runs here"
     """How it computes where none of its kernels runs, as `runtimes` tells it."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of nn.Module; 8-bit floats move with the module and stay what they are. To torch
+        `module.half()` is meant for them too.
+        """
+
+        def apart(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point() and tensor.itemsize == 1:
+                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            return fn(tensor)
+
+        return super()._apply(apart, recurse)
 
     def kernels_run(self) -> bool:
         """Whether a kernel computes from what is stored, in its dtype and on its device."""

@@ -7,7 +7,7 @@ import torch
 
 from compressor.errors import CheckpointError
 from compressor.formats import FORMATS
-from compressor.runtime.vllm_plugin.fused import Part, allocate, suffixes
+from compressor.runtime.vllm_plugin.fused import Part, allocate, fitting, suffixes, unpacked
 from compressor.runtime.vllm_plugin.slicing import Share
 from compressor_kernels.layouts import InTiles
 from tests.vllm.folders import stored
@@ -199,3 +199,16 @@ def test_a_cpu_computes_from_the_packed_weights_in_one_graph(dtype, ranks):
         scale = 1e-5 if dtype == torch.float32 else 2e-2
         expected = x.double() @ weight.double().T
         assert (y.double() - expected).norm() <= scale * expected.norm()
+
+
+def test_the_entry_of_an_experts_matrix_is_the_one_that_its_tensors_fit():
+    entries = []
+    for blocks in ((8, 4), (4, 8)):
+        form = stored("armor", torch.randn(16, 32), torch.Generator().manual_seed(3), blocks)
+        entries.append(form.entry)
+    tensors = form.pack()
+    assert fitting(entries, tensors) == entries[1]
+    made = unpacked(entries[1], tensors, torch.float32).dense()
+    assert torch.equal(made, form.dense())
+    with pytest.raises(ValueError, match=r"are not what config\.json says"):
+        fitting(entries[:1], tensors)

@@ -32,7 +32,11 @@ def check(form, rows, columns, share):
     local = {suffix: cut(entry, suffix, tensor, share) for suffix, tensor in tensors.items()}
     due = specs(entry, share.shape, torch.float64)
     assert {key: (part.dtype, tuple(part.shape)) for key, part in local.items()} == due
-    made = form_class(form).unpack({key: part.contiguous() for key, part in local.items()}).dense()
+    made = (
+        form_class(form)
+        .unpack(entry, {key: part.contiguous() for key, part in local.items()})
+        .dense()
+    )
     expected = weight[share.rows][:, share.start : share.stop]
     if form in ("dense", "sparse24"):
         assert torch.equal(made, expected)

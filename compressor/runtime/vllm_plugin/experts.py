@@ -19,7 +19,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
 from compressor.errors import CheckpointError
-from compressor.runtime.vllm_plugin.fused import DENSE, Entry, suffixes, unpacked
+from compressor.runtime.vllm_plugin.fused import DENSE, Entry, fitting, suffixes, unpacked
 
 _STACKS = ("w13", "w2")  # what vLLM calls gate and up in one, and down
 
@@ -36,8 +36,11 @@ class CompressMoEMethod(UnquantizedFusedMoEMethod):
     def __init__(self, moe: Any, stem: str, entries: Mapping[str, Entry]) -> None:
         super().__init__(moe)
         self.stem = stem
-        forms = [*entries.values(), DENSE]
-        self.forms = {frozenset(suffixes(entry)): entry["format"] for entry in forms}
+        self.forms: dict[frozenset[str], list[Entry]] = {}  # by the names of their tensors
+        for entry in [*entries.values(), DENSE]:
+            known = self.forms.setdefault(frozenset(suffixes(entry)), [])
+            if entry not in known:
+                known.append(entry)
         self.suffixes = {suffix for form in self.forms for suffix in form}
         self.carrier = min(suffix for suffix in self.suffixes if suffix != "weight")
         self.expected: dict[int, list[str]] = {}  # formats of each expert's matrices in config.json
@@ -95,8 +98,8 @@ class CompressMoEMethod(UnquantizedFusedMoEMethod):
 
     def _unpack(self, layer: Any, expert_id: int, shard_id: str) -> None:
         tensors = self.stored.pop((expert_id, shard_id))
-        form = self.forms.get(frozenset(tensors))
-        if form is None:
+        entries = self.forms.get(frozenset(tensors))
+        if entries is None:
             raise CheckpointError(
                 f"the checkpoint lacks tensors of {self.stem}.{expert_id}: of its matrix "
                 f"{shard_id} it has only {', '.join(sorted(tensors))}"
@@ -104,11 +107,12 @@ class CompressMoEMethod(UnquantizedFusedMoEMethod):
         stack = "w2" if shard_id == "w2" else "w13"
         dense = getattr(layer, f"{stack}_{self.carrier}")
         try:
-            weight = unpacked(form, tensors, dense.dtype).dense()
+            entry = fitting(entries, tensors)  # vLLM does not say which matrix of config.json it is
+            weight = unpacked(entry, tensors, dense.dtype).dense()
         except ValueError as error:
             raise CheckpointError(f"{self.stem}.{expert_id} is damaged: {error}") from None
         self.fill(dense, weight, f"{stack}_weight", shard_id=shard_id, expert_id=expert_id)
-        self.found.setdefault(expert_id, []).append(form)
+        self.found.setdefault(expert_id, []).append(entry["format"])
 
     @torch.no_grad()
     def process_weights_after_loading(self, layer: Any) -> None:

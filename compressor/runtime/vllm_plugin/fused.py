@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.packed_config import module_entry, place_of
 from compressor.errors import CheckpointError
-from compressor.formats import Form, Spec, form_class
+from compressor.formats import Form, Spec, checked_shape, form_class, form_of
+from compressor.formats.form import torch_dtype
 from compressor.runtime.modules import packed_module
 from compressor.runtime.vllm_plugin.slicing import Share, cut
 from compressor_kernels.packing import check24
@@ -27,7 +28,6 @@ Entry = Mapping[str, Any]
 """What config.json says of a linear: its format, and what else its shapes take."""
 
 DENSE: Entry = {"format": "dense"}
-_DTYPES = {"I16": torch.int16}  # of stored tensors that have a dtype of their own
 _PAIR = 0x4444  # a word of metadata in which every group names its columns 0 and 1
 
 
@@ -94,7 +94,7 @@ class Part:
     def _unpack(self) -> None:
         share, place = self.share, self.place["weight"]
         try:
-            form = unpacked(self.entry["format"], self.whole, place.dtype)
+            form = unpacked(self.entry, self.whole, place.dtype)
         except ValueError as error:
             raise CheckpointError(f"{self.name} is damaged: {error}") from None
         found = module_entry(form.entry, place_of(self.entry))
@@ -123,18 +123,18 @@ class Part:
 @dataclass
 class Segment:
     """Parts that are held together: `entry` of all of them, their tensors by suffix, and the
-    `[outputs, inputs]` of their weight.
+    `[outputs, inputs]` and dtype of their weight.
     """
 
     entry: Entry
     tensors: dict[str, Tensor]
     shape: tuple[int, int]
+    dtype: torch.dtype
 
     def module(self, name: str) -> nn.Module:
         """What computes with it, `[..., in]` -> `[..., out]`; `name` is for messages."""
         rows, columns = self.shape
-        dtype = next(tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point())
-        module: nn.Module = nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+        module: nn.Module = nn.Linear(columns, rows, bias=False, device="meta", dtype=self.dtype)
         if self.entry != DENSE:
             module = packed_module(name, module, self.entry)
         module.load_state_dict(self.tensors, assign=True)
@@ -154,20 +154,37 @@ def specs(
     """Dtype and shape of the stored tensors of a weight of that shape and dtype, by suffix."""
     stored = form_class(entry["format"]).stored_specs(entry, Spec("", shape))
     return {
-        suffix: (dtype if spec.dtype == "" else _DTYPES[spec.dtype], spec.shape)
+        suffix: (dtype if spec.dtype == "" else torch_dtype(spec.dtype), spec.shape)
         for suffix, spec in stored.items()
     }
 
 
-def unpacked(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Form:
-    """The form of that name of these stored tensors, their numbers in `dtype`. Raises ValueError
-    where they are damaged.
+def fitting(entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> Entry:
+    """The first of these entries of one form that these stored tensors have the shapes of. Raises
+    ValueError where there is none.
     """
+    shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
+    for entry in entries:
+        try:
+            dense = Spec("", checked_shape(entry, tensors))
+        except ValueError:
+            continue
+        due = form_class(entry["format"]).stored_specs(entry, dense)
+        if {suffix: spec.shape for suffix, spec in due.items()} == shapes:
+            return entry
+    raise ValueError(f"its tensors {shapes} are not what config.json says: {entries}")
+
+
+def unpacked(entry: Entry, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Form:
+    """The form of these stored tensors; those in the weight's dtype are cast to `dtype`. Raises
+    ValueError where they are damaged.
+    """
+    own = form_class(entry["format"]).stored_specs(entry, Spec("", checked_shape(entry, tensors)))
     cast = {
-        suffix: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        suffix: tensor if own[suffix].dtype else tensor.to(dtype)
         for suffix, tensor in tensors.items()
     }
-    return form_class(name).unpack(cast)
+    return form_of(entry, cast)
 
 
 def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) -> list[Segment]:
@@ -188,7 +205,7 @@ def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) ->
             suffix: torch.full(size, _PAIR if kind == torch.int16 else 0, dtype=kind, device=device)
             for suffix, (kind, size) in specs(members[0].held, shape, dtype).items()
         }
-        segments.append(Segment(members[0].held, tensors, shape))
+        segments.append(Segment(members[0].held, tensors, shape, dtype))
         start = 0
         for part in members if len(members) > 1 else ():
             stop = start + part.share.shape[0]
