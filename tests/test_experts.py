@@ -223,7 +223,7 @@ def test_an_expert_with_hardly_a_token_is_calibrated_on_all_of_them_and_listed(
     ("family", "routers"),
     [
         ("qwen2_moe", ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]),
-        ("phimoe", ["mlp.router.weight"]),
+        ("phimoe", ["block_sparse_moe.gate.weight"]),
     ],
 )
 def test_routers_and_gates_stay_dense_and_are_listed(family, routers, tiny, rows):

@@ -36,10 +36,12 @@ class Counted(tuple):
 def linear(block, number):
     module = torch.nn.Module()
     module.has_gate = True
+    module.has_bias = False
     module.gate_up_proj = torch.nn.Parameter(torch.zeros(1))
     module.down_proj = torch.nn.Parameter(torch.zeros(1))
     return SimpleNamespace(
         name=f"model.layers.{block}.mlp.experts.{number}.up_proj",
+        path=f"model.layers.{block}.mlp.experts.{number}.up_proj",
         shape=(64, 64),
         size=64 * 64,
         at=None,

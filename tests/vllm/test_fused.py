@@ -10,6 +10,7 @@ from compressor.formats import FORMATS
 from compressor.runtime.vllm_plugin.fused import Part, allocate, fitting, suffixes, unpacked
 from compressor.runtime.vllm_plugin.slicing import Share
 from compressor_kernels.layouts import InTiles
+from tests.cpu_problems import here
 from tests.vllm.folders import stored
 
 INPUTS = 64
@@ -170,11 +171,11 @@ def test_names_of_stored_tensors():
         assert set(suffixes(entry)) == set(tensors)
 
 
-@pytest.mark.skipif(not InTiles.usable(), reason="the CPU kernels do not run here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_cpu_computes_from_the_packed_weights_in_one_graph(dtype, ranks):
     """What vLLM compiles: one graph, kernels of ours in it, and no dense weight in memory."""
+    here()
     x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
     for rank in range(ranks):
         _, segments, weight = layer(
