@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from compressor.bench.cpu_timing import processor
 
 SHARED = Path(os.environ.get("COMPRESS_SHARED", Path(__file__).parents[2] / "shared"))
 TESTS = {
@@ -35,13 +36,7 @@ def hardware() -> str:
     """Name of the GPU, or of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(
-                line.split(":")[1].strip() for line in lines if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.machine()
+    return processor()
 
 
 def emit(row: dict[str, Any], results: Path | None = None) -> None:

@@ -44,7 +44,10 @@ def measure_shape(
     cpu, counts = torch.device("cpu"), list(rows)
     weight = random24(*shape, dtype, cpu)
     packed = {op: made for op in OPS if (made := make(op, weight)) is not None}
-    bytes_of = {op: sum(map(_nbytes, made.state_dict().values())) for op, made in packed.items()}
+    bytes_of = {
+        op: sum(tensor.nbytes for tensor in made.state_dict().values())
+        for op, made in packed.items()
+    }
     several = {
         op: [made, *(copy.deepcopy(made) for _ in range(copies(weight.nbytes // 2) - 1))]
         for op, made in packed.items()
@@ -65,10 +68,6 @@ def measure_shape(
             size = bytes_of.get(op, weight.nbytes) + x.nbytes + m * shape[0] * x.itemsize
             found.append(_row(shape, x, op, time, best, size, read))
     return found
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.nbytes
 
 
 def _row(
