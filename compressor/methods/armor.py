@@ -65,8 +65,8 @@ def compress(
     block_size: int = 128,
     overhead: float = 0.125,
     proxy: str = "diagonal",
-    anneal: float = 2.0,
-    finish: int = 10,
+    anneal: float = 1.5,
+    finish: int = 12,
     damp: float = 1e-3,
     seed: int = 0,
 ) -> Armor | Sparse24:
@@ -324,6 +324,7 @@ def _plain(
             anneal=anneal,
             generator=generator,
             wrappers=False,
+            cg_steps=8,
         )
     return Sparse24.from_dense((factors.s * objective.rows * objective.columns).to(dtype))
 
@@ -341,5 +342,7 @@ def _store(objective: _Objective, factors: Factors, dtype: torch.dtype, damp: fl
     if objective.gram.dim() == 2 and dtype.itemsize < 4:
         gram = _damped(objective.gram, damp)
         rounded = factors._replace(a=a.to(gram.dtype), b=b.to(gram.dtype))
-        factors = armor_full.solve_values(objective.target @ gram, gram, rounded, _ROUNDED_STEPS)
+        state = armor_full.State.of(objective.target, gram, rounded)
+        form = armor_full.quadratic(gram, state)
+        factors = armor_full.solve_values(form, rounded, _ROUNDED_STEPS)
     return Armor.from_factors(a, factors.s.to(dtype), b)
