@@ -150,7 +150,7 @@ def test_no_step_raises_the_loss_without_annealing(seed: int, blocks: tuple[int,
     ]
     separable = [
         lambda f: armor_separable.sweep(at(f), None, noise, generator)[0],
-        lambda f: armor_separable.step_values(armor_separable.quadratic(at(f)), f),
+        lambda f: armor_separable.solve_values(armor_separable.quadratic(at(f)), f, 2),
         lambda f: armor_separable.solve_a(target, f),
         lambda f: armor_separable.solve_b(target, f),
     ]
@@ -300,11 +300,11 @@ def test_a_sweep_hands_on_the_quadratic_at_its_result(optimiser: str, greedy: bo
     torch.testing.assert_close(form.error, expected.error)
 
 
-def test_value_step_is_the_best_along_its_direction() -> None:
+def test_first_step_of_the_values_is_the_best_along_its_direction() -> None:
     weight, gram, f = state(8, 8, 8, 8, 11)  # one block: one length
     target, g = absorbed(weight, gram, f)
     form = armor_separable.quadratic(armor_separable.State.of(target, g))
-    moved = armor_separable.step_values(form, g)
+    moved = armor_separable.solve_values(form, g, 1)
     way = moved.s - g.s
     steepest = -form.error * g.mask
     steepest /= form.a_gram[0].diagonal()[:, None] * form.b_gram[0].diagonal()
@@ -314,6 +314,23 @@ def test_value_step_is_the_best_along_its_direction() -> None:
         for share in (0.0, 0.9, 1.0, 1.1)
     ]
     assert losses[2] == min(losses)
+
+
+def test_values_converge_to_least_squares_under_the_proxy() -> None:
+    weight, gram, f = state(8, 8, 4, 4, 7)
+    target, g = absorbed(weight, gram, f)
+    basis = []
+    for place in g.mask.nonzero():
+        unit = torch.zeros_like(g.s)
+        unit[tuple(place)] = 1
+        basis.append(g._replace(s=unit).dense())
+    values = weighted_lstsq(target, torch.eye(8).double(), basis)
+    best = g._replace(s=torch.zeros_like(g.s).masked_scatter_(g.mask, values))
+    form = armor_separable.quadratic(armor_separable.State.of(target, g))
+    solved = armor_separable.solve_values(form, g, 200)
+    assert separable_loss(target, solved).item() == pytest.approx(
+        separable_loss(target, best).item(), rel=1e-6
+    )
 
 
 def test_going_ahead_leaves_the_mask_and_the_zeros() -> None:

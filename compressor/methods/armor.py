@@ -272,7 +272,12 @@ def _factorise(
         root = _root(gram, factors.b.shape[1], damp, diagonal=proxy == "diagonal")
         absorbed = factors._replace(b=factors.b @ root)
         absorbed = armor_separable.fit(
-            right(target, root), absorbed, iterations=iterations, anneal=anneal, generator=generator
+            right(target, root),
+            absorbed,
+            iterations=iterations,
+            anneal=anneal,
+            generator=generator,
+            thorough=not finish,
         )
         factors = absorbed._replace(
             b=torch.linalg.solve_triangular(root, absorbed.b, upper=False, left=False)
