@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
+from compressor.methods.factor import Factors
 
 
 class Factored:
@@ -19,20 +21,24 @@ class Factored:
         self._files: dict[str, Path] = {}
         self._notes: dict[str, str] = {}
 
-    def keep(self, index: int, forms: dict[str, LowRank]) -> None:
-        """Write those of block `index`, by the names of the linears."""
+    def keep(self, index: int, linears: dict[str, tuple[Factors, str]]) -> None:
+        """Write those of block `index`, each with its note, by the names of the linears."""
         path = self.folder / f"factors-{index:05}.safetensors"
         tensors = {
             f"{name}.{key}": tensor
-            for name, form in forms.items()
-            for key, tensor in form.factors().items()
+            for name, (factors, _) in linears.items()
+            for key, tensor in factors._asdict().items()
         }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-        self._files |= dict.fromkeys(forms, path)
-        self._notes |= {name: form.note for name, form in forms.items()}
+        self._files |= dict.fromkeys(linears, path)
+        self._notes |= {name: note for name, (_, note) in linears.items()}
 
-    def of(self, name: str, rank: int, device: torch.device) -> LowRank:
-        """Those of the linear `name`, cut to `rank`; only that part of the file is read."""
+    def of(self, name: str, rank: int, device: torch.device) -> Pivot:
+        """The weight of `rank` that those of the linear `name` make, in their dtype; only that part
+        of the file is read.
+        """
         with safe_open(self._files[name], framework="pt") as file:
             u, v = file.get_slice(f"{name}.u")[:, :rank], file.get_slice(f"{name}.v")[:rank]
-        return LowRank(u.contiguous().to(device), v.contiguous().to(device), self._notes[name])
+            scale = file.get_slice(f"{name}.scale")[:rank]
+        form = Factors(u.to(device), v.to(device), scale.to(device)).form(u.dtype)
+        return replace(form, note=self._notes[name])

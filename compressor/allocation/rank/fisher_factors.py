@@ -19,7 +19,6 @@ lower rank are the first columns.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,8 +32,7 @@ from compressor.engine.factor_store import Factored
 from compressor.engine.plan import Plan
 from compressor.engine.task import Task
 from compressor.errors import about
-from compressor.formats.lowrank import LowRank
-from compressor.methods.factor import UNUSED
+from compressor.methods.factor import UNUSED, Factors
 from compressor.progress import Progress
 
 TOKENS = 32_768  # of the calibration, if there are so many
@@ -61,13 +59,13 @@ def factor_all(
     skeleton, part = in_float32(plan.skeleton, states, TOKENS, device)
     factors, spectra = Factored(folder), {}
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
-        forms = {}
+        linears = {}
         for task in plan.tasks[index]:
             if task.needs_gradients:
                 name = task.linear.name
-                forms[name], values = _factor(plan, task, taps.pop(name), device)
+                linears[name], values = _factor(plan, task, taps.pop(name), device)
                 spectra[name] = Spectrum(task.linear.shape, values.cpu())
-        factors.keep(index, forms)
+        factors.keep(index, linears)
         progress("gradients", done + 1, len(plan.tasks))
     return factors, spectra
 
@@ -85,8 +83,12 @@ def kronecker_factors(tap: Taps) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
-    """The factors of one linear, and its singular values in units of the loss."""
+def _factor(
+    plan: Plan, task: Task, tap: Taps, device: torch.device
+) -> tuple[tuple[Factors, str], Tensor]:
+    """The factors of one linear in its dtype and the note on them, and its singular values in units
+    of the loss.
+    """
     check_seen(task.linear.name, tap)
     largest = max(1, largest_rank(task.linear.shape))
     rank = largest if task.target is None else task.target
@@ -96,8 +98,9 @@ def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[Lo
     if not bool(inputs.any()):
         inputs, outputs, note = _without_gradient(tap, outputs)
     with about(task.linear.name):
-        form, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
-    return replace(form, note=note), values.new_zeros(len(values)) if note else values
+        factors, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
+    kept = factors.to(weight.dtype), note
+    return kept, values.new_zeros(len(values)) if note else values
 
 
 def _without_gradient(tap: Taps, outputs: Tensor) -> tuple[Tensor, Tensor, str]:
