@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressor.formats.form import Form, Shape, Spec, matrix
-from compressor.formats.lowrank import check_rank, told_ranks
+from compressor.formats.lowrank import LowRank, check_rank, told_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,6 +123,13 @@ class Pivot(Form):
             )
         check_pivots(pivots, len(v) + len(c))
         return cls(v, c, pivots)
+
+    def thin(self) -> LowRank:
+        """The same product as two thin factors: row by row, U picks a row of V or has one of C."""
+        import torch
+
+        unit = torch.eye(len(self.v), dtype=self.c.dtype, device=self.c.device)
+        return LowRank(self.product(unit, self.c, self.pivots), self.v, self.note)
 
     def factors(self) -> dict[str, Tensor]:
         return {"v": self.v, "c": self.c, "pivots": self.pivots}
