@@ -267,9 +267,7 @@ def stored(shape, rank, index=0):
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    rows=st.integers(1, 90), columns=st.integers(1, 90), part=st.fractions(Fraction(1, 100), 1)
-)
+@given(rows=st.integers(1, 90), columns=st.integers(1, 90), part=st.fractions(Fraction(1, 100), 1))
 def test_the_largest_rank_that_pays_and_that_keeps_a_part(rows, columns, part):
     shape = rows, columns
     pays = [k for k in range(1, min(shape) + 1) if stored(shape, k, index=2) < rows * columns]

@@ -51,19 +51,21 @@ def test_round_trip(method, cli, demo_model, rows, tmp_path):
     assert found["parameters"] <= found["budget"] <= 0.6 * found["dense_parameters"]
     assert found["parameters"] >= 0.55 * found["dense_parameters"]
     for row in report["linears"]:
-        assert row["format"] == "lowrank"
+        assert row["format"] == "pivot"
         assert row["bytes"] < row["dense_bytes"]
         assert 1 <= row["entry"]["rank"] <= largest_rank(tuple(row["shape"]))
     numbers, size = counted(out)
     before, dense = counted(demo_model)
-    assert before - numbers == found["dense_parameters"] - found["parameters"]
-    assert size == report["output_bytes"] == dense - 2 * (before - numbers)
+    gone = found["dense_parameters"] - found["parameters"]
+    pivots = sum(row["entry"]["rank"] for row in report["linears"])  # four bytes each
+    assert before - numbers == gone - pivots
+    assert size == report["output_bytes"] == dense - 2 * gone + 4 * pivots
     shown = json.loads(cli("inspect", out, "--json").stdout)
     assert {row["format"] for row in shown["linears"]} <= {"dense"} | {
-        f"lowrank {r['entry']['rank']}" for r in report["linears"]
+        f"pivot {r['entry']['rank']}" for r in report["linears"]
     }
     assert all(
-        row["sparsity"] is None for row in shown["linears"] if row["format"].startswith("lowrank")
+        row["sparsity"] is None for row in shown["linears"] if row["format"].startswith("pivot")
     )
     assert not problems(out)
     cli("verify", out)
@@ -251,7 +253,7 @@ def test_a_plan_mixes_formats(command, cli, demo_model, rows, tmp_path):
     cli(command, demo_model, "-o", out, "--plan", plan, "--dataset", rows, *SMALL)
     report = json.loads((out / "report.json").read_text())
     assert {(row["format"], "mlp" in row["name"]) for row in report["linears"]} == {
-        ("lowrank", True),
+        ("pivot", True),
         ("sparse24", False),
     }
     cli("verify", out)
@@ -270,7 +272,7 @@ def test_training_the_exported_parameters_lowers_the_loss(cli, demo_model, rows,
     names = cli("export", tmp_path / "out", "--trainable", "lrc").stdout.split()
     model = compressor.load(tmp_path / "out", dtype=torch.float32)
     parameters = dict(model.named_parameters())
-    assert set(names) == {name for name in parameters if name.endswith((".weight_u", ".weight_v"))}
+    assert set(names) == {name for name in parameters if name.endswith((".weight_v", ".weight_c"))}
     frozen = {
         name: parameter.clone() for name, parameter in parameters.items() if name not in names
     }

@@ -13,7 +13,7 @@ from compressor_kernels.pivot_linear import PivotLinear
 
 
 def product(seed, rows, rank, columns, true_rank=None):
-    """A [rows, rank] of `true_rank`, with columns of very different sizes, and V [rank, columns]."""
+    """A [rows, rank] of `true_rank`, its columns of very different sizes, and V [rank, columns]."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):

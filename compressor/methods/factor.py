@@ -1,4 +1,5 @@
-"""The best weight of a rank, as a product of two thin factors, in the norm that a method measures errors with.
+"""The best weight of a rank, as a product of two thin factors, in the norm that a method measures
+errors with; what is stored is made of it by pivots.py.
 
 With ‖E‖² = ‖Lᵀ E R‖²_F for triangular L and R, the nearest weight of rank k to W is Lᵀ⁻¹ (M)_k R⁻¹,
 (M)_k the truncated SVD of M = Lᵀ W R (Eckart and Young), and its error is the dropped tail Σ_{i>k}
@@ -101,7 +102,7 @@ class Factors(NamedTuple):
 def truncate(
     weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None
 ) -> Pivot:
-    """The weight of rank `rank` that `decompose` finds, as it is stored, in the dtype of `weight`."""
+    """The weight of rank `rank` that `decompose` finds, as it is stored, in its dtype."""
     return decompose(weight, rank, left, right)[0].form(weight.dtype)
 
 

@@ -16,7 +16,7 @@ from torch.linalg import solve_triangular
 from compressor.formats.pivot import Pivot
 
 _NOTHING = 1e-11  # of the longest row: what is left of a row that depends on those taken
-_STALE = 1e-12  # of a squared length: so much was subtracted from it that it has to be measured anew
+_STALE = 1e-12  # of a squared length: too little of it is left to be known, measure it anew
 
 
 def by_pivots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Pivot:
@@ -43,8 +43,8 @@ def by_pivots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Pivot:
 
 def independent_rows(left: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of rows of `left`, float64 `[out, k]`, in the order in which they are taken, int64
-    `[n]`, and an orthonormal basis of their span, `[k, n]`, in which they are lower triangular. n is
-    the rank of `left`.
+    `[n]`, and an orthonormal basis of their span, `[k, n]`, in which they are lower triangular; n
+    is the rank of `left`.
     """
     count = left.shape[1]
     basis = left.new_zeros(count, count)

@@ -4,12 +4,17 @@ combinations of them. What is told of pivots, the checked function, and the op.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from compressor_kernels import reference
+from compressor_kernels import backend, reference
+from compressor_kernels.backend import launch
+from compressor_kernels.kernel_config import choose
 from compressor_kernels.library import define
-from compressor_kernels.sparse24 import check_call, differentiable
+from compressor_kernels.lowrank import run_skinny
+from compressor_kernels.sparse24 import check_call, differentiable, workspace
 
 
 def check_pivots(pivots: Tensor, out_features: int) -> None:
@@ -76,7 +81,42 @@ def _pivot(
     bias: Tensor | None,
     semaphore: Tensor | None,
 ) -> Tensor:
-    return reference.pivot(x, v, c, rows, bias)
+    if not x.numel() or not len(v) or not len(c) or not backend.runs(x):
+        return reference.pivot(x, v, c, rows, bias)
+    v, c = v.contiguous(), c.contiguous()
+    count, rank = x.numel() // x.shape[-1], len(v)
+    first = choose("skinny", x.device, rank, x.shape[-1], count)
+    second = choose("skinny", x.device, len(c), rank, count)
+    if second["kernel"] == "dense":
+        return reference.pivot(x, v, c, rows, bias)
+    return scatter(run_skinny(x, v, None, semaphore, first), c, rows, bias, semaphore, second)
+
+
+def scatter(
+    inner: Tensor,
+    c: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    semaphore: Tensor | None,
+    config: dict[str, Any],
+) -> Tensor:
+    """The second of the two launches, with settings of one's own choosing, unchecked: `inner`
+    `[..., r]` is V x.
+    """
+    from compressor_kernels import skinny
+
+    (n, k), m = c.shape, inner.numel() // inner.shape[-1]
+    y, bm, bn = inner.new_empty(*inner.shape[:-1], n + k), config["bm"], config["bn"]
+    programs = (-(-n // bn), -(-m // bm))
+    count = programs[0] * programs[1]
+    parts, partial = workspace(inner, semaphore, config["split"], count, bn * bm)
+    launch(skinny.scattered, (programs[0], parts, programs[1]),
+        inner.contiguous(), c, rows, bias, partial, semaphore, y, m, n, k, BM=bm, BN=bn,
+        BK=config["bk"], PARTS=parts,
+        BIAS=bias is not None, WIDE=backend.interpreting(), num_warps=config["warps"],
+        num_stages=config["stages"], counter=semaphore,
+    )  # fmt: skip
+    return y
 
 
 def _fake(
