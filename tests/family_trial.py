@@ -107,7 +107,8 @@ def causal(kind: str) -> Any:
 def randomise(model: Any) -> None:
     """Every parameter becomes random: fresh norms are all ones, fresh biases zeros."""
     for parameter in model.parameters():
-        parameter.nan_to_num_(0, 0, 0).clamp_(-1, 1)  # some are made from empty memory
+        parameter.nan_to_num_(0, 0, 0)  # some are made from empty memory
+        parameter.clamp_(-1, 1)
         parameter.add_(torch.randn_like(parameter) * 0.05)
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):  # which experts a token goes to
@@ -211,12 +212,11 @@ def _names(folder: Path) -> set[str]:
 def _unnamed(source: Path, report: Any) -> list[str]:
     """Matrices on disk that the report does not mention."""
     told = {row.name for row in [*report.linears, *report.left_dense]}
-    experts = {re.sub(r"\.\d+(\.[^.]+)$", r"\1", name) for name in told}
+    told |= {row.entry.get("tensor") for row in report.linears}
     return [
         name
         for name, entry in open_model(source).tensors.items()
-        if len(entry.shape) >= 2
-        and not {name, name.removesuffix(".weight")} & (told | experts)
+        if len(entry.shape) >= 2 and not {name, name.removesuffix(".weight")} & told
     ]
 
 

@@ -291,6 +291,14 @@ class Skeleton:
             found.append(Other(*self._named(full), shape, reason))
         return found
 
+    def stored_as(self, other: Other) -> list[tuple[str, list[int]]]:
+        """Name and shape of each matrix on disk that a parameter is made of."""
+        tensors = self.on_disk.get(other.parameter, [])
+        if len(tensors) < 2:
+            return [(other.name, list(other.shape))]
+        shapes = {tensor: list(self.reader.tensors[tensor].shape) for tensor in tensors}
+        return [(tensor, shape) for tensor, shape in shapes.items() if len(shape) > 1]
+
     def _named(self, parameter: str) -> tuple[str, str]:
         """The name on disk of a parameter that is a tensor there, and that of the parameter."""
         tensors = self.on_disk.get(parameter, [])

@@ -294,7 +294,7 @@ def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], l
             glob = matching(other.name, other.parameter)
             _refuse_stack(other, glob)
             reason = f"--ignore {glob}" if glob else other.reason
-            left.append(LeftDense(other.name, list(other.shape), reason))
+            left += [LeftDense(*named, reason) for named in skeleton.stored_as(other)]
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
         raise UsageError(f"`ignore={min(unused)!r}` matches no linear; names look like {example!r}")

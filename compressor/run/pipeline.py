@@ -23,6 +23,7 @@ from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
+from compressor.calibration.agreement import check_agreement
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
@@ -277,6 +278,7 @@ def _entering(
         own: the batches of this process.
     """
     states = capture.capture(plan.skeleton, ids, device, place("hidden") if place else None, own)
+    check_agreement(plan.skeleton, states, device)
     if plan.tune:
         states.dense = place("dense") if place else []
         for hidden in states.hidden:
