@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +162,13 @@ def _alike(found: list[Tensor], exact: list[Tensor], what: str) -> None:
             raise Wrong(f"{what} in batch {number} is not what it is in the whole model")
 
 
-def round_trip(source: Path, rows: Path, place: Path, ignore: str = "") -> int:
+def round_trip(source: Path, rows: Path, place: Path, ignore: Sequence[str] = ()) -> int:
     """Prune, load, verify, inspect, unpack; returns the number of linears. Raises Wrong."""
     out, dense = place / "out", place / "dense"
     with _batches_of(_TWO):
         report = compressor.prune(
             source, out, dataset=str(rows), num_samples=len(IDS), seq_len=IDS.shape[1],
-            ignore=[ignore] if ignore else [],
+            ignore=ignore,
         )  # fmt: skip
     if forgotten := _unnamed(source, report):
         raise Wrong(f"{forgotten[0]} is neither compressed nor in the report")
@@ -192,11 +192,11 @@ def round_trip(source: Path, rows: Path, place: Path, ignore: str = "") -> int:
 
 def _hinted(source: Path, rows: Path, place: Path, line: str) -> str:
     """`refused`; `wrong` where the line gives a pattern to ignore that does not make it work."""
-    if hint := re.search(r"ignore='([^']+)'", line):
+    if hints := re.findall(r"ignore='([^']+)'", line):
         try:
-            round_trip(source, rows, place, hint[1])
+            round_trip(source, rows, place, hints)
         except Exception as error:
-            return f"wrong: with ignore={hint[1]!r}: {_line(error)}"
+            return f"wrong: with ignore={hints}: {_line(error)}"
     return "refused"
 
 

@@ -90,13 +90,14 @@ _NOTE = {
     "head_dim": 16,
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
+    "per_layer_config": {},
 }
 
 _DECODER = {"is_decoder": True}  # bert and its like are encoders unless told otherwise
 
 BY_HAND: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        "bert bert-generation big_bird data2vec-text electra ernie megatron-bert rembert reformer "
+        "bert bert-generation big_bird data2vec-text electra ernie megatron-bert rembert "
         "roberta-prelayernorm roc_bert roformer xlm-roberta-xl".split(),
         _DECODER,
     ),
@@ -108,7 +109,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {
             "hidden_size": 64,
             "ffn_hidden_size": 96,
@@ -116,11 +117,13 @@ BY_HAND: dict[str, dict[str, Any]] = {
             "moe_top_k": 2,
         },
     },
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
     "deepseek_v3": {"head_dim": 8},
     "deepseek_v32": _INDEXED,
-    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note": {"text_config": _NOTE},
     "dots3_note_text": _NOTE,
     "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.0] * 6},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_text": _SHARED_KEYS,
     "glm_moe_dsa": {**_INDEXED, "indexer_types": ["full"] * 3 + ["shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -144,6 +147,11 @@ BY_HAND: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
+    "reformer": {
+        **_DECODER,
+        "axial_pos_shape": [4, 4],
+        "axial_pos_embds_dim": [32, 32],
+    },
     "xmod": {**_DECODER, "languages": ["en_XX"], "default_language": "en_XX"},
     "youtu": {"head_dim": 8},
     "zamba": {
