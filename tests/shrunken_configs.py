@@ -123,7 +123,9 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _NOTE},
     "dots3_note_text": _NOTE,
     "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.0] * 6},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
     "gemma4_text": _SHARED_KEYS,
     "glm_moe_dsa": {**_INDEXED, "indexer_types": ["full"] * 3 + ["shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

@@ -327,7 +327,9 @@ def _is_stack(other: Other) -> bool:
     """Whether it is matrices stacked in a way that is not understood, which may be most of the
     model.
     """
-    stacked = len(other.shape) > 2 and min(other.shape) > 1  # a state space has [channels, 1, width]
+    stacked = (
+        len(other.shape) > 2 and min(other.shape) > 1
+    )  # a state space has [channels, 1, width]
     return stacked and other.reason != CONVOLUTION
 
 
