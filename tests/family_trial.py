@@ -47,7 +47,7 @@ class Trial:
     linears: int = 0
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """Something that must not happen."""
 
 
@@ -84,7 +84,7 @@ def tried(kind: str, place: Path, make: Callable[[str], Any] | None = None) -> T
     except CompressError as error:
         found = _hinted(source, rows, place, str(error))
         return Trial(kind, name, found, str(error).replace(f"{place}/", ""))
-    except Wrong as error:
+    except WrongError as error:
         return Trial(kind, name, "wrong", str(error))
     except Exception as error:
         return Trial(kind, name, "wrong", f"traceback: {_line(error)}")
@@ -117,7 +117,7 @@ def randomise(model: Any) -> None:
 
 def streams_alike(source: Path) -> None:
     """Hidden states entering and leaving every block are the whole model's, with two batches and
-    with one. Raises Wrong.
+    with one. Raises WrongError.
     """
     for tokens in (_TWO, _ONE):
         with _batches_of(tokens):
@@ -156,14 +156,14 @@ def _watched(block: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 def _alike(found: list[Tensor], exact: list[Tensor], what: str) -> None:
     if len(found) != len(exact):
-        raise Wrong(f"{what}: {len(found)} batches, {len(exact)} in the whole model")
+        raise WrongError(f"{what}: {len(found)} batches, {len(exact)} in the whole model")
     for number, (one, other) in enumerate(zip(found, exact, strict=True)):
         if one.shape != other.shape or (one - other).abs().max() > _NEAR * other.abs().max():
-            raise Wrong(f"{what} in batch {number} is not what it is in the whole model")
+            raise WrongError(f"{what} in batch {number} is not what it is in the whole model")
 
 
 def round_trip(source: Path, rows: Path, place: Path, ignore: Sequence[str] = ()) -> int:
-    """Prune, load, verify, inspect, unpack; returns the number of linears. Raises Wrong."""
+    """Prune, load, verify, inspect, unpack; returns the number of linears. Raises WrongError."""
     out, dense = place / "out", place / "dense"
     with _batches_of(_TWO):
         report = compressor.prune(
@@ -171,22 +171,22 @@ def round_trip(source: Path, rows: Path, place: Path, ignore: Sequence[str] = ()
             ignore=ignore,
         )  # fmt: skip
     if forgotten := _unnamed(source, report):
-        raise Wrong(f"{forgotten[0]} is neither compressed nor in the report")
+        raise WrongError(f"{forgotten[0]} is neither compressed nor in the report")
     if problems := compressor.verify(out)["problems"]:
-        raise Wrong(f"verify: {problems[0]}")
+        raise WrongError(f"verify: {problems[0]}")
     if not compressor.inspect(out):
-        raise Wrong("inspect shows nothing")
+        raise WrongError("inspect shows nothing")
     packed = _logits(compressor.load(out))
     compressor.unpack(out, dense)
     if (names := _names(dense)) != _names(source):
-        raise Wrong(f"unpack: other tensors, {min(names ^ _names(source))} among them")
+        raise WrongError(f"unpack: other tensors, {min(names ^ _names(source))} among them")
     plain = type(Skeleton(open_model(dense)).model)
     model, info = plain.from_pretrained(dense, output_loading_info=True)
     if info["unexpected_keys"] or set(info["missing_keys"]) - _missing(plain, source):
-        raise Wrong("transformers does not find all weights of the unpacked folder")
+        raise WrongError("transformers does not find all weights of the unpacked folder")
     _alike([packed], [_logits(model)], "what the packed model gives")
     if not torch.isfinite(packed).all():
-        raise Wrong("the packed model gives numbers that are not finite")
+        raise WrongError("the packed model gives numbers that are not finite")
     return len(report.linears)
 
 

@@ -56,7 +56,7 @@ _SMALL = {name: size for size, names in _SIZES.items() for name in names.split()
 _KEPT_NONE = (
     "head_dim rotary_dim num_kv_shared_layers num_experts num_local_experts "
     "moe_intermediate_size q_lora_rank sliding_window"
-).split()  # their absence means something
+)  # their absence means something
 
 DROP = "drop"  # a setting that the default has, and the tiny config must not
 
@@ -95,13 +95,13 @@ _NOTE = {
 
 _DECODER = {"is_decoder": True}  # bert and its like are encoders unless told otherwise
 
+_ENCODERS = (
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert "
+    "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
+)
+
 BY_HAND: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "bert bert-generation big_bird data2vec-text electra ernie megatron-bert rembert "
-        "roberta-prelayernorm roc_bert roformer xlm-roberta-xl".split(),
-        _DECODER,
-    ),
-    **dict.fromkeys("camembert roberta xlm-roberta".split(), {**_DECODER, "pad_token_id": 1}),
+    **{kind: {**_DECODER, "pad_token_id": 1} for kind in _ENCODERS.split()},
     "axk1": {"head_dim": 8},
     "axk2": _INDEXED,
     "cohere_compass_text": {
@@ -201,7 +201,7 @@ def _settings(config: type) -> dict[str, Any]:
     small: dict[str, Any] = {
         name: _SMALL[name]
         for name, value in default.items()
-        if name in _SMALL and not (value is None and name in _KEPT_NONE)
+        if name in _SMALL and not (value is None and name in _KEPT_NONE.split())
     }
     small |= _token_ids(default)
     for name, inner in (getattr(config, "sub_configs", None) or {}).items():
@@ -222,8 +222,7 @@ def _token_ids(default: dict[str, Any]) -> dict[str, Any]:
         if name.endswith("_token_id") and isinstance(value, list):
             found[name] = 2
         elif name.endswith(("_id", "_token_index")) and isinstance(value, int):
-            if value >= _VOCABULARY:
-                found[name] = known.get(name, 100 + len(found))
+            found[name] = value if value < _VOCABULARY else known.get(name, 100 + len(found))
     return found
 
 

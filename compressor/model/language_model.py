@@ -129,8 +129,8 @@ def _refuse_encoder(model: Any) -> None:
     if both_ways or getattr(model.config, "causal", True) is False:
         key = "attn_type 'bi'" if both_ways else "causal false"
         raise CheckpointError(
-            f"a {kind} model lets tokens attend to later ones (config.json says {key}); only causal "
-            "language models of decoder blocks alone are compressed"
+            f"a {kind} model lets tokens attend to later ones (config.json says {key}); only "
+            "causal language models of decoder blocks alone are compressed"
         )
     layers = any(vars(module).get("is_decoder") is False for module in model.modules())
     if getattr(model.config, "is_decoder", True) is False and layers:
