@@ -20,13 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.arguments import Arguments
-<<<<<<< HEAD
-from compressor.calibration.hidden_states import Batch, Batches
-from compressor.calibration.recorder import Nothing, Recorder, Returns
-=======
 from compressor.calibration.hidden_states import Batch, Batches, Step
-from compressor.calibration.recorder import Recorder, Returns
->>>>>>> main
+from compressor.calibration.recorder import Nothing, Recorder, Returns
 from compressor.calibration.tensor_store import TensorStore
 from compressor.errors import CheckpointError
 from compressor.model.skeleton import Skeleton
