@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,10 +142,11 @@ def collecting(
     """
     stats: dict[str, InputStats] = {}
     readers = _Readers(lambda x: InputStats(x.shape[-1], gram=gram, parts=parts, device=x.device))
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: readers.read(name, args[0]))
-        for name, module in linears.items()
-    ]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: readers.read(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     try:
         yield stats
     finally:
