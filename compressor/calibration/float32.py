@@ -30,5 +30,6 @@ def in_float32(
     """
     precise, part = skeleton.in_dtype(torch.float32), states.at_least(tokens)
     if precise is not skeleton:
-        part = capture.capture(precise, torch.cat(part.ids), device)
+        ids = torch.cat(part.ids)
+        part = capture.capture(precise, ids, device, states.room(), folder=states.folder)
     return precise, part

@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -177,9 +178,11 @@ class _Run:
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
         count = (own.stop - own.start) * size * plan.seq_len
         home = choose_home(plan, count, device, self.max_memory, self.work)
-        states = _entering(
-            plan, ids, device, lambda name: Batches(device, home, f"{name}.{group.rank}"), own
-        )
+
+        def place(name: str) -> Batches:
+            return Batches(device, home, f"{name}.{group.rank}")
+
+        states = _entering(plan, ids, device, place, own, self.work)
         self.progress("calibration", 1, 1)
         return states
 
@@ -243,18 +246,30 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     asked, ready = plan.choice, Prepared()
     if asked is None or (isinstance(asked, ShareRanks) and not asked.by_spectra):
         return choose_targets(plan, None, None, where, ready, progress)  # nothing to measure
-    states = calibrate(plan, recipe, where, progress) if plan.measures else None
-    with TemporaryDirectory() as folder:
-        factors, spectra = factored_by_gradients(plan, states, where, Path(folder), progress)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        states = calibrate(plan, recipe, where, progress, folder) if plan.measures else None
+        factors, spectra = factored_by_gradients(plan, states, where, folder, progress)
         return choose_targets(plan, states, spectra, where, Prepared(factors), progress)
 
 
 def calibrate(
-    plan: Plan, recipe: Recipe, device: torch.device, progress: Progress = silent
+    plan: Plan,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress = silent,
+    folder: Path | None = None,
 ) -> States:
-    """The calibration on entering block 0, all of it on `device`."""
+    """The calibration on entering block 0: where there is room for it, `folder` on disk at last;
+    on `device` without a folder.
+    """
     progress("calibration", 0, 1)
-    states = _entering(plan, _samples(plan, recipe, device), device)
+    ids = _samples(plan, recipe, device)
+    place = None
+    if folder:
+        home = choose_home(plan, ids.numel(), device, "", folder)
+        place = partial(Batches, device, home)
+    states = _entering(plan, ids, device, place, folder=folder)
     progress("calibration", 1, 1)
     return states
 
@@ -265,6 +280,7 @@ def _entering(
     device: torch.device,
     place: Callable[[str], Batches] | None = None,
     own: slice = slice(None),
+    folder: Path | None = None,
 ) -> States:
     """Hidden states on entering block 0; twice where blocks are tuned: those of the dense model go
     through its blocks beside the others.
@@ -275,8 +291,10 @@ def _entering(
         device: where blocks are computed.
         place: where hidden states of this name rest; in lists on the device without it.
         own: the batches of this process.
+        folder: on disk, for what passes over the blocks keep.
     """
-    states = capture.capture(plan.skeleton, ids, device, place("hidden") if place else None, own)
+    hidden = place("hidden") if place else None
+    states = capture.capture(plan.skeleton, ids, device, hidden, own, folder)
     if plan.tune:
         states.dense = place("dense") if place else []
         for hidden in states.hidden:
