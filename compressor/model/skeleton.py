@@ -26,15 +26,13 @@ from compressor.model.linear import (
     computes_as_linear,
     own_linear,
 )
+from compressor.stats import all_finite
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise NumericalError naming `name` where the tensor holds NaN or Inf."""
-    low, high = (
-        tensor.aminmax()
-    )  # both are NaN if any value is; reads the tensor once and makes no mask
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        kind = "NaN" if bool(torch.isnan(low)) else "Inf"
+    if not all_finite(tensor):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
         raise NumericalError(
             f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was "
             f"written"
@@ -170,6 +168,7 @@ class Skeleton:
                     f"{linear.name} is not where it was expected in {linear.experts}; leave its "
                     f"experts dense"
                 )
+        heap.give_back()  # what their way from the file has left
         return self.blocks[index].to(device)
 
     def free_block(self, index: int) -> None:
