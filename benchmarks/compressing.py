@@ -184,7 +184,7 @@ def main() -> None:
     python = {"compress": sys.executable, "forward": sys.executable}
     if arguments.against:
         python["peer"] = peer_python(arguments.peer.absolute())
-    known = read(arguments.results, KEY)
+    known: dict[tuple[Any, ...], dict[str, Any]] = {**read(arguments.results, KEY)}
     for kind, what, samples, repeat in runs(arguments):
         key = (kind, what, samples, arguments.seq_len, repeat)
         if key in known:

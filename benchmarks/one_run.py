@@ -98,8 +98,8 @@ def compress(method: str, model: str, ids: Path, samples: int, seq_len: int, fol
 def peer(method: str, model: str, ids: Path, samples: int, seq_len: int, folder: Path) -> Any:
     """The same by llm-compressor: 2:4 in every linear of the blocks, saved dense as it does."""
     import torch
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers import pruning
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers import pruning  # pyright: ignore[reportMissingImports]
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 

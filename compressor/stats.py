@@ -205,10 +205,11 @@ def collecting(
     stats: dict[str, InputStats] = {}
     asked = {"gram": gram, "moments": moments, "parts": parts}
     readers = _Readers(lambda x: InputStats(x.shape[-1], **asked, device=x.device))
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: readers.read(name, args[0]))
-        for name, module in linears.items()
-    ]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: readers.read(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     try:
         yield stats
     finally:
