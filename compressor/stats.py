@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import NumericalError
+from compressor.text import to_ignore
 
 _RECENT = 8  # inputs kept alive to be recognised; a block with a hundred experts has hundreds
 SAMPLE_TOKENS = 1024  # tokens kept to measure the output error of a linear on
@@ -137,7 +138,7 @@ class InputStats:
         if not self.tokens:
             raise NumericalError(
                 f"{name} saw no tokens during calibration: give more samples or leave it dense "
-                f"with `ignore={name!r}`"
+                f"with {to_ignore(name)}"
             )
         if not bool(torch.isfinite(self.squares).all()):
             raise NumericalError(

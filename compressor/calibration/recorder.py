@@ -31,7 +31,7 @@ Store = Callable[[int], Any]
 """An empty sequence of tensors with `append`, for the differing argument of this number."""
 
 
-class _Nothing:
+class Nothing:
     """What stands for a None that a block returned: one that can be followed."""
 
 
@@ -192,7 +192,7 @@ class Returns:
         """
         if self.kind is None:
             return hidden, []
-        rest = [value.clone() if isinstance(value, Tensor) else _Nothing() for value in self.rest]
+        rest = [value.clone() if isinstance(value, Tensor) else Nothing() for value in self.rest]
         answer = (hidden, *rest)
         return (answer if self.kind is tuple else list(answer)), rest
 
