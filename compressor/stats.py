@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +208,7 @@ def collecting(
     asked = {"gram": gram, "moments": moments, "parts": parts}
     readers = _Readers(lambda x: InputStats(x.shape[-1], **asked, device=x.device))
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _, args: readers.read(name, args[0])
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]

@@ -227,13 +227,13 @@ def _compressed(
         heap.give_back()
         for task in tasks:
             name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
+            form, seen = _form(block, task, weight, stats.get(name)), None
+            if not plan.tune:
+                form, seen = finish(plan, task, weight, form, stats.get(name))
             worked_on += weight.nbytes
             if worked_on >= _GIVE_BACK:
                 heap.give_back()
                 worked_on = 0
-            form, seen = _form(block, task, weight, stats.get(name)), None
-            if not plan.tune:
-                form, seen = finish(plan, task, weight, form, stats.get(name))
             if len(groups) == 1:
                 yield form, seen
             else:
