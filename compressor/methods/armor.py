@@ -350,4 +350,5 @@ def _store(objective: _Objective, factors: Factors, dtype: torch.dtype, damp: fl
         state = armor_full.State.of(objective.target, gram, rounded)
         form = armor_full.quadratic(gram, state)
         factors = armor_full.solve_values(form, rounded, _ROUNDED_STEPS)
-    return Armor.from_factors(a, factors.s.to(dtype), b)
+    # as they are read back: what a product rounds to depends on the strides
+    return Armor.from_factors(a.contiguous(), factors.s.to(dtype), b.contiguous())
