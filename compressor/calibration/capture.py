@@ -189,7 +189,8 @@ def capture(
 
 
 _NEEDED = re.compile(
-    r"missing \d+ required positional arguments?: .*|(you (have to|must) specify|exactly 1 of) .*",
+    r"missing \d+ required positional arguments?: .*|(you (have to|must) specify|exactly 1 of) .*"
+    r"|unexpected keyword argument 'input_ids'",  # of several models in one, without a forward
     re.IGNORECASE,
 )
 """How a model says that it wants an image or sound beside the tokens."""
