@@ -122,10 +122,9 @@ class Counts:
 def passes(plan: Plan, tokens: int, batch: int) -> list[Pass]:
     """Everything a run goes through, in order, with what it needs; arguments as for `Counts`."""
     counts = Counts(plan, tokens, max(batch, 1))
-    samples = sum(4 * memory.SAMPLE_TOKENS * task.linear.shape[1] for task in _largest(plan))
-    block = block_bytes(plan) + (
-        counts.activations(counts.itemsize) + samples if plan.needs_inputs else 0
-    )
+    block = block_bytes(plan)
+    if plan.needs_inputs:
+        block += counts.activations(counts.itemsize) + _sample_bytes(plan) + _error_bytes(plan)
     found = []
     if plan.needs_gradients:
         found.append(_gradients(counts, fisher_factors.TOKENS, _fisher))
@@ -228,6 +227,19 @@ def _largest(plan: Plan) -> tuple[Task, ...]:
     return max(plan.tasks, key=lambda tasks: sum(task.linear.shape[1] for task in tasks))
 
 
+def _sample_bytes(plan: Plan) -> int:
+    """Bytes of the sampled inputs of a block's linears."""
+    return sum(4 * memory.SAMPLE_TOKENS * task.linear.shape[1] for task in _largest(plan))
+
+
+def _error_bytes(plan: Plan) -> int:
+    """Bytes that measuring the error of one linear takes: the sampled inputs once more, both
+    outputs, and one of them in float64 with its squares.
+    """
+    shapes = [task.linear.shape for task in plan.every]
+    return max(memory.SAMPLE_TOKENS * (4 * columns + 24 * rows) for rows, columns in shapes)
+
+
 def _gradients(counts: Counts, tokens: int, work: Callable[[Counts, Task], int]) -> Pass:
     """A forward and a backward pass in float32, and `work` with the rows of one linear."""
     plan, part = counts.plan, counts.part(tokens)
@@ -255,8 +267,12 @@ def _curve(counts: Counts, task: Task) -> int:
     """
     grams = 3 * sum(map(gram_bytes, _largest(counts.plan))) if task.method.NEEDS_GRAM else 0
     rows, columns = task.linear.shape
-    samples = sum(4 * memory.SAMPLE_TOKENS * one.linear.shape[1] for one in _largest(counts.plan))
-    return grams + samples + 32 * task.linear.size + 12 * counts.batch * (rows + columns)
+    return (
+        grams
+        + _sample_bytes(counts.plan)
+        + 32 * task.linear.size
+        + 12 * counts.batch * (rows + columns)
+    )
 
 
 def _first_order(counts: Counts, task: Task) -> int:
