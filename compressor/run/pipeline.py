@@ -23,6 +23,7 @@ from compressor.allocation.choice import Choice
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
+from compressor.calibration.agreement import check_agreement
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
@@ -299,6 +300,7 @@ def _entering(
     """
     hidden = place("hidden") if place else None
     states = capture.capture(plan.skeleton, ids, device, hidden, own, folder)
+    check_agreement(plan.skeleton, states, device)
     if plan.tune:
         states.dense = place("dense") if place else []
         for hidden in states.hidden:
