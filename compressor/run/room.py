@@ -246,7 +246,8 @@ def _gradients(counts: Counts, tokens: int, work: Callable[[Counts, Task], int])
     states = part * counts.width * _PRECISE
     inside = max(work(counts, task) for task in plan.every)
     rows = part * counts.through_linears() * _PRECISE
-    block = 2 * largest_block(plan) * _PRECISE + counts.activations(_PRECISE) + rows + inside
+    graph = 2 * counts.activations(_PRECISE)  # what autograd keeps lies between the linears too
+    block = 2 * largest_block(plan) * _PRECISE + graph + rows + inside
     return Pass(
         "the inputs and gradients of a block",
         max(block, counts.head(_PRECISE)),
