@@ -42,6 +42,14 @@ _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error 
 Store = Callable[[Task, Form, Seen | None], None]
 """Told of each finished linear: its task, the form it has now, what the calibration showed of it.
 """
+Watch = Callable[[int, Batch, Tensor], None]
+"""Told of each compressed block: its index, the first batch as it entered, the hidden states that
+left.
+"""
+
+
+def unwatched(index: int, entering: Batch, leaving: Tensor) -> None:
+    """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class _Block:
         arguments: what it is called with beside hidden states.
         sharing: the processes that hold other parts of the calibration.
         prepared: what the run has ready for the blocks.
+        watch: told of the first batch.
         exact: outputs of the dense block, of the first batches.
     """
 
@@ -68,6 +77,7 @@ class _Block:
     device: torch.device
     sharing: Group
     prepared: Prepared
+    watch: Watch
     exact: list[Tensor] = field(default_factory=list)
 
     @property
@@ -86,6 +96,7 @@ def compress_blocks(
     first: int = 0,
     group: Group = ALONE,
     prepared: Prepared = Prepared(),  # noqa: B008  # frozen
+    watch: Watch = unwatched,
 ) -> Iterator[BlockRow]:
     """Compress block after block; yields the row of each once `store` has been told of its linears.
 
@@ -99,6 +110,7 @@ def compress_blocks(
         first: the block to begin with.
         group: the processes that share the work.
         prepared: what the run has ready for the blocks.
+        watch: told of the first batch of this process in each block.
 
     Raises:
         NumericalError: a weight, a compressed weight or the output of a block is not finite.
@@ -114,6 +126,7 @@ def compress_blocks(
             device,
             group if plan.splits_batches else ALONE,
             prepared,
+            watch,
         )
         error = _compress_block(block, store, progress, group)
         plan.skeleton.free_block(index)
@@ -333,6 +346,8 @@ def _advance(block: _Block, states: States) -> float:
             )
         if batch.number < len(block.exact):
             errors.append(_squares(leaving.hidden, block.exact[batch.number]))
+        if batch.number == 0:
+            block.watch(block.index, batch, leaving.hidden)
         return leaving
 
     advance(states.hidden, step)

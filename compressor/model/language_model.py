@@ -43,6 +43,8 @@ def on_meta(
                 )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        if reason.startswith("Unrecognized configuration class"):
+            reason = "transformers has no causal language model class for it"
         raise CheckpointError(
             f"architecture {config.model_type!r} is no causal language model that can be built: "
             f"{reason}"
@@ -87,9 +89,21 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
             path, blocks = min(lists, key=lambda item: item[0].count("."))
             _refuse_shared(path, blocks, config.model_type)
             return path, blocks
+    depth = getattr(text, "num_hidden_layers", None)
+    stacks = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and isinstance(depth, int) and depth > len(module) > 1
+    }
+    for name, count in stacks.items():
+        if depth % count == 0:
+            raise CheckpointError(
+                f"a {config.model_type} model goes through its blocks more than once: {name} holds "
+                f"{count}, config.json has {depth} layers; that cannot be compressed block by block"
+            )
     raise CheckpointError(
-        f"architecture {config.model_type!r} has no stack of "
-        f"{getattr(text, 'num_hidden_layers', None)} decoder blocks that could be found"
+        f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could be "
+        f"found"
     )
 
 
