@@ -120,7 +120,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
     "deepseek_v3": {"head_dim": 8},
     "deepseek_v32": _INDEXED,
-    "dots3_note": {"text_config": _NOTE},
+    "dots3_note": {"text_config": {**_NOTE, "per_layer_config": {"0": {"q_lora_rank": 16}}}},
     "dots3_note_text": _NOTE,
     "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_assistant": {

@@ -84,7 +84,10 @@ class Recorder:
                 self.kept = hidden
                 if self.returns is None:
                     named = {"hidden_states": hidden} if by_name else {}
-                    self.returns = Returns(self._first(*positional, **keywords, **named))
+                    answer = self._first(*positional, **keywords, **named)
+                    if isinstance(answer, tuple) and type(answer) is not tuple:
+                        raise self._refusal(f"returns a {type(answer).__name__} from its blocks")
+                    self.returns = Returns(answer)
             self._called, self._left = index + 1, hidden
             assert self.returns is not None
             answer, handed = self.returns.passing(hidden)
