@@ -7,6 +7,7 @@ whose kind is not understood.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,7 @@ class Recorder:
             if index == 0:
                 self.kept = hidden
                 if self.returns is None:
-                    named = {"hidden_states": hidden} if by_name else {}
-                    answer = self._first(*positional, **keywords, **named)
+                    answer = self._first_answer(positional, keywords, hidden)
                     if isinstance(answer, tuple) and type(answer) is not tuple:
                         raise self._refusal(f"returns a {type(answer).__name__} from its blocks")
                     self.returns = Returns(answer)
@@ -96,6 +96,15 @@ class Recorder:
             return answer
 
         return forward
+
+    def _first_answer(self, positional: Any, keywords: Any, hidden: Tensor) -> Any:
+        """What block 0 returns. What it leaves in a dictionary is not for the recorded calls."""
+        named = keywords if positional else {**keywords, "hidden_states": hidden}
+        positional, items = tree_map(
+            lambda leaf: copy.copy(leaf) if is_empty_dictionary(leaf) else leaf,
+            tree_of(positional, named),
+        )
+        return self._first(*positional, **dict(items))
 
     def arguments(self) -> list[Arguments]:
         """Of every block, once all batches have passed."""

@@ -89,11 +89,11 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
             path, blocks = min(lists, key=lambda item: item[0].count("."))
             _refuse_shared(path, blocks, config.model_type)
             return path, blocks
-    depth = getattr(text, "num_hidden_layers", None)
+    depth = getattr(text, "num_hidden_layers", None) or 0
     stacks = {
         name: len(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and isinstance(depth, int) and depth > len(module) > 1
+        if isinstance(module, nn.ModuleList) and depth > len(module) > 1
     }
     for name, count in stacks.items():
         if depth % count == 0:
