@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.family_trial import Trial, causal_types, tried
+from tests.causal_types import causal_types
+from tests.family_trial import Trial, tried
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 LIMIT = 600  # seconds for one type
@@ -111,7 +112,7 @@ def every(kinds: list[str], known: Path | None, attempt: Callable[[str], Trial])
 
 def main() -> None:
     """Try the types and print what came of them; all of them: write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("types", nargs="*")
     parser.add_argument("--go-on", type=Path, metavar="FILE")
     asked = parser.parse_args()

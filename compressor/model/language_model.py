@@ -32,7 +32,7 @@ def on_meta(
     from transformers import AutoModelForCausalLM
 
     _refuse_encoder_decoder(config)
-    kind = _wrapper(config, architectures)
+    kind = _wrapper(config, architectures) or named_class(config, architectures)
     try:
         with init_empty_weights(include_buffers=False):
             if kind:
@@ -89,11 +89,11 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
             path, blocks = min(lists, key=lambda item: item[0].count("."))
             _refuse_shared(path, blocks, config.model_type)
             return path, blocks
-    depth = getattr(text, "num_hidden_layers", None)
+    depth = getattr(text, "num_hidden_layers", None) or 0
     stacks = {
         name: len(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and isinstance(depth, int) and depth > len(module) > 1
+        if isinstance(module, nn.ModuleList) and depth > len(module) > 1
     }
     for name, count in stacks.items():
         if depth % count == 0:
@@ -125,6 +125,22 @@ def _wrapper(config: Any, architectures: Sequence[str]) -> Any:
     for name in architectures:
         if name in _wrappers(config.model_type):
             return getattr(transformers, name, None)
+    return None
+
+
+def named_class(config: Any, architectures: Sequence[str]) -> Any:
+    """The causal class that config.json names, of a config that no auto class of transformers
+    takes: the text half of a multimodal family. None where there is none.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return None
+    for name in architectures:
+        kind = getattr(transformers, name, None)
+        if name.endswith("ForCausalLM") and getattr(kind, "config_class", None) is type(config):
+            return kind
     return None
 
 
