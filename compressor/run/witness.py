@@ -79,8 +79,14 @@ class Witness:
                 continue
             batch, exact = self._kept(index, device)
             assert states
-            found = run(packed.load(index, device), batch, states.arguments[index])
-            packed.free(index)
+            try:
+                found = run(packed.load(index, device), batch, states.arguments[index])
+            except (
+                ValueError
+            ):  # BigBird's model switches its blocks to another mode for short texts
+                continue
+            finally:
+                packed.free(index)
             if not _alike(found.hidden, exact, batch.hidden, self._near(index)):
                 raise CheckpointError(
                     f"{skeleton.path}.{index} computes something else, loaded from the finished "
