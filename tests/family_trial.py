@@ -21,11 +21,10 @@ from compressor.calibration import capture
 from compressor.checkpoint.dequantised import open_model
 from compressor.errors import CompressError
 from compressor.model.skeleton import Skeleton
-from tests.shrunken_configs import shrunken
+from tests.causal_types import causal
 
 IDS = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
 _TWO, _ONE = 32, 64  # tokens of a batch: two batches of two rows, one of four
-_LARGEST = 60_000_000  # parameters of what is still called tiny
 _NEAR = 1e-4  # of the largest number, in float32
 
 
@@ -49,13 +48,6 @@ class Trial:
 
 class WrongError(Exception):
     """Something that must not happen."""
-
-
-def causal_types() -> list[str]:
-    """Every model type of the installed transformers that has a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tried(kind: str, place: Path, make: Callable[[str], Any] | None = None) -> Trial:
@@ -89,19 +81,6 @@ def tried(kind: str, place: Path, make: Callable[[str], Any] | None = None) -> T
         return Trial(kind, name, "wrong", str(error))
     except Exception as error:
         return Trial(kind, name, "wrong", f"traceback: {_line(error)}")
-
-
-def causal(kind: str) -> Any:
-    """A tiny causal language model in float32, with random weights."""
-    from transformers import AutoModelForCausalLM
-
-    config = shrunken(kind)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _LARGEST:
-        raise ValueError(f"its smallest config has {size:,} parameters")
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 @torch.no_grad()
