@@ -27,19 +27,20 @@ from compressor.calibration.agreement import check_agreement
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
-from compressor.checkpoint.work_state import work_path
+from compressor.checkpoint.work_state import is_complete, work_path
 from compressor.config.recipe import Recipe
-from compressor.engine.blocks import compress_blocks
+from compressor.engine.blocks import compress_blocks, unwatched
 from compressor.engine.distributed import Group, local_device, processes
 from compressor.engine.memory import choose_home, gram_room, parse_size
 from compressor.engine.plan import LeaveDense, Plan, Prepared, ShareRanks, ShareZeros
 from compressor.errors import DataError, UsageError
 from compressor.progress import Progress, silent
 from compressor.records.report import Report, peak_memory
-from compressor.run import plan_file
+from compressor.run import plan_file, room
 from compressor.run.check import plan_run
 from compressor.run.fingerprint import fingerprint
 from compressor.run.recorder import Facts, NullRecorder, Recorder, recording
+from compressor.run.witness import Witness
 
 
 def prune(
@@ -78,6 +79,8 @@ def prune(
         }
         others = side_files(plan.reader.folder, code=recipe.trust_remote_code)
         mark = fingerprint(recipe, plan.reader, others, where, group.size)
+        if not is_complete(output):
+            group.agreed(room.check, plan, recipe.num_samples, output, where, max_memory)
         with recording(output, mark, settings, first=group.first) as recorder:
             if group.agreed(lambda: recorder.complete):
                 return Report.load(group.agreed(recorder.publish))
@@ -111,7 +114,7 @@ class _Run:
         """Do what is not done yet of `plan`."""
         started, group, recorder = time.perf_counter(), self.group, self.recorder
         states = self._calibrated(plan) if plan.needs_inputs else None
-        room = gram_room(plan, self.device, self.max_memory) if plan.needs_gram else None
+        grams = gram_room(plan, self.device, self.max_memory) if plan.needs_gram else None
         factors = group.agreed(
             factored_by_gradients,
             plan,
@@ -121,7 +124,7 @@ class _Run:
             self.progress,
             recorder.once,
         )
-        prepared = Prepared(factors, room)
+        prepared = Prepared(factors, grams)
         choice = self._chosen(plan, states, prepared)
         facts = Facts(
             replace(self.recipe, plan=plan_file.FILE if self.recipe.plan else ""),
@@ -133,7 +136,8 @@ class _Run:
         mine = saved[group.rank if plan.splits_batches else 0] if saved else None
         if states and mine:  # nothing is saved after the last block
             states.load(self.work, mine)
-        journal_seconds = self._compress_blocks(choice.plan, states, prepared, done)
+        witness = Witness(choice.plan, self.work)
+        journal_seconds = self._compress_blocks(choice.plan, states, prepared, done, witness)
         peaks = group.joined([peak_memory()])
         run = {
             "device": str(self.device), "processes": group.size,
@@ -141,10 +145,16 @@ class _Run:
             "journal_seconds": round(journal_seconds, 3), "resumed_at_block": done,
             "peak_memory": {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
         }  # fmt: skip
-        return Report.load(group.agreed(recorder.finish, run))
+        check = partial(witness.check, states=states, device=self.device)
+        return Report.load(group.agreed(recorder.finish, run, check))
 
     def _compress_blocks(
-        self, plan: Plan, states: States | None, prepared: Prepared, done: int
+        self,
+        plan: Plan,
+        states: States | None,
+        prepared: Prepared,
+        done: int,
+        witness: Witness,
     ) -> float:
         """All blocks from number `done` on; returns the seconds that saving their results took."""
         group, begun, journal_seconds = self.group, time.perf_counter(), 0.0
@@ -158,6 +168,7 @@ class _Run:
             first=done,
             group=group,
             prepared=prepared,
+            watch=witness.saw if group.first else unwatched,
         )
         for row in rows:
             computed = time.perf_counter()
@@ -185,7 +196,8 @@ class _Run:
         size = batch_size(*ids.shape)
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
         count = (own.stop - own.start) * size * plan.seq_len
-        home = choose_home(plan, count, device, self.max_memory, self.work)
+        beside = room.states_bytes(plan, count, size * plan.seq_len)
+        home = choose_home(plan, count, device, self.max_memory, self.work, beside)
 
         def place(name: str) -> Batches:
             return Batches(device, home, f"{name}.{group.rank}")
@@ -268,7 +280,8 @@ def calibrate(
     ids = _samples(plan, recipe, device)
     place = None
     if folder:
-        home = choose_home(plan, ids.numel(), device, "", folder)
+        beside = room.states_bytes(plan, ids.numel(), batch_size(*ids.shape) * plan.seq_len)
+        home = choose_home(plan, ids.numel(), device, "", folder, beside)
         place = partial(Batches, device, home)
     states = _entering(plan, ids, device, place, folder=folder)
     progress("calibration", 1, 1)
@@ -331,6 +344,8 @@ def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
         ids = tokens.sample_from_model(
             folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code
         )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the whole model that wrote the text
     else:
         vocabulary = plan.skeleton.config.get_text_config().vocab_size
         ids = tokens.calibration_rows(
