@@ -17,11 +17,11 @@ the compression, for every method and refinement on the same models and texts. M
 `python benchmarks/quality.py` measures; do not edit.
 
 Only the linears inside the decoder blocks are compressed; *bits* are those of their weights as
-stored, with all that belongs to them (2:4 takes 9 bits of 16 and 18 of 32). *Lost* is the rise of the logarithm of the perplexity as a
-share of what plain SparseGPT 2:4 loses on the same model. `int4` and `int3` are the dense model
-with these linears rounded, in groups of 64 ([eval.md](eval.md#what-plain-int4-would-give)).
-Everything is computed in float32, with one thread. Seconds were taken while other work ran on the
-machine: they order the methods, no more.
+stored, with all that belongs to them (2:4 takes 9 bits of 16, and 18 of 32). *Lost* is the rise of
+the logarithm of the perplexity as a share of what plain SparseGPT 2:4 loses on the same model.
+`int4` and `int3` are the dense model with these linears rounded, in groups of 64
+([eval.md](eval.md#what-plain-int4-would-give)). Everything is computed in float32, with one thread.
+Seconds were taken while other work ran on the machine: they order the methods, no more.
 """
 
 _TITLES = {
