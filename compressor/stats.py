@@ -31,6 +31,8 @@ class InputStats:
         m2: float64 `[in]`, sum over tokens of (x - mean)².
         gram: float32 `[in, in]`, XᵀX summed over tokens; None unless asked for.
         sample: float32 `[<= 1024, in]`, the first tokens seen.
+        held_out: float32 `[<= 1024, in]`, the first tokens of other samples, which nothing is
+            fitted to; None where there are none.
         note: what the report says of them, if anything.
         parts: tokens, mean and variance of every update, where they are asked for: with those of
             other processes they can be merged again in the order of the samples.
@@ -50,6 +52,7 @@ class InputStats:
         self.gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self.parts: list[tuple[int, Tensor, Tensor]] | None = [] if parts else None
         self._sample: list[Tensor] = []
+        self.held_out: Tensor | None = None
         self.note = ""
 
     @torch.no_grad()
@@ -111,13 +114,18 @@ class InputStats:
 
 
 def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:
-    """Relative squared output error ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the sampled tokens; weights `[out,
-    in]`. The arithmetic is float32, or float64 where outputs overflow that.
+    """`error_on` the sampled tokens."""
+    return error_on(stats.sample, weight, compressed)
+
+
+def error_on(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
+    """Relative squared output error ‖x(W - Ŵ)ᵀ‖² / ‖xWᵀ‖² on inputs x, float32 `[tokens, in]`;
+    weights `[out, in]`. The arithmetic is float32, or float64 where outputs overflow that.
     """
-    error = _output_error(weight.float(), compressed.float(), stats.sample)
+    error = _output_error(weight.float(), compressed.float(), x)
     if math.isfinite(error):
         return error
-    return _output_error(weight.double(), compressed.double(), stats.sample.double())
+    return _output_error(weight.double(), compressed.double(), x.double())
 
 
 def _output_error(weight: Tensor, compressed: Tensor, x: Tensor) -> float:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class States:
         offset: batches of other processes that come before these.
         folder: on disk, for what a pass over the blocks keeps of each of them; None for that of
             temporary files.
+        held_out: other samples, which nothing is fitted to; None where there are none.
     """
 
     hidden: list[Batch] | Batches
@@ -55,6 +57,7 @@ class States:
     dense: list[Batch] | Batches = field(default_factory=list)
     offset: int = 0
     folder: Path | None = None
+    held_out: States | None = None
 
     def first(self, batches: int) -> States:
         """The first batches only, of their own: running them on leaves these states as they are,
@@ -66,6 +69,7 @@ class States:
             ids=self.ids[:batches],
             dense=_view(self.dense, batches),
             offset=0,
+            held_out=None,
         )
 
     def entering(self) -> list[Batch] | Batches:
@@ -108,8 +112,9 @@ class States:
             batches.forget(folder)
 
     def _batches(self) -> list[tuple[str, Batches]]:
-        both = (("hidden", self.hidden), ("dense", self.dense))
-        return [(name, batches) for name, batches in both if isinstance(batches, Batches)]
+        held_out = self.held_out.hidden if self.held_out else []
+        every = (("hidden", self.hidden), ("dense", self.dense), ("held_out", held_out))
+        return [(name, batches) for name, batches in every if isinstance(batches, Batches)]
 
 
 def _view(batches: list[Batch] | Batches, count: int) -> list[Batch] | Batches:
@@ -120,6 +125,15 @@ def _view(batches: list[Batch] | Batches, count: int) -> list[Batch] | Batches:
 def run(block: nn.Module, batch: Batch, arguments: Arguments) -> Batch:
     """What leaves a block that a batch enters."""
     return arguments.call(block, batch)
+
+
+def rows_to_fit(samples: int, seq_len: int, held_out: Fraction) -> int:
+    """How many of the rows are fitted to. So many whole batches as come closest to the fraction
+    `held_out` are not, never all.
+    """
+    size = batch_size(samples, seq_len)
+    batches = samples // size
+    return size * max(1, batches - round(batches * held_out))
 
 
 def through(block: nn.Module, arguments: Arguments) -> Step:

@@ -118,6 +118,10 @@ class Recipe:
     seq_len: int = field(
         default=0, metadata=notes("Tokens in each.", "min(2048, the model's limit)")
     )
+    held_out: str = field(
+        default="10%",
+        metadata=notes("Of the calibration, nothing is fitted to; errors on it are reported too."),
+    )
     seed: int = field(default=0, metadata=notes("Of the calibration samples."))
     dtype: str = field(
         default="auto", metadata=notes("Of the forward passes; stored dtypes never change.")
@@ -206,6 +210,7 @@ class _Calibration(TypedDict, total=False):
     text_column: str | None
     num_samples: int | None
     seq_len: int | None
+    held_out: str | None
     seed: int | None
     ignore: str | Sequence[str] | None
     dtype: str | None

@@ -33,7 +33,7 @@ from compressor.formats import Form
 from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
-from compressor.stats import InputStats, collecting
+from compressor.stats import SAMPLE_TOKENS, InputStats, collecting
 
 FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
 _ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
@@ -251,7 +251,31 @@ def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
             if number == len(block.exact) and number + states.offset < _ERROR_BATCHES:
                 block.exact.append(leaving.hidden)
     stats = block.sharing.merged(stats, block.device)
-    return stats if plan.all_tokens else stats | _observe_idle(block, states, tasks, stats)
+    if not plan.all_tokens:
+        stats |= _observe_idle(block, states, tasks, stats)
+    _observe_held_out(block, modules, stats)
+    return stats
+
+
+def _observe_held_out(
+    block: _Block, modules: Mapping[str, nn.Module], stats: Mapping[str, InputStats]
+) -> None:
+    """Give the statistics of the linears `modules` the inputs on samples that are held out. Every
+    process sees all of these: they are few.
+    """
+    states = block.states.held_out if block.states else None
+    if states is None:
+        return
+    arguments = states.arguments[block.index]
+    with _routing(block), collecting(modules) as seen:
+        for batch in states.hidden:
+            capture.run(block.module, batch, arguments)
+            full = (len(inputs.sample) == SAMPLE_TOKENS for inputs in seen.values())
+            if len(seen) == len(modules) and all(full):
+                break  # nothing more is kept
+    for name, inputs in stats.items():
+        if name in seen and inputs.held_out is None:
+            inputs.held_out = seen[name].sample
 
 
 def _observe_idle(
@@ -336,6 +360,8 @@ def _advance(block: _Block, states: States) -> float:
         return leaving
 
     advance(states.hidden, step)
+    if held_out := states.held_out:
+        advance(held_out.hidden, capture.through(block.module, held_out.arguments[block.index]))
     everywhere = block.sharing.joined(errors)
     return sum(difference for difference, _ in everywhere) / max(
         sum(total for _, total in everywhere), 1e-300

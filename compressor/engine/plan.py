@@ -97,6 +97,7 @@ class Plan:
             them.
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
+        held_out: part of the calibration that nothing is fitted to.
         left_dense: every other weight with two dimensions or more, and why.
         choice: what chooses the targets, or chose them; None where they were given.
     """
@@ -111,6 +112,7 @@ class Plan:
     all_tokens: bool
     seq_len: int
     seed: int
+    held_out: Fraction = Fraction(0)
     left_dense: list[LeftDense] = field(default_factory=list)
     choice: ShareZeros | LeaveDense | ShareRanks | None = None
 

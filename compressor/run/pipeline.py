@@ -24,7 +24,7 @@ from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
-from compressor.calibration.capture import States, batch_size
+from compressor.calibration.capture import States, batch_size, rows_to_fit
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import work_path
@@ -121,7 +121,9 @@ class _Run:
             replace(self.recipe, plan=plan_file.FILE if self.recipe.plan else ""),
             choice.measured,
             choice.spectra,
-            self.recipe.num_samples * plan.seq_len if states else 0,
+            rows_to_fit(self.recipe.num_samples, plan.seq_len, plan.held_out) * plan.seq_len
+            if states
+            else 0,
         )
         done, saved = group.agreed(recorder.begin, choice.plan, facts)
         mine = saved[group.rank if plan.splits_batches else 0] if saved else None
@@ -174,15 +176,21 @@ class _Run:
                 lambda: self.recorder.once("ids", lambda: _samples(plan, recipe, device).tolist())
             )
         )
+        kept = rows_to_fit(len(ids), plan.seq_len, plan.held_out)
+        ids, held_out = ids[:kept], ids[kept:]  # the last rows
         size = batch_size(*ids.shape)
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
-        count = (own.stop - own.start) * size * plan.seq_len
+        count = (own.stop - own.start) * size * plan.seq_len + held_out.numel()
         home = choose_home(plan, count, device, self.max_memory, self.work)
 
         def place(name: str) -> Batches:
             return Batches(device, home, f"{name}.{group.rank}")
 
         states = _entering(plan, ids, device, place, own, self.work)
+        if len(held_out):
+            states.held_out = capture.capture(
+                plan.skeleton, held_out, device, place("held_out"), folder=self.work
+            )
         self.progress("calibration", 1, 1)
         return states
 
@@ -260,11 +268,12 @@ def calibrate(
     progress: Progress = silent,
     folder: Path | None = None,
 ) -> States:
-    """The calibration on entering block 0: where there is room for it, `folder` on disk at last;
-    on `device` without a folder.
+    """The calibration on entering block 0, without what is held out: where there is room for it,
+    `folder` on disk at last; on `device` without a folder.
     """
     progress("calibration", 0, 1)
     ids = _samples(plan, recipe, device)
+    ids = ids[: rows_to_fit(len(ids), plan.seq_len, plan.held_out)]
     place = None
     if folder:
         home = choose_home(plan, ids.numel(), device, "", folder)
