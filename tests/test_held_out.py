@@ -1,12 +1,12 @@
-"""A part of the calibration that nothing is fitted to, and the errors on it."""
+"""Samples beside the calibration that nothing is fitted to, and the errors on them."""
 
 import json
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
 import torch
 
-from compressor.calibration.capture import batch_size, rows_to_fit
+from compressor.calibration import tokens
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.work_state import work_path
 from compressor.config.recipe import Recipe
@@ -34,7 +34,7 @@ def batches_of_two_rows(monkeypatch):
 @pytest.fixture
 def recipe(tiny, rows):
     def make(case, **more):
-        settings = {"num_samples": 8, "seq_len": 32, "held_out": "25%", **FITTED[case], **more}
+        settings = {"num_samples": 6, "seq_len": 32, "held_out": "25%", **FITTED[case], **more}
         return Recipe(
             str(tiny(settings.pop("family", "llama"))), **{"dataset": str(rows), **settings}
         )
@@ -46,22 +46,30 @@ def tensors(folder):
     return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize(
-    ("samples", "seq_len", "share", "kept"),
-    [
-        (8, 32, "10%", 8),  # four batches: a tenth is none
-        (8, 32, "25%", 6),
-        (8, 32, "99%", 2),
-        (20, 32, "10%", 18),
-        (20, 64, "10%", 18),  # a batch a row
-        (1, 32, "50%", 1),
-        (8, 32, "0", 8),
-    ],
-)
-def test_whole_batches_are_held_out(samples, seq_len, share, kept):
-    fraction = Fraction(share.rstrip("%")) / 100
-    assert rows_to_fit(samples, seq_len, fraction) == kept
-    assert batch_size(kept, seq_len) >= batch_size(samples, seq_len)
+def test_they_come_after_the_calibration_which_is_the_same_without_them(demo_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {n}th of them was the {n * n}th." for n in range(400)))
+    asked = {"num_samples": 5, "seq_len": 64, "seed": 0}
+    for dataset in (text, "self"):
+
+        def rows(further, dataset=dataset):
+            if dataset == "self":
+                return tokens.sample_from_model(demo_model, device="cpu", further=further, **asked)
+            return tokens.calibration_rows(str(dataset), demo_model, 4096, further=further, **asked)
+
+        assert len(rows(0)) == 5
+        assert len(rows(3)) == 8
+        assert torch.equal(rows(3)[:5], rows(0))
+    assert 5 < len(tokens.calibration_rows(str(text), demo_model, 4096, further=900, **asked)) < 900
+
+
+def test_a_text_that_has_no_more_holds_nothing_out(recipe, tmp_path):
+    asked = recipe("wanda", num_samples=8)
+    report = pipeline.prune(asked, tmp_path / "out")
+    assert all(row.held_out_error is None for row in report.linears)
+    assert all(row.error for row in report.linears)
+    report = pipeline.prune(replace(asked, num_samples=7), tmp_path / "one")  # of two
+    assert all(row.held_out_error for row in report.linears)
 
 
 @pytest.mark.parametrize("case", FITTED)
@@ -72,7 +80,7 @@ def test_nothing_is_fitted_to_them(case, recipe, rows, tmp_path):
     (tmp_path / "other.jsonl").write_text("\n".join([*lines[:6], *other]))
     one = pipeline.prune(recipe(case), tmp_path / "one")
     two = pipeline.prune(recipe(case, dataset=str(tmp_path / "other.jsonl")), tmp_path / "two")
-    fewer = pipeline.prune(recipe(case, num_samples=6, held_out="0"), tmp_path / "fewer")
+    fewer = pipeline.prune(recipe(case, held_out="0"), tmp_path / "fewer")
     assert tensors(tmp_path / "one") == tensors(tmp_path / "two") == tensors(tmp_path / "fewer")
     assert one.calibration_tokens == two.calibration_tokens == fewer.calibration_tokens == 6 * 32
     assert [row.error for row in one.linears] == [row.error for row in fewer.linears]
@@ -144,7 +152,7 @@ def test_two_processes_report_the_errors_of_one(case, recipe, tmp_path):
 
 @pytest.mark.parametrize("share", ["100%", "-10%", "a tenth"])
 def test_what_is_no_part_is_refused(share, recipe, tmp_path):
-    with pytest.raises(UsageError, match="held_out is .*; accepted: a fraction"):
+    with pytest.raises(UsageError, match=r"held_out is .*; accepted: a fraction"):
         pipeline.prune(recipe("wanda", held_out=share), tmp_path / "out")
 
 
@@ -152,7 +160,7 @@ def test_the_table_and_the_page_show_them(cli, recipe, tmp_path):
     asked = recipe("wanda")
     shown = cli(
         "prune", asked.model, "-o", tmp_path / "out", "--dataset", asked.dataset,
-        "--num-samples", 8, "--seq-len", 32, "--held-out", "25%",
+        "--num-samples", 6, "--seq-len", 32, "--held-out", "25%",
     ).stdout  # fmt: skip
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     cli("report", tmp_path / "out")

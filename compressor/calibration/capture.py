@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,15 +124,6 @@ def _view(batches: list[Batch] | Batches, count: int) -> list[Batch] | Batches:
 def run(block: nn.Module, batch: Batch, arguments: Arguments) -> Batch:
     """What leaves a block that a batch enters."""
     return arguments.call(block, batch)
-
-
-def rows_to_fit(samples: int, seq_len: int, held_out: Fraction) -> int:
-    """How many of the rows are fitted to. So many whole batches as come closest to the fraction
-    `held_out` are not, never all.
-    """
-    size = batch_size(samples, seq_len)
-    batches = samples // size
-    return size * max(1, batches - round(batches * held_out))
 
 
 def through(block: nn.Module, arguments: Arguments) -> Step:

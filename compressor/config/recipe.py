@@ -120,7 +120,7 @@ class Recipe:
     )
     held_out: str = field(
         default="10%",
-        metadata=notes("Of the calibration, nothing is fitted to; errors on it are reported too."),
+        metadata=notes("So many further sequences; nothing is fitted to them, errors are shown."),
     )
     seed: int = field(default=0, metadata=notes("Of the calibration samples."))
     dtype: str = field(

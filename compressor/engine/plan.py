@@ -97,7 +97,8 @@ class Plan:
             them.
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
-        held_out: part of the calibration that nothing is fitted to.
+        held_out: further samples that nothing is fitted to, as a fraction of those of the
+            calibration.
         left_dense: every other weight with two dimensions or more, and why.
         choice: what chooses the targets, or chose them; None where they were given.
     """

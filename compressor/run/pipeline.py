@@ -24,7 +24,7 @@ from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
-from compressor.calibration.capture import States, batch_size, rows_to_fit
+from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import work_path
@@ -121,9 +121,7 @@ class _Run:
             replace(self.recipe, plan=plan_file.FILE if self.recipe.plan else ""),
             choice.measured,
             choice.spectra,
-            rows_to_fit(self.recipe.num_samples, plan.seq_len, plan.held_out) * plan.seq_len
-            if states
-            else 0,
+            self.recipe.num_samples * plan.seq_len if states else 0,
         )
         done, saved = group.agreed(recorder.begin, choice.plan, facts)
         mine = saved[group.rank if plan.splits_batches else 0] if saved else None
@@ -176,8 +174,7 @@ class _Run:
                 lambda: self.recorder.once("ids", lambda: _samples(plan, recipe, device).tolist())
             )
         )
-        kept = rows_to_fit(len(ids), plan.seq_len, plan.held_out)
-        ids, held_out = ids[:kept], ids[kept:]  # the last rows
+        ids, held_out = ids[: recipe.num_samples], ids[recipe.num_samples :]
         size = batch_size(*ids.shape)
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
         count = (own.stop - own.start) * size * plan.seq_len + held_out.numel()
@@ -272,8 +269,7 @@ def calibrate(
     `folder` on disk at last; on `device` without a folder.
     """
     progress("calibration", 0, 1)
-    ids = _samples(plan, recipe, device)
-    ids = ids[: rows_to_fit(len(ids), plan.seq_len, plan.held_out)]
+    ids = _samples(plan, recipe, device)[: recipe.num_samples]
     place = None
     if folder:
         home = choose_home(plan, ids.numel(), device, "", folder)
@@ -329,11 +325,12 @@ def choose_device(device: str) -> torch.device:
 
 
 def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
-    """Token ids of the calibration, `[num_samples, seq_len]`."""
-    folder, asked = (
-        plan.reader.folder,
-        {"num_samples": recipe.num_samples, "seq_len": plan.seq_len, "seed": recipe.seed},
-    )
+    """Token ids of the calibration, `[num_samples, seq_len]`, and after them those that are held
+    out: fewer, or none, where the text has no more.
+    """
+    folder = plan.reader.folder
+    shape = {"num_samples": recipe.num_samples, "seq_len": plan.seq_len, "seed": recipe.seed}
+    asked = {**shape, "further": round(recipe.num_samples * plan.held_out)}
     if recipe.dataset == "self":
         ids = tokens.sample_from_model(
             folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code
@@ -348,7 +345,7 @@ def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
             text_column=recipe.text_column,
             trust_remote_code=recipe.trust_remote_code,
         )
-    if ids.shape != (recipe.num_samples, plan.seq_len):
+    if len(ids) < recipe.num_samples or ids.shape[1] != plan.seq_len:
         raise DataError(
             f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, plan.seq_len]} was "
             f"asked for"
