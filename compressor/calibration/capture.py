@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor.calibration.arguments import Arguments
 from compressor.calibration.hidden_states import Batch, Batches, Step
-from compressor.calibration.recorder import Recorder, Returns
+from compressor.calibration.recorder import Nothing, Recorder, Returns
 from compressor.calibration.tensor_store import TensorStore
 from compressor.errors import CheckpointError
 from compressor.model.skeleton import Skeleton
@@ -192,10 +192,17 @@ def capture(
 
 @contextmanager
 def _nothing_missing(kind: str) -> Iterator[None]:
-    """Inside the `with`, a computation that asks for weights that were not loaded is refused."""
+    """Inside the `with`, a computation is refused that asks for weights that were not loaded, or
+    for the value of what blocks return beside hidden states.
+    """
     try:
         yield
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        if Nothing.__name__ in str(error):
+            raise CheckpointError(
+                f"a {kind} model computes, between its blocks, with what they return beside hidden "
+                "states; it cannot be compressed block by block"
+            ) from None
         if "meta tensor" not in str(error):
             raise
         raise CheckpointError(

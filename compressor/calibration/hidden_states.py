@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.tensor_store import TensorStore
+from compressor.checkpoint.work_state import SCRATCH
 
 Key = tuple[str | int, ...]
 """Which block handed a piece on, and which piece: see compressor/calibration/arguments.py."""
@@ -41,7 +42,6 @@ class Batch:
 
 
 Step = Callable[[Batch], Batch]
-SCRATCH = "scratch-"  # begins the names of folders that nobody needs once their run has ended
 
 
 class Batches(Sequence[Batch]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from compressor.engine.plan import Plan
@@ -13,7 +12,8 @@ from compressor.errors import NumericalError, about
 from compressor.formats import Form, notes
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
-from compressor.stats import InputStats, error_on, output_error
+from compressor.stats import InputStats, all_finite, error_on, output_error
+from compressor.text import to_ignore
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def finish(
         NumericalError: it is not finite, whatever made it: method, refinement, factors or tuning.
     """
     weight_now = form.dense()
-    if not bool(torch.isfinite(weight_now).all()):
+    if not all_finite(weight_now):
         method = task.method.__name__.rpartition(".")[2]
         raise NumericalError(
             f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
             f"{str(weight_now.dtype).removeprefix('torch.')}: try another method or other options, "
-            f"or leave it dense with `ignore={task.linear.name!r}`"
+            f"or leave it dense with {to_ignore(task.linear.name)}"
         )
     if not plan.packed and not isinstance(form, Dense):
         form = _multiplied(form)

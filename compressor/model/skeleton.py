@@ -7,37 +7,34 @@ experts are linears by `experts`.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, NumericalError
-from compressor.model import hf_conversion
+from compressor.model import heap, hf_conversion
 from compressor.model.architecture import check_sizes, load_config
 from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
 from compressor.model.language_model import decoder_blocks, is_wrapper, on_meta, text_path
 from compressor.model.linear import (
     CONVOLUTION,
+    ROUTER,
     WEIGHT_DTYPES,
     Linear,
     Other,
     computes_as_linear,
+    never_compressed,
     own_linear,
 )
+from compressor.stats import all_finite
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise NumericalError naming `name` where the tensor holds NaN or Inf."""
-    low, high = (
-        tensor.aminmax()
-    )  # both are NaN if any value is; reads the tensor once and makes no mask
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        kind = "NaN" if bool(torch.isnan(low)) else "Inf"
+    if not all_finite(tensor):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
         raise NumericalError(
             f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was "
             f"written"
@@ -62,7 +59,7 @@ class Skeleton:
     def __init__(
         self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
     ) -> None:
-        _return_large_allocations()
+        heap.keep_freed()
         self.reader = reader
         self.trust_remote_code = trust_remote_code
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
@@ -173,11 +170,13 @@ class Skeleton:
                     f"{linear.name} is not where it was expected in {linear.experts}; leave its "
                     f"experts dense"
                 )
+        heap.give_back()  # what their way from the file has left
         return self.blocks[index].to(device)
 
     def free_block(self, index: int) -> None:
         """Return the memory of a block."""
         _parameters_to_meta(self.blocks[index], lambda name: True)
+        heap.give_back()
 
     def load_embeddings(self, device: torch.device, *, head: bool = False) -> nn.Module:
         """The decoder without its blocks (embeddings, rotary tables, final norm), on `device`.
@@ -186,9 +185,8 @@ class Skeleton:
         """
         inner = self.model if head else self.model.base_model
         prefix = f"{self.model.base_model_prefix}." if inner is not self.model else ""
-        known = {name for name, _ in self.model.named_parameters()} | {
-            name for name, _ in self.model.named_buffers()
-        }
+        tied = self.model.named_parameters(remove_duplicate=False)  # by either of its names
+        known = {name for name, _ in tied} | {name for name, _ in self.model.named_buffers()}
         wanted = [
             name
             for name in self.on_disk
@@ -232,6 +230,7 @@ class Skeleton:
         stay.
         """
         _parameters_to_meta(self.model, lambda name: not name.startswith(f"{self.path}."))
+        heap.give_back()
 
     def linears(self, index: int) -> list[Linear]:
         """The weight matrices of block `index`: of modules that compute y = W x + b, as nn.Linear
@@ -241,7 +240,7 @@ class Skeleton:
 
         found, routers = [], self._routers(index)
         for name, module in self.blocks[index].named_modules():
-            if computes_as_linear(module):
+            if computes_as_linear(module) and not never_compressed(name):
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
                 if len(tensors) == 1 and f"{name}.weight" not in routers:
@@ -268,28 +267,39 @@ class Skeleton:
         """Parameters of block `index` with two dimensions or more that are no weight of
         `linears(index)`.
         """
-        routers, inside = (
-            self._routers(index),
-            [f"{name}." for name, _ in expert_modules(self.blocks[index])],
-        )
-        ours, block = {linear.parameter for linear in self.linears(index)}, self.blocks[index]
-        found = []
-        for name, parameter in block.named_parameters():
+        ours = {linear.parameter for linear in self.linears(index)}
+        routers, found = self._routers(index), []
+        for name, parameter in self.blocks[index].named_parameters():
             full, shape = f"{self.path}.{index}.{name}", tuple(parameter.shape)
-            if len(shape) < 2 or full in ours:
-                continue
-            if name in routers:
-                reason = "router"
-            elif name.endswith("_bias") and name.startswith(tuple(inside)):
-                reason = "biases of experts"
-            elif isinstance(owner := block.get_submodule(name.rpartition(".")[0]), nn.Linear):
-                reason = "a linear layer with a computation of its own"
-            elif isinstance(owner, nn.Conv1d | nn.Conv2d):
-                reason = CONVOLUTION
-            else:
-                reason = "not a linear layer"
-            found.append(Other(*self._named(full), shape, reason))
+            if len(shape) > 1 and full not in ours:
+                reason = ROUTER if name in routers else self._why_not_linear(index, name)
+                found.append(Other(*self._named(full), shape, reason))
         return found
+
+    def _why_not_linear(self, index: int, name: str) -> str:
+        """What the parameter `name` of a block is, that is none of its linears."""
+        block, owner = self.blocks[index], name.rpartition(".")[0]
+        module = block.get_submodule(owner)
+        if reason := never_compressed(owner):
+            return reason
+        experts = tuple(f"{inside}." for inside, _ in expert_modules(block))
+        if name.endswith("_bias") and name.startswith(experts):
+            return "biases of experts"
+        if computes_as_linear(module):
+            return "made of several tensors on disk"
+        if isinstance(module, nn.Linear):
+            return "a linear layer with a computation of its own"
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            return CONVOLUTION
+        return "not a linear layer"
+
+    def stored_as(self, other: Other) -> list[tuple[str, list[int]]]:
+        """Name and shape of each matrix on disk that a parameter is made of."""
+        tensors = self.on_disk.get(other.parameter, [])
+        if len(tensors) < 2:
+            return [(other.name, list(other.shape))]
+        shapes = {tensor: list(self.reader.tensors[tensor].shape) for tensor in tensors}
+        return [(tensor, shape) for tensor, shape in shapes.items() if len(shape) > 1]
 
     def _named(self, parameter: str) -> tuple[str, str]:
         """The name on disk of a parameter that is a tensor there, and that of the parameter."""
@@ -307,19 +317,6 @@ def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> Non
                 leaf,
                 nn.Parameter(parameter.to("meta"), requires_grad=False),
             )
-
-
-def _return_large_allocations() -> None:
-    """Have glibc give every freed tensor back to the system at once.
-
-    By default its threshold for that grows to 32 MB, and tensors below it leave a fragmented heap:
-        a 1.1B model then takes
-    55 MB more with each block. With a threshold of 1 MB it is 2 MB still, with a quarter of that
-    0.2 MB.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
 
 
 def _stored_dtype(reader: Reader) -> torch.dtype:

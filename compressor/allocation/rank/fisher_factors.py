@@ -19,13 +19,10 @@ lower rank are the first columns.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from compressor.allocation.rank import Spectrum, largest_rank
+from compressor.allocation.rank import largest_rank
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks
@@ -33,18 +30,17 @@ from compressor.engine.factor_store import Factored
 from compressor.engine.plan import Plan
 from compressor.engine.task import Task
 from compressor.errors import about
-from compressor.formats.lowrank import LowRank
-from compressor.methods.factor import UNUSED
+from compressor.methods.factor import UNUSED, Factors
 from compressor.progress import Progress
 
 TOKENS = 32_768  # of the calibration, if there are so many
 
 
 def factor_all(
-    plan: Plan, states: States, device: torch.device, folder: Path, progress: Progress
-) -> tuple[Factored, dict[str, Spectrum]]:
-    """One pass over the calibration; gives the factors of every linear whose method needs
-    gradients, and its singular values.
+    plan: Plan, states: States, device: torch.device, factors: Factored, progress: Progress
+) -> None:
+    """One pass over the calibration: the factors of every linear whose method needs gradients, and
+    its singular values, go into `factors`.
 
     A linear that no gradient reaches (what follows it is zero) is factored by its inputs alone, one
     whose inputs are zero by its weight alone: neither can move the loss, so their singular values
@@ -55,21 +51,19 @@ def factor_all(
             its target.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
-        folder: for the files; it exists.
+        factors: what they are kept in.
         progress: told of every block.
     """
     skeleton, part = in_float32(plan.skeleton, states, TOKENS, device)
-    factors, spectra = Factored(folder), {}
+    factors.begin()
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
-        forms = {}
+        linears, values = {}, {}
         for task in plan.tasks[index]:
             if task.needs_gradients:
                 name = task.linear.name
-                forms[name], values = _factor(plan, task, taps.pop(name), device)
-                spectra[name] = Spectrum(task.linear.shape, values.cpu())
-        factors.keep(index, forms)
+                linears[name], values[name] = _factor(plan, task, taps.pop(name), device)
+        factors.keep(index, linears, values)
         progress("gradients", done + 1, len(plan.tasks))
-    return factors, spectra
 
 
 def kronecker_factors(tap: Taps) -> tuple[Tensor, Tensor]:
@@ -85,8 +79,12 @@ def kronecker_factors(tap: Taps) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
-    """The factors of one linear, and its singular values in units of the loss."""
+def _factor(
+    plan: Plan, task: Task, tap: Taps, device: torch.device
+) -> tuple[tuple[Factors, str], Tensor]:
+    """The factors of one linear in its dtype and the note on them, and its singular values in units
+    of the loss.
+    """
     check_seen(task.linear.name, tap)
     largest = max(1, largest_rank(task.linear.shape))
     rank = largest if task.target is None else task.target
@@ -96,8 +94,9 @@ def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[Lo
     if not bool(inputs.any()):
         inputs, outputs, note = _without_gradient(tap, outputs)
     with about(task.linear.name):
-        form, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
-    return replace(form, note=note), values.new_zeros(len(values)) if note else values
+        factors, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
+    kept = factors.to(weight.dtype), note
+    return kept, values.new_zeros(len(values)) if note else values
 
 
 def _without_gradient(tap: Taps, outputs: Tensor) -> tuple[Tensor, Tensor, str]:
