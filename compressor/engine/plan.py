@@ -178,6 +178,10 @@ class Plan:
         """Whether the statistics need mean and variance."""
         return self.refine is not None and self.refine.NEEDS_MOMENTS
 
+    def further(self, samples: int) -> int:
+        """How many samples are held out beside so many of the calibration."""
+        return round(samples * self.held_out)
+
     @property
     def splits_batches(self) -> bool:
         """Whether processes that share the run each take a part of the calibration; else each takes

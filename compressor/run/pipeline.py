@@ -336,7 +336,7 @@ def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
     """
     folder = plan.reader.folder
     shape = {"num_samples": recipe.num_samples, "seq_len": plan.seq_len, "seed": recipe.seed}
-    asked = {**shape, "further": round(recipe.num_samples * plan.held_out)}
+    asked = {**shape, "further": plan.further(recipe.num_samples)}
     if recipe.dataset == "self":
         ids = tokens.sample_from_model(
             folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code

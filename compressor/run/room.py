@@ -151,7 +151,7 @@ def check(plan: Plan, samples: int, output: Path, device: torch.device, limit: s
 
     Args:
         plan: what will be done.
-        samples: of the calibration.
+        samples: of the calibration, without those that are held out beside them.
         output: the folder to be made.
         device: where blocks are computed; a GPU's memory is not counted.
         limit: `--max-memory`; empty for what is free.
@@ -160,7 +160,7 @@ def check(plan: Plan, samples: int, output: Path, device: torch.device, limit: s
         UsageError: the memory is too little.
         OutputError: the disk is.
     """
-    tokens = samples * plan.seq_len
+    tokens = (samples + plan.further(samples)) * plan.seq_len
     needs = passes(plan, tokens, batch_size(samples, plan.seq_len) * plan.seq_len)
     if device.type != "cuda":
         _check_memory(needs, limit)
