@@ -17,6 +17,7 @@ from compressor_kernels.cpu.tiles import from_tiles, to_tiles
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import InTiles, Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
+from compressor_kernels.one_row import OneRowLinear
 from compressor_kernels.packing import pack24
 from tests.cpu_problems import BARS, DTYPES, blocks, here, off, packed, product, random, weight24
 
@@ -294,3 +295,40 @@ def test_where_no_kernel_runs_nothing_changes(monkeypatch):
     x = random(3, 132)
     expected = reference.sparse24(x, *module.core.stored(), module.bias)
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_linear_takes_one_row_of_x_to_the_kernel(bias, monkeypatch):
+    linear = nn.Linear(132, 40, bias=bias, dtype=torch.bfloat16)
+    plain = copy.deepcopy(linear)
+    assert OneRowLinear.takes(linear)
+    linear.__class__ = OneRowLinear
+    assert not OneRowLinear.takes(linear)
+    wide = random(1, 5, 132, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for x in (wide[:, -1:], wide[0, 2], wide[0, :1]):
+            y = linear(x)
+            assert y.shape == (*x.shape[:-1], 40)
+            assert torch.equal(y, ops.dense(x, linear.weight, linear.bias))
+            for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+                assert torch.equal(other(x), y)
+            torch._dynamo.reset()
+            compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=False)
+            assert torch.equal(compiled(x), y)
+        monkeypatch.setattr("compressor_kernels.one_row.cpu_ops", None)  # torch's from here on
+        assert torch.equal(linear(wide), plain(wide))
+        assert torch.equal(linear(wide[:0]), plain(wide[:0]))
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert linear(wide[:, -1:]).dtype == torch.float16
+        assert linear.float()(wide[:, -1:].float()).dtype == torch.float32
+    linear.bfloat16()(wide[:, -1:]).sum().backward()
+    assert linear.weight.grad is not None
+    assert linear.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_dense_linear_that_comes_to_a_machine_without_kernels(monkeypatch):
+    linear = nn.Linear(132, 40, dtype=torch.bfloat16)
+    linear.__class__ = OneRowLinear
+    pickled = pickle.dumps(linear)
+    monkeypatch.setattr(InTiles, "usable", classmethod(lambda cls: False))
+    assert type(pickle.loads(pickled)) is nn.Linear

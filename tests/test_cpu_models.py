@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import compressor.runtime
 from compressor.evaluation.windows import perplexity
+from compressor_kernels.one_row import OneRowLinear
 from tests.conftest import ROOT
 from tests.cpu_problems import here
 
@@ -68,3 +69,16 @@ def test_two_threads_on_one_model(made, rows):
         sys.setswitchinterval(interval)
     assert found
     assert not any(found)
+
+
+def test_the_head_computes_with_the_kernel_too(made, rows):
+    model = compressor.runtime.load(made, dtype=torch.bfloat16, runtime="packed")
+    dense = compressor.runtime.load(made, dtype=torch.bfloat16, runtime="dense")
+    assert type(model.lm_head) is OneRowLinear
+    assert type(dense.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.state_dict().keys() >= {"lm_head.weight", "model.embed_tokens.weight"}
+    sampled = {"max_new_tokens": 12, "do_sample": False}
+    eager = model.generate(rows[0][None, :9], **sampled)
+    static = model.generate(rows[0][None, :9], cache_implementation="static", **sampled)
+    assert torch.equal(eager, static)
