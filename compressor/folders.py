@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
-    baseline: str | Path | None = None,
+    baseline: str | Path | Sequence[str | Path] | None = None,
     dataset: str | Path | Sequence[str | Path] | None = None,
     text_column: str | None = None,
     tasks: str | Sequence[str] | None = None,
@@ -34,6 +34,8 @@ def evaluate(
     seq_len: int = 0,
     num_samples: int = 32,
     seed: int = 1,
+    calibration: str | Path = "self",
+    calibration_samples: int = 128,
     kl: bool = True,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -52,7 +54,8 @@ def evaluate(
 
     Args:
         models: folders or Hub ids, compressed or plain.
-        baseline: what they are compared with, such as the original.
+        baseline: what they are compared with, such as the original; beside it "int4" and "int3":
+            it is scored with the weights of its decoder linears rounded to so many bits as well.
         dataset: perplexity on .txt, .jsonl or .parquet files, Hub ids, or "self".
         text_column: field of the records that has the text, or a chat.
         tasks: of lm-eval.
@@ -60,6 +63,8 @@ def evaluate(
         seq_len: window of the perplexity; 0: min(2048, the model's limit).
         num_samples: sequences sampled for "self".
         seed: of "self".
+        calibration: text for the GPTQ of "int4" and "int3", a dataset as for `prune`.
+        calibration_samples: its rows of a window each.
         kl: KL divergence from the baseline; both models are in memory.
         limit: at most so many rows, and examples per task.
         num_fewshot: examples in the prompt of each task.
@@ -73,7 +78,8 @@ def evaluate(
 
     Returns:
         Model as it was given -> scores in lm-eval's schema: `results`, `configs`, `versions`,
-        `n-samples`, `config`, …; the baseline among them.
+        `n-samples`, `config`, …; the baseline among them, and what it is when rounded as
+        "int4 nearest", "int4 GPTQ", …
 
     Raises:
         compressor.errors.CompressError: one clear line.
@@ -86,15 +92,19 @@ def evaluate(
         raise UsageError("`models` names none")
     check_something_to_score(datasets, chosen)
     check_kinds(int, seq_len=seq_len, num_samples=num_samples, seed=seed, batch_size=batch_size)
+    check_kinds(int, calibration_samples=calibration_samples)
     check_kinds((int, NoneType), limit=limit, num_fewshot=num_fewshot)
     check_kinds(bool, kl=kl, trust_remote_code=trust_remote_code, cache=cache)
     check_kinds(str, device=device, dtype=dtype)
     check_kinds((str, NoneType), text_column=text_column, server=server)
     check_one_of("dtype", dtype, DTYPES)
-    from compressor.evaluation import score
+    from compressor.evaluation import score, split_baselines
     from compressor.run.pipeline import choose_device
 
+    original, rounded = split_baselines(as_texts("baseline", baseline), names)
     settings: dict[str, Any] = {
+        "rounded": rounded, "calibration": as_text("calibration", calibration),
+        "calibration_samples": calibration_samples,
         "datasets": datasets, "text_column": text_column or "", "tasks": chosen,
         "include_path": None if include_path is None else as_path("include_path", include_path),
         "divergence": kl, "seq_len": seq_len, "num_samples": num_samples, "seed": seed,
@@ -104,7 +114,6 @@ def evaluate(
     }  # fmt: skip
     if progress:
         settings["progress"] = progress
-    original = None if baseline is None else as_text("baseline", baseline)
     return score(names, baseline=original, server=server, **settings)
 
 

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
+from compressor.text import to_ignore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,16 +101,19 @@ class Pattern:
         stop = min(stop, whole)
         return replace(self, zeros=self.zeros * stop // whole - self.zeros * start // whole)
 
-    def check_width(self, name: str, in_features: int) -> None:
-        """Raise UsageError where a row of `in_features` weights cannot be split into groups of
-        m.
+    def divides(self, in_features: int) -> bool:
+        """Whether a row of so many weights can be split into groups of m."""
+        return not self.m or in_features % self.m == 0
+
+    def check_width(self, name: str, in_features: int, *others: str) -> None:
+        """Raise UsageError where a row of `in_features` weights of the linear `name` cannot be
+        split into groups of m; `others` are linears of which that is true too.
         """
-        if self.m and in_features % self.m:
+        if not self.divides(in_features):
             raise UsageError(
                 f"in_features {in_features} of {name} is not a multiple of {self.m} (pattern "
-                f"{self}); "
-                f"choose another pattern or leave it dense with "
-                f"`ignore='*{name.rsplit('.', 1)[-1]}'`"
+                f"{self}); choose another pattern or leave it dense with "
+                f"{to_ignore(name, *others)}"
             )
 
     def mask(self, score: Tensor) -> Tensor:

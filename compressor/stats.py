@@ -9,14 +9,17 @@ that without any table of architectures. Mean and centred second moment are merg
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import NumericalError
+from compressor.text import to_ignore
 
 _RECENT = 8  # inputs kept alive to be recognised; a block with a hundred experts has hundreds
 SAMPLE_TOKENS = 1024  # tokens kept to measure the output error of a linear on
@@ -101,7 +104,7 @@ class InputStats:
         if not self.tokens:
             raise NumericalError(
                 f"{name} saw no tokens during calibration: give more samples or leave it dense "
-                f"with `ignore={name!r}`"
+                f"with {to_ignore(name)}"
             )
         if not bool(torch.isfinite(self.m2).all()):
             raise NumericalError(
@@ -132,36 +135,17 @@ def _output_error(weight: Tensor, compressed: Tensor, x: Tensor) -> float:
 def collecting(
     linears: Mapping[str, nn.Module], *, gram: bool = False, parts: bool = False
 ) -> Iterator[dict[str, InputStats]]:
-    """Hook `linears` and yield their statistics, filled by every forward pass run inside the
-    `with`.
+    """Hook `linears`; the statistics of what they read in every forward pass inside the `with`
+    are in the dictionary at its end, by name.
 
-    Linears that receive the same tensor object share one InputStats: the statistics exist once per
-        distinct input.
+    Linears that read the same tensor objects share one InputStats: the statistics exist once per
+    distinct input.
     """
     stats: dict[str, InputStats] = {}
-    seen: list[
-        tuple[Tensor, InputStats]
-    ] = []  # the latest inputs of this forward pass, alive so that identity holds
-    called: set[str] = set()
+    readers = _Readers(lambda x: InputStats(x.shape[-1], gram=gram, parts=parts, device=x.device))
 
-    def hook(name: str):
-        def observe(_module: nn.Module, args: tuple) -> None:
-            x = args[0]
-            if name in called:  # a new forward pass has begun
-                seen.clear()
-                called.clear()
-            called.add(name)
-            for number, (tensor, shared) in enumerate(seen):
-                if tensor is x and stats.setdefault(name, shared) is shared:
-                    seen.append(seen.pop(number))
-                    return
-            own = stats.setdefault(
-                name, InputStats(x.shape[-1], gram=gram, parts=parts, device=x.device)
-            )
-            own.update(x)
-            seen[:] = [*seen[1 - _RECENT :], (x, own)]
-
-        return observe
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: readers.read(name, args[0])
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     try:
@@ -169,4 +153,100 @@ def collecting(
     finally:
         for handle in handles:
             handle.remove()
-        seen.clear()
+    stats |= readers.stats()
+
+
+class _Group:
+    """Linears that have read the same tensors so far.
+
+    Attributes:
+        stats: of those tensors, `updates` of them, without `latest`.
+        readers: names of the linears.
+        origin: the group that its first reader left, and the updates of that; None for a new one.
+        latest: a tensor that some of them have read and those in `waiting` have not; it is added
+            when all have. One of them may go on to another tensor first, and then they part.
+    """
+
+    def __init__(self, stats: InputStats, readers: set[str], origin: _Origin = None) -> None:
+        self.stats, self.readers, self.origin = stats, readers, origin
+        self.updates = 0
+        self.latest: Tensor | None = None
+        self.waiting: set[str] = set()
+
+    def read(self, name: str, x: Tensor) -> None:
+        """`name` is the first to read `x`."""
+        self.latest, self.waiting = x, self.readers - {name}
+        self.add_if_all_have_read()
+
+    def add_if_all_have_read(self) -> None:
+        """Add `latest` once nobody waits."""
+        if self.latest is not None and not self.waiting:
+            self.stats.update(self.latest)
+            self.latest, self.updates = None, self.updates + 1
+
+    def without_waiting(self) -> _Group:
+        """A group of those who have read `latest`; this one is left to those who have not."""
+        ahead = _Group(copy.deepcopy(self.stats), self.readers - self.waiting)
+        ahead.latest, ahead.updates = self.latest, self.updates
+        ahead.add_if_all_have_read()
+        self.readers, self.latest, self.waiting = self.waiting, None, set()
+        return ahead
+
+
+_Origin = tuple[_Group, int] | None
+
+
+class _Readers:
+    """Which linears read the same tensors, found while they read them."""
+
+    def __init__(self, new: Callable[[Tensor], InputStats]) -> None:
+        self._new = new
+        self._of: dict[str, _Group] = {}
+        # the latest that began a group, alive so that identity holds
+        self._recent: list[tuple[Tensor, _Group]] = []
+
+    def read(self, name: str, x: Tensor) -> None:
+        """The linear `name` reads `x`."""
+        own = self._of.get(name)
+        if own is None or (name in own.waiting and x is not own.latest):
+            self._move(name, own, x)
+        elif name in own.waiting:
+            own.waiting.remove(name)
+            own.add_if_all_have_read()
+        else:
+            own = self._part(own) if own.waiting else own
+            own.read(name, x)
+
+    def _move(self, name: str, old: _Group | None, x: Tensor) -> None:
+        """Into a group that came from the same one and has read `x` alone since; a new one, if
+        there is none.
+        """
+        origin = (old, old.updates) if old else None
+        for number, (tensor, group) in enumerate(self._recent):
+            if tensor is x and group.origin == origin and group.updates == 1:
+                self._recent.append(self._recent.pop(number))
+                group.readers.add(name)
+                if group.latest is not None:
+                    group.waiting.add(name)
+                break
+        else:
+            group = _Group(copy.deepcopy(old.stats) if old else self._new(x), {name}, origin)
+            group.read(name, x)
+            self._recent = [*self._recent[1 - _RECENT :], (x, group)]
+        self._of[name] = group
+        if old:
+            old.readers.remove(name)
+            old.waiting.remove(name)
+            old.add_if_all_have_read()
+
+    def _part(self, group: _Group) -> _Group:
+        ahead = group.without_waiting()
+        self._of |= dict.fromkeys(ahead.readers, ahead)
+        return ahead
+
+    def stats(self) -> dict[str, InputStats]:
+        """By name, of all that was read."""
+        for group in list(self._of.values()):
+            if group.waiting:
+                self._part(group)
+        return {name: group.stats for name, group in self._of.items()}

@@ -26,6 +26,14 @@ def part(inside: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", inside)
 
 
+def to_ignore(*names: str) -> str:
+    """What to write to leave linears of these names dense, in all blocks and of all experts:
+    `` `ignore='model.layers.*.mlp.experts.*.up_proj'` ``.
+    """
+    globs = dict.fromkeys(part(name) for name in names)
+    return " and ".join(f"`ignore={glob!r}`" for glob in globs)
+
+
 def size(count: float) -> str:
     """Bytes: `1.94 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -315,6 +315,5 @@ def build_wrapper(family: str, folder: Path) -> Path:
 
 REFUSED = {
     "llama4_text": {"wanda": "weights stacked in this way", "armor": "weights stacked in this way"},
-    "jamba": {"wanda": "mamba.dt_proj saw no tokens", "armor": "mamba.dt_proj saw no tokens"},
 }
 """What is refused, by method, and a part of the message."""

@@ -25,7 +25,7 @@ errors
 text free_memory
 pattern stats formats checkpoint
 methods refine records model
-progress calibration runtime
+progress calibration runtime quantisation
 engine tools publish bench runtime.vllm_plugin
 allocation plots evaluation
 allocation.sparsity allocation.rank page

@@ -13,9 +13,17 @@ from compressor.errors import CheckpointError
 MASK = torch.ones(2, 2)
 
 
-def record(decoder, blocks, batches, returned=lambda hidden: hidden):
-    """Arguments of the blocks of `decoder(forwards, batch)`, which calls `forwards[index]`."""
-    recorder = Recorder("toy", blocks, lambda hidden, *_, **__: returned(hidden), lambda _: [])
+def record(decoder, blocks, batches, returned=lambda hidden: hidden, left=None):
+    """Arguments of the blocks of `decoder(forwards, batch)`, which calls `forwards[index]`; block 0
+    leaves `left` in the dictionary that is its argument `shared`.
+    """
+
+    def first(hidden, *_, **keywords):
+        if left is not None:
+            keywords["shared"].update(left)
+        return returned(hidden)
+
+    recorder = Recorder("toy", blocks, first, lambda _: [])
     forwards = [recorder.forward(index) for index in range(blocks)]
     for batch in batches:
         recorder.begin()
@@ -68,6 +76,17 @@ def test_what_a_block_returns_goes_to_the_one_that_is_given_it():
     assert [call.item() for call in calls] == [7, 8]
     assert batch.hidden.item() == 2
     assert not batch.handed
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_block_0_leaves_while_it_is_recorded_is_forgotten(batches):
+    def decoder(forwards, batch):
+        hidden, shared = batch.float(), {}
+        for forward in forwards:
+            hidden = forward(hidden, shared=shared)
+
+    _, second = record(decoder, 2, [ids(n) for n in range(batches)], left={"full": MASK})
+    assert second.of(Batch(0, MASK)).keywords["shared"] == {}
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])

@@ -133,13 +133,18 @@ def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_
 
 def test_factors_of_a_lower_rank_are_the_first_columns(tmp_path):
     weight, _, stats = problem(24, 40)
-    form, _ = fisher.decompose(weight, 14, stats.gram, weight @ weight.T)
+    form, values = fisher.decompose(weight, 14, stats.gram, weight @ weight.T)
     lower, _ = fisher.decompose(weight, 6, stats.gram, weight @ weight.T)
     files = Factored(tmp_path)
-    files.keep(0, {"linear": form})
+    files.begin()
+    files.keep(0, {"linear": form}, {"linear": values})
     found = files.of("linear", 6, torch.device("cpu"))
     torch.testing.assert_close(found.dense(), lower.dense())
     assert found.v.shape == (6, 40)
+    again = Factored(tmp_path)
+    again.load(files.sums())
+    assert torch.equal(again.of("linear", 6, torch.device("cpu")).u, found.u)
+    assert torch.equal(again.values["linear"], values)
 
 
 def test_a_linear_that_no_gradient_reaches_is_refused():

@@ -54,10 +54,23 @@ CASES = {
     "tuned": {"method": "sparsegpt", "tune": 1},
     "experts": {"method": "sparsegpt", "expert_tokens": "routed"},
     "wanda": {"method": "wanda"},
+    "svd_llm": {"method": "svd_llm", "keep": "0.5"},
+    "asvd": {"method": "asvd", "keep": "0.5", "ranks": "threshold"},
+    "fisher": {"method": "fisher", "keep": "0.5"},
+    "owl": {"pattern": "50%", "ratios": "owl"},
+    "ecoflap": {"pattern": "50%", "ratios": "ecoflap"},
+    "zeroth": {"pattern": "50%", "ratios": "ecoflap", "ratio_options": {"score": "zeroth"}},
+    "curve": {"pattern": "50%", "ratios": "curve"},
+    "direct": {"pattern": "50%", "ratios": "curve", "ratio_options": {"direct": True}},
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ["direct"]  # a pass over the rest of the model for every linear and level
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES]
+)
 def test_too_little_memory_gives_the_same_bytes(monkeypatch, tiny, rows, tmp_path, case):
     monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
     settings = {"num_samples": 8, "seq_len": 32, **CASES[case]}

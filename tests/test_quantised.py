@@ -4,6 +4,7 @@ what is made of such a checkpoint is what is made of its dense twin, byte for by
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from compressor.checkpoint.dequantised import open_model
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import CheckpointError
+from compressor.progress import silent
 from compressor.run.pipeline import prune
 from compressor.tools.pack import pack
 from tests.families import build
 from tests.quantised_folders import FP8, fp8_block, mxfp4, to_fp8, to_mxfp4
+from tests.test_distributed import in_processes
+from tests.test_resume import in_child, kill_me
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 MXFP4 = {"quant_method": "mxfp4"}
@@ -67,9 +71,9 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def pruned(folder, rows, out, **options):
+def pruned(folder, rows, out, progress=silent, **options):
     recipe = {"dataset": str(rows), "num_samples": 8, "seq_len": 32, **options}
-    return prune(Recipe(str(folder), **recipe), out)
+    return prune(Recipe(str(folder), **recipe), out, progress=progress)
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float8_e8m0fnu", "uint8"])
@@ -189,6 +193,27 @@ def test_block_fp8_is_pruned_as_its_dense_twin(options, ragged, rows, tmp_path):
     note = "the model is quantised (fp8): 14 tensors are read as bfloat16 (F8_E4M3 with a scale for"
     assert report.notes[0].startswith(note)
     assert report.input_bytes == Reader(ragged / "twin").nbytes
+
+
+@pytest.mark.parametrize("way", ["resumed", "two processes"])
+def test_block_fp8_is_pruned_as_its_dense_twin_by_every_way(
+    way, ragged, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 64)
+    pruned(ragged / "twin", rows, tmp_path / "twin")
+    if way == "resumed":
+
+        def kill(step, done, *_, **__):
+            if step == "blocks" and done == 1:
+                kill_me()
+
+        killed = in_child(lambda: pruned(ragged / "fp8", rows, tmp_path / "out", progress=kill))
+        assert killed == -signal.SIGKILL
+        pruned(ragged / "fp8", rows, tmp_path / "out")
+    else:
+        codes, said = in_processes(2, lambda _: pruned(ragged / "fp8", rows, tmp_path / "out"))
+        assert codes == [0, 0], said
+    assert shards(tmp_path / "out") == shards(tmp_path / "twin")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from compressor.errors import NumericalError
@@ -48,6 +50,34 @@ def test_linears_with_one_input_share_one_statistic():
     assert stats["q"].tokens == stats["o"].tokens == 18
     block(batches[0])
     assert stats["q"].tokens == 18  # the hooks are gone
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40))
+def test_each_linear_has_the_statistics_of_what_it_reads(calls):
+    """Whoever reads what, and however often: shared statistics are those of every sharer."""
+    linears = {name: nn.Linear(2, 2) for name in "abcd"}
+    pool = [torch.full((number + 1, 2), 10.0**number) for number in range(4)]
+    with collecting(linears, gram=True) as stats:
+        for name, number in calls:
+            linears[name](pool[number])
+    read = {name: [pool[number] for who, number in calls if who == name] for name in linears}
+    assert stats.keys() == {name for name, tensors in read.items() if tensors}
+    for name, own in stats.items():
+        exact = InputStats(2, gram=True)
+        for tensor in read[name]:
+            exact.update(tensor)
+        assert own.tokens == exact.tokens
+        assert all(torch.equal(getattr(own, k), getattr(exact, k)) for k in ("mean", "m2", "gram"))
+        assert torch.equal(own.sample, exact.sample)
+
+
+def test_a_linear_that_is_called_twice_does_not_change_what_the_others_read():
+    q, k = nn.Linear(2, 2), nn.Linear(2, 2)
+    with collecting({"q": q, "k": k}) as stats:
+        for _ in range(3):
+            x = torch.ones(5, 2)
+            q(x), k(x), k(x.new_zeros(1, 2))
+    assert (stats["q"].tokens, stats["k"].tokens) == (15, 18)
 
 
 def test_nothing_seen_and_not_finite_are_refused_by_name():

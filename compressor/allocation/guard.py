@@ -14,6 +14,7 @@ from compressor.allocation.choice import Choice
 from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.head import divergence, head
+from compressor.calibration.hidden_states import advance
 from compressor.engine.blocks import compress_blocks
 from compressor.engine.plan import Plan, Prepared
 from compressor.errors import NumericalError
@@ -45,11 +46,11 @@ class Trial:
     ) -> None:
         self.states = states.at_least(tokens)
         self.device, self.prepared = device, prepared
-        self.exact = list(self.states.hidden)
+        self.exact = self.states.entering()
         self.tokens = sum(ids.numel() for ids in self.states.ids)
         for index, arguments in enumerate(self.states.arguments):
             block = plan.skeleton.load_block(index, device)
-            self.exact = [capture.run(block, hidden, arguments) for hidden in self.exact]
+            advance(self.exact, capture.through(block, arguments))
             plan.skeleton.free_block(index)
 
     def divergence(self, plan: Plan, progress: Progress = silent) -> float:

@@ -8,9 +8,10 @@ are wrong for the others. Those that depend on the tokens are captured per batch
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.arguments import Arguments
-from compressor.calibration.hidden_states import Batch, Batches
-from compressor.calibration.recorder import Recorder, Returns
+from compressor.calibration.hidden_states import Batch, Batches, Step
+from compressor.calibration.recorder import Nothing, Recorder, Returns
 from compressor.calibration.tensor_store import TensorStore
 from compressor.errors import CheckpointError
 from compressor.model.skeleton import Skeleton
@@ -43,6 +44,8 @@ class States:
         ids: the tokens themselves, batches of `[batch, seq]`.
         returns: what a block returns.
         offset: batches of other processes that come before these.
+        folder: on disk, for what a pass over the blocks keeps of each of them; None for that of
+            temporary files.
     """
 
     hidden: list[Batch] | Batches
@@ -51,18 +54,35 @@ class States:
     returns: Returns | None = None
     dense: list[Batch] | Batches = field(default_factory=list)
     offset: int = 0
+    folder: Path | None = None
 
     def first(self, batches: int) -> States:
-        """The first batches only, in lists of their own: running them on leaves these states as
+        """The first batches only, of their own: running them on leaves these states as they are,
+        and they rest where these do.
+        """
+        return replace(
+            self,
+            hidden=_view(self.hidden, batches),
+            ids=self.ids[:batches],
+            dense=_view(self.dense, batches),
+            offset=0,
+        )
+
+    def entering(self) -> list[Batch] | Batches:
+        """The hidden states, of their own: what takes them through blocks leaves these states as
         they are.
         """
-        return States(
-            self.hidden[:batches],
-            self.arguments,
-            self.ids[:batches],
-            self.returns,
-            self.dense[:batches],
-        )
+        return _view(self.hidden, len(self.hidden))
+
+    def room(self) -> list[Batch] | Batches:
+        """For other batches, where the hidden states rest: none yet. They go when it does."""
+        if isinstance(self.hidden, Batches):
+            return Batches.temporary(self.hidden.device, self.hidden.home)
+        return []
+
+    def room_on_disk(self, device: torch.device) -> Batches:
+        """As `room`, on disk, wherever the hidden states rest."""
+        return Batches.temporary(device, self.folder or Path(tempfile.gettempdir()))
 
     def at_least(self, tokens: int) -> States:
         """As `first`, with as few batches as hold so many tokens; all of them if there are
@@ -92,10 +112,19 @@ class States:
         return [(name, batches) for name, batches in both if isinstance(batches, Batches)]
 
 
+def _view(batches: list[Batch] | Batches, count: int) -> list[Batch] | Batches:
+    return batches.view(count) if isinstance(batches, Batches) else batches[:count]
+
+
 @torch.no_grad()
 def run(block: nn.Module, batch: Batch, arguments: Arguments) -> Batch:
     """What leaves a block that a batch enters."""
     return arguments.call(block, batch)
+
+
+def through(block: nn.Module, arguments: Arguments) -> Step:
+    """`run` with this block: what `advance` takes batches through."""
+    return partial(run, block, arguments=arguments)
 
 
 def batch_size(samples: int, seq_len: int) -> int:
@@ -113,8 +142,9 @@ def capture(
     skeleton: Skeleton,
     ids: Tensor,
     device: torch.device,
-    hidden: Batches | None = None,
+    hidden: list[Batch] | Batches | None = None,
     part: slice = slice(None),
+    folder: Path | None = None,
 ) -> States:
     """Run the embeddings on `ids` `[samples, seq]` and record what reaches the blocks.
 
@@ -125,13 +155,14 @@ def capture(
         hidden: where the hidden states go, and what differs between batches; on the device, if not
             given.
         part: the batches to run; all, if not given.
+        folder: of the states.
 
     Raises:
         CheckpointError: block by block would not compute what the model does.
     """
     decoder = skeleton.load_embeddings(device)
     batches = ids.to(device).split(batch_size(*ids.shape))[part]
-    states = States([] if hidden is None else hidden, [], list(batches))
+    states = States([] if hidden is None else hidden, [], list(batches), folder=folder)
     states.offset = part.start or 0
     kind = skeleton.config.model_type
     first = skeleton.load_block(0, device).forward
@@ -157,10 +188,17 @@ def capture(
 
 @contextmanager
 def _nothing_missing(kind: str) -> Iterator[None]:
-    """Inside the `with`, a computation that asks for weights that were not loaded is refused."""
+    """Inside the `with`, a computation is refused that asks for weights that were not loaded, or
+    for the value of what blocks return beside hidden states.
+    """
     try:
         yield
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        if Nothing.__name__ in str(error):
+            raise CheckpointError(
+                f"a {kind} model computes, between its blocks, with what they return beside hidden "
+                "states; it cannot be compressed block by block"
+            ) from None
         if "meta tensor" not in str(error):
             raise
         raise CheckpointError(
@@ -169,9 +207,11 @@ def _nothing_missing(kind: str) -> Iterator[None]:
         ) from None
 
 
-def _store(device: torch.device, hidden: Batches | None, number: int) -> TensorStore | list[Any]:
+def _store(
+    device: torch.device, hidden: list[Batch] | Batches | None, number: int
+) -> TensorStore | list[Any]:
     """Where an argument that differs between batches rests: where the hidden states do."""
-    if hidden is None:
+    if not isinstance(hidden, Batches):
         return []
     return TensorStore(device, hidden.home, f"{hidden.name}.argument.{number}")
 

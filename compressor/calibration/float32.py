@@ -9,6 +9,7 @@ from compressor.calibration.capture import States
 from compressor.calibration.gradients import Taps
 from compressor.errors import NumericalError
 from compressor.model.skeleton import Skeleton
+from compressor.text import to_ignore
 
 
 def check_seen(name: str, tap: Taps) -> None:
@@ -18,7 +19,7 @@ def check_seen(name: str, tap: Taps) -> None:
             f"{name} saw no tokens of that part of the calibration which gradients are measured "
             f"on: "
             f"give more samples, raise ratios.tokens where it applies, or leave it dense with "
-            f"`ignore={name!r}`"
+            f"{to_ignore(name)}"
         )
 
 
@@ -30,5 +31,6 @@ def in_float32(
     """
     precise, part = skeleton.in_dtype(torch.float32), states.at_least(tokens)
     if precise is not skeleton:
-        part = capture.capture(precise, torch.cat(part.ids), device)
+        ids = torch.cat(part.ids)
+        part = capture.capture(precise, ids, device, states.room(), folder=states.folder)
     return precise, part

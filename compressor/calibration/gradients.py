@@ -1,9 +1,9 @@
 """Gradients of the loss with one block in memory: the chain rule over blocks, each loaded twice.
 
-Forward, the hidden states entering every block are kept. Backward, block after block from the last:
-load it, run it again with gradients, pull the gradient of its output back to its input. The result
-is that of automatic differentiation of the whole model (rounding apart); memory is one block, its
-activations for one batch, the block inputs, and what is asked for of the block under way.
+Forward, the hidden states entering every block are put on disk. Backward, block after block from
+the last: load it, run it again with gradients, pull the gradient of its output back to its input.
+The result is that of automatic differentiation of the whole model (rounding apart); memory is one
+block, its activations for one batch, the gradients under way, and what is asked for of the block.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from compressor.calibration import capture
+from compressor.calibration.arguments import Arguments
 from compressor.calibration.capture import States
 from compressor.calibration.head import head
+from compressor.calibration.hidden_states import Batch, Batches, advance
 from compressor.errors import CheckpointError
 from compressor.model.linear import Linear
 from compressor.model.skeleton import Skeleton
@@ -64,34 +67,44 @@ def backward_blocks(
         CheckpointError: blocks hand more than hidden states to later ones; the gradient along that
             way would be missing.
     """
-    inputs = [list(states.hidden)]
+    inputs: list[list[Batch] | Batches] = [states.hidden]
     for index in range(len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        inputs.append([capture.run(block, batch, states.arguments[index]) for batch in inputs[-1]])
+        leaving = states.room_on_disk(device)
+        for batch in inputs[-1]:
+            leaving.append(capture.run(block, batch, states.arguments[index]))
         skeleton.free_block(index)
-    if any(batch.handed for entering in inputs for batch in entering):
-        raise CheckpointError(
-            f"blocks of a {skeleton.config.model_type} model hand more than hidden states to later "
-            f"ones: gradients cannot be taken block by block; choose what needs none"
-        )
-    gradients: list[Tensor] = []
+        if leaving.hands_on:
+            raise CheckpointError(
+                f"blocks of a {skeleton.config.model_type} model hand more than hidden states to "
+                f"later ones: gradients cannot be taken block by block; choose what needs none"
+            )
+        inputs.append(leaving)
+    gradients = states.room()
     with head(skeleton, states, device) as logits:
-        for number, batch in enumerate(inputs.pop()):
+        for batch in inputs.pop():
             leaf = batch.hidden.detach().requires_grad_()
             with torch.enable_grad():
-                value = loss(logits(number, leaf), states.ids[number])
-            gradients.append(torch.autograd.grad(value, leaf)[0])
+                value = loss(logits(batch.number, leaf), states.ids[batch.number])
+            gradients.append(replace(batch, hidden=torch.autograd.grad(value, leaf)[0]))
     for index in reversed(range(len(skeleton.blocks))):
         block, entering = skeleton.load_block(index, device), inputs.pop()
         with tapping(skeleton.linears(index)) as taps:
-            for number, batch in enumerate(entering):
-                leaf = replace(batch, hidden=batch.hidden.detach().requires_grad_())
-                with torch.enable_grad():
-                    output = states.arguments[index].call(block, leaf).hidden
-                gradient = torch.autograd.grad(output, leaf.hidden, gradients[number])
-                gradients[number] = gradient[0]
+            advance(gradients, partial(_pulled_back, block, states.arguments[index], entering))
+        del entering  # and their file
         yield index, taps
         skeleton.free_block(index)
+
+
+def _pulled_back(
+    block: nn.Module, arguments: Arguments, entering: list[Batch] | Batches, gradient: Batch
+) -> Batch:
+    """The gradient of what entered a block, from that of what left it."""
+    batch = entering[gradient.number]
+    leaf = replace(batch, hidden=batch.hidden.detach().requires_grad_())
+    with torch.enable_grad():
+        output = arguments.call(block, leaf).hidden
+    return replace(gradient, hidden=torch.autograd.grad(output, leaf.hidden, gradient.hidden)[0])
 
 
 @contextmanager

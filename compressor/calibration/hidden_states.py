@@ -8,6 +8,9 @@ with it.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.tensor_store import TensorStore
+from compressor.checkpoint.work_state import SCRATCH
 
 Key = tuple[str | int, ...]
 """Which block handed a piece on, and which piece: see compressor/calibration/arguments.py."""
@@ -41,7 +45,7 @@ Step = Callable[[Batch], Batch]
 
 
 class Batches(Sequence[Batch]):
-    """Batches of one shape and dtype, given out on `device`.
+    """Batches of one shape and dtype, given out on `device`, numbered from 0.
 
     Args:
         device: where they are used.
@@ -55,6 +59,38 @@ class Batches(Sequence[Batch]):
         self.device, self.home, self.name = device, home, name
         self._hidden = TensorStore(device, home, name)
         self._handed: dict[Key, TensorStore] = {}
+        self._numbers: list[int] = []
+        self._temporary = False
+        self._origin: Batches | None = None  # whose files a view reads
+
+    @classmethod
+    def temporary(cls, device: torch.device, home: torch.device | Path) -> Batches:
+        """None yet, for batches of any number; on disk in a folder of their own inside `home`,
+        which goes when they do.
+        """
+        if not isinstance(home, Path):
+            batches = Batches(device, home)
+        else:
+            folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=home))
+            batches = Batches(device, folder)
+            weakref.finalize(batches, shutil.rmtree, folder, ignore_errors=True)
+        batches._temporary = True
+        return batches
+
+    def view(self, count: int) -> Batches:
+        """The first `count`, without a copy: taking them through blocks leaves these as they
+        are.
+        """
+        twin = Batches.temporary(self.device, self.home)
+        twin._origin, twin._numbers = self, self._numbers[:count]
+        twin._hidden = self._hidden.view(count, twin.home)
+        twin._handed = {key: store.view(count, twin.home) for key, store in self._handed.items()}
+        return twin
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether they have more than hidden states."""
+        return bool(self._handed)
 
     def __len__(self) -> int:
         return len(self._hidden)
@@ -64,18 +100,25 @@ class Batches(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         hidden = self._hidden[index]
-        number = index % len(self)
-        return Batch(number, hidden, {key: store[number] for key, store in self._handed.items()})
+        place = index % len(self)
+        handed = {key: store[place] for key, store in self._handed.items()}
+        return Batch(self._numbers[place], hidden, handed)
 
     def append(self, batch: Batch) -> None:
-        """Add a batch after the last, before the first block: nothing was handed on yet."""
-        assert batch.number == len(self)
-        assert not batch.handed
+        """Add a batch after the last."""
+        assert self._temporary or batch.number == len(self)
+        assert not self._origin, "a view's files are those of others"
+        if not self._numbers:
+            self._handed = {key: self._store(place) for place, key in enumerate(batch.handed)}
+        assert self._handed.keys() == batch.handed.keys()
+        self._numbers.append(batch.number)
         self._hidden.append(batch.hidden)
+        for key, tensor in batch.handed.items():
+            self._handed[key].append(tensor)
 
     def advance(self, step: Step) -> None:
         """Put `step(batch)` in the place of every batch. On disk the old ones stay until
-        `forget`.
+        `forget`, unless these are temporary.
         """
         handed: dict[Key, TensorStore] = {}
         with self._hidden.rewriting() as put:
@@ -88,6 +131,8 @@ class Batches(Sequence[Batch]):
                 for key, tensor in batch.handed.items():
                     handed[key].append(tensor)
         self._handed = handed
+        if self._temporary and isinstance(self.home, Path):
+            self.forget(self.home)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Force them to disk, in `folder`; returns what `load` needs to find and check them there,
@@ -102,7 +147,7 @@ class Batches(Sequence[Batch]):
         that.
         """
         self._hidden.load(folder, saved)
-        self._handed = {}
+        self._numbers, self._handed = list(range(len(self._hidden))), {}
         for piece in saved.get("handed", []):
             store = TensorStore(self.device, self.home, piece["name"])
             store.load(folder, piece)

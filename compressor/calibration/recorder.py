@@ -7,6 +7,7 @@ whose kind is not understood.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ Store = Callable[[int], Any]
 """An empty sequence of tensors with `append`, for the differing argument of this number."""
 
 
-class _Nothing:
+class Nothing:
     """What stands for a None that a block returned: one that can be followed."""
 
 
@@ -83,8 +84,7 @@ class Recorder:
             if index == 0:
                 self.kept = hidden
                 if self.returns is None:
-                    named = {"hidden_states": hidden} if by_name else {}
-                    self.returns = Returns(self._first(*positional, **keywords, **named))
+                    self.returns = Returns(self._first_answer(positional, keywords, hidden))
             self._called, self._left = index + 1, hidden
             assert self.returns is not None
             answer, handed = self.returns.passing(hidden)
@@ -93,6 +93,15 @@ class Recorder:
             return answer
 
         return forward
+
+    def _first_answer(self, positional: Any, keywords: Any, hidden: Tensor) -> Any:
+        """What block 0 returns. What it leaves in a dictionary is not for the recorded calls."""
+        named = keywords if positional else {**keywords, "hidden_states": hidden}
+        positional, items = tree_map(
+            lambda leaf: copy.copy(leaf) if is_empty_dictionary(leaf) else leaf,
+            tree_of(positional, named),
+        )
+        return self._first(*positional, **dict(items))
 
     def arguments(self) -> list[Arguments]:
         """Of every block, once all batches have passed."""
@@ -183,7 +192,7 @@ class Returns:
         """
         if self.kind is None:
             return hidden, []
-        rest = [value.clone() if isinstance(value, Tensor) else _Nothing() for value in self.rest]
+        rest = [value.clone() if isinstance(value, Tensor) else Nothing() for value in self.rest]
         answer = (hidden, *rest)
         return (answer if self.kind is tuple else list(answer)), rest
 

@@ -73,6 +73,15 @@ class TensorStore(Sequence[Tensor]):
         assert self._file is not None
         return self._read(self._file, index).to(self.device)
 
+    def view(self, count: int, home: torch.device | Path) -> TensorStore:
+        """The first `count` tensors, without a copy: replacing them, in `home`, leaves these as
+        they are. It is good while these are not replaced.
+        """
+        twin = TensorStore(self.device, home, self.name)
+        twin._held, twin._file, twin._kind = self._held[:count], self._file, self._kind
+        twin._count = min(count, self._count)
+        return twin
+
     def append(self, tensor: Tensor) -> None:
         """Add a tensor after the last."""
         if isinstance(self.home, Path):

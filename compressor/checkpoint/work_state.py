@@ -4,18 +4,68 @@ writes and reads it.
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from compressor.checkpoint.atomic import sync
 from compressor.errors import OutputError
 
 BEGIN, COMPLETE, REPORT = "begin", "complete", "report.json"
+SCRATCH = "scratch-"  # begins the names of folders that nobody needs once their run has ended
 
 
 def work_path(output: Path) -> Path:
     """Where the work state of a run that makes `output` lies."""
     return output.with_name(f".{output.name}.partial")
+
+
+def claim(folder: Path) -> int | None:
+    """Make `folder` and lock it: the system lets go when this process ends, however it ends.
+
+    Returns:
+        What to close when it is done with; None where the system or the disk has no locks.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.stat(folder).st_ino == os.fstat(handle).st_ino:
+                return handle
+        except FileNotFoundError:  # another run took it for a dead one's before it was locked
+            pass
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)
+
+
+def remove_dead(output: Path) -> None:
+    """Remove what runs of pack, unpack and import that were killed left beside `output`. A folder
+    that is locked belongs to one that is under way.
+    """
+    mine = re.compile(rf"\.{re.escape(output.name)}\.\d+\.partial")
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+        if fcntl is None or not mine.fullmatch(folder.name):
+            continue
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(handle)
 
 
 def report_path(output: Path) -> Path:

@@ -26,7 +26,15 @@ from compressor.checkpoint.atomic import sha256, sync, tensor_bytes
 from compressor.checkpoint.header import ITEM_BITS, byte_range
 from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.side_files import side_files
-from compressor.checkpoint.work_state import beside, damaged, is_complete, name_folder, work_path
+from compressor.checkpoint.work_state import (
+    beside,
+    claim,
+    damaged,
+    is_complete,
+    name_folder,
+    remove_dead,
+    work_path,
+)
 from compressor.errors import OutputError
 
 if TYPE_CHECKING:
@@ -115,6 +123,7 @@ class Writer:
         self.todo = [shard for shard in reader.shards if shard in used]
         self._told: tuple[set[str], set[str]] = (set(), set())
         self.made: list[Path] | None = None
+        self._lock: int | None = None
         if work:
             self.folder.mkdir(exist_ok=True)
             self.spool.mkdir(exist_ok=True)
@@ -124,8 +133,9 @@ class Writer:
             parent for parent in self.output.parents if not parent.exists()
         ]  # innermost first
         try:
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            remove_dead(self.output)
+            self._lock = claim(self.work)
+            self.folder.mkdir()
             self.spool.mkdir()
         except OSError as error:
             raise OutputError(f"output {self.output} cannot be made: {error.strerror}") from None
@@ -138,6 +148,8 @@ class Writer:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
         if error is not None:
             for parent in self.made or []:
                 with suppress(OSError):  # somebody else uses it by now

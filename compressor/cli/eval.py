@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +23,10 @@ def evaluate(
         ),
     ],
     baseline: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="What they are compared with, shown first, such as the original.",
+            help="What they are compared with, shown first, such as the original; int4 or int3, "
+            "given beside it, is what its weights rounded to so many bits would do.",
             show_default=False,
         ),
     ] = None,
@@ -47,6 +49,10 @@ def evaluate(
     ] = 0,
     num_samples: Annotated[int, typer.Option(help="Sequences sampled for --dataset self.")] = 32,
     seed: Annotated[int, typer.Option(help="Of --dataset self.")] = 1,
+    calibration: Annotated[
+        str, typer.Option(help="Text for the GPTQ of int4 and int3, as --dataset of prune.")
+    ] = "self",
+    calibration_samples: Annotated[int, typer.Option(help="Its rows of a window each.")] = 128,
     kl: Annotated[
         bool,
         typer.Option(
@@ -121,29 +127,24 @@ def evaluate(
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     begin(quiet, verbose)
-    from compressor.evaluation import score, table
+    from compressor.evaluation import score, split_baselines, table
     from compressor.run.pipeline import choose_device
 
     where = str(choose_device(device))
+    original, rounded = split_baselines(baseline or [], models)
     settings: dict[str, Any] = {
         "datasets": dataset or [], "text_column": text_column or "",
         "tasks": names, "divergence": kl, "include_path": include_path,
         "seq_len": seq_len,
         "num_samples": num_samples, "seed": seed, "limit": limit, "num_fewshot": num_fewshot,
         "batch_size": batch_size,
+        "rounded": rounded, "calibration": calibration, "calibration_samples": calibration_samples,
         "device": where, "dtype": dtype, "trust_remote_code": trust_remote_code, "cached": cache,
     }  # fmt: skip
     with scoring_progress(quiet) as (progress, note):
         settings |= {"progress": progress, "note": note}
-        scored = score(models, baseline=baseline, server=server, **settings)
-    result = (
-        scored[models[0]]
-        if len(models) == 1
-        else {"models": {name: scored[name] for name in models}}
-    )
-    text = json.dumps(
-        {**result, **({"baseline": scored[baseline]} if baseline else {})}, indent=1, default=str
-    )
+        scored = score(models, baseline=original, server=server, **settings)
+    text = json.dumps(_as_json(scored, models, original), indent=1, default=str)
     if output is not None:
         from compressor.checkpoint.atomic import write_output
 
@@ -151,8 +152,22 @@ def evaluate(
     if plot is not None:
         from compressor.plots.quality_over_size import draw
 
-        draw(scored, plot, baseline=baseline)
+        draw(scored, plot, baseline=original)
     print(text if as_json else table(scored))
+
+
+def _as_json(
+    scored: Mapping[str, Any], models: Sequence[str], original: str | None
+) -> dict[str, Any]:
+    """The scores of one model or of `models`, with those of the baseline, rounded and not."""
+    found = dict(scored[models[0]]) if len(models) == 1 else {}
+    if len(models) > 1:
+        found["models"] = {name: scored[name] for name in models}
+    if original:
+        found["baseline"] = scored[original]
+    if rounded := {name: scored[name] for name in scored if name not in (*models, original)}:
+        found["rounded"] = rounded
+    return found
 
 
 evaluate.__doc__ = f"""{cleandoc(evaluate.__doc__ or "")}
@@ -162,5 +177,7 @@ evaluate.__doc__ = f"""{cleandoc(evaluate.__doc__ or "")}
 compress eval out --baseline org/model --dataset wikitext2-test.txt
 
 compress eval out out-armor out-50 --baseline org/model --dataset wikitext2.txt --plot quality.png
+
+compress eval out --baseline org/model --baseline int4 --dataset test.txt
 
 compress eval out --tasks arc_easy,piqa --json -o scores.json"""

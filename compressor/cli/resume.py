@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.checkpoint.work_state import remove_dead
 from compressor.cli import options
 from compressor.cli.compress import run_and_show
 from compressor.cli.show import begin
@@ -33,6 +34,7 @@ def resume(
     from compressor.config.recipe import Recipe
     from compressor.run.journal import read_settings
 
+    remove_dead(output)
     settings = read_settings(output)
     output = output.resolve()
     if not Path(settings["folder"]).is_dir():

@@ -136,6 +136,12 @@ class Recipe:
         default_factory=list,
         metadata=notes("Globs over the names of linears that stay dense.", "none"),
     )
+    min_rows: int = field(
+        default=128,
+        metadata=notes(
+            "A linear with fewer rows, and than 1/8 of its columns, stays dense; 0: none does."
+        ),
+    )
     refine_only: list[str] = field(
         default_factory=list,
         metadata=notes("Globs over the names of linears to refine, such as '*attn*'.", "all"),
@@ -164,6 +170,8 @@ class Recipe:
             raise UsageError(f"`num_samples` is {self.num_samples}; accepted: 1 or more")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"`seed` is {self.seed}; accepted: 0 or more, below 2^63")
+        if self.min_rows < 0:
+            raise UsageError(f"`min_rows` is {self.min_rows}; accepted: 0 or more")
         if self.tune < 0:
             raise UsageError(f"`tune` is {self.tune}; accepted: 0 or more epochs")
         if self.seq_len and self.seq_len < 2:
@@ -208,6 +216,7 @@ class _Calibration(TypedDict, total=False):
     seq_len: int | None
     seed: int | None
     ignore: str | Sequence[str] | None
+    min_rows: int | None
     dtype: str | None
     expert_tokens: str | None
     revision: str | None

@@ -135,13 +135,13 @@ def dense_blocks(
     Raises:
         NumericalError: a linear saw no tokens, or others than finite ones.
     """
-    hidden = list(states.hidden)
+    hidden = states.entering()
     for index, tasks in enumerate(plan.tasks):
         block = plan.skeleton.load_block(index, device)
         with collecting(
             {task.linear.name: task.linear.module for task in tasks}, gram=gram
         ) as stats:
-            hidden = [capture.run(block, batch, states.arguments[index]) for batch in hidden]
+            advance(hidden, capture.through(block, states.arguments[index]))
         for task in tasks:
             (stats.get(task.linear.name) or InputStats(1)).check(task.linear.name)
         yield tasks, stats
@@ -154,7 +154,7 @@ def _compress_block(block: _Block, store: Store, progress: Progress, group: Grou
     """
     plan, tasks, states = block.plan, block.tasks, block.states
     if states and plan.tune:  # the targets of the tuning: the dense model on its own hidden states
-        advance(states.dense, lambda batch: capture.run(block.module, batch, block.arguments))
+        advance(states.dense, capture.through(block.module, block.arguments))
     owners = group.owners([_cost(plan, task) for task in tasks])
     own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
     inputs: dict[str, InputStats] = {}

@@ -14,6 +14,7 @@ from compressor.formats import Form, notes
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
 from compressor.stats import InputStats, output_error
+from compressor.text import to_ignore
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def finish(
         raise NumericalError(
             f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "
             f"{str(weight_now.dtype).removeprefix('torch.')}: try another method or other options, "
-            f"or leave it dense with `ignore={task.linear.name!r}`"
+            f"or leave it dense with {to_ignore(task.linear.name)}"
         )
     if not plan.packed and not isinstance(form, Dense):
         form = _multiplied(form)

@@ -6,12 +6,14 @@ lmeval.py     tasks of the lm-evaluation-harness
 speed.py      tokens a second on a GPU
 candidate.py  one model to be scored: what it is by content, loaded only if something about it is
               not known yet
+rounded.py    the baseline rounded to int4 or int3, in memory
 run.py        all of it for many models, from the cache where it is known, in lm-eval's schema
 served.py     perplexity of what a server says, beside that of the model
 markdown.py   the table; plot.py the picture
 """
 
 from compressor.evaluation.markdown import table
+from compressor.evaluation.rounded import split_baselines
 from compressor.evaluation.run import evaluate, evaluate_all
 from compressor.evaluation.served import score
 from compressor.evaluation.windows import DIVERGENCE, METRIC, perplexity
@@ -23,5 +25,6 @@ __all__ = [
     "evaluate_all",
     "perplexity",
     "score",
+    "split_baselines",
     "table",
 ]

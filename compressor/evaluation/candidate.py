@@ -180,10 +180,7 @@ class Candidate:
         """Of the weight matrices inside the decoder blocks, as stored: what compression works
         on.
         """
-        entries = self.reader.tensors.items()
-        return sum(
-            entry.nbytes for name, entry in entries if len(entry.shape) >= 2 and _BLOCK.search(name)
-        )
+        return in_blocks(self.reader)
 
     @property
     def loaded_bytes(self) -> int:
@@ -205,6 +202,14 @@ class Candidate:
             rows, columns = check_headers(name, entry, stored.get(name, {})).shape
             numbers += form_class(entry["format"]).parameters(entry, (rows, columns))
         return numbers * getattr(torch, kind).itemsize
+
+
+def in_blocks(reader: Reader) -> int:
+    """Bytes of the weight matrices inside the decoder blocks, as stored."""
+    entries = reader.tensors.items()
+    return sum(
+        entry.nbytes for name, entry in entries if len(entry.shape) >= 2 and _BLOCK.search(name)
+    )
 
 
 @lru_cache(maxsize=1)

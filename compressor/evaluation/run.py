@@ -22,6 +22,7 @@ from compressor.checkpoint import cache
 from compressor.errors import UsageError
 from compressor.evaluation import lmeval
 from compressor.evaluation.candidate import Candidate, Text, own_text
+from compressor.evaluation.rounded import Calibration, Rounded, rounded_candidates
 from compressor.evaluation.speed import measure_speed
 from compressor.evaluation.windows import DIVERGENCE, METRIC, Sums, score_windows
 from compressor.free_memory import free_memory
@@ -56,6 +57,9 @@ class Settings:
         limit: at most so many rows, and examples per task.
         batch_size: of the tasks. It is no part of what a result is known by: a run that ran out of
             memory goes on with less.
+        rounded: of `GRIDS`: the baseline with its linears rounded to these is scored as well.
+        calibration, calibration_samples: the text of GPTQ among them, and its rows of a window
+            each. `self` is text that the baseline writes, other than that of `datasets`.
         cached: whether numbers that are known are taken from the cache.
     """
 
@@ -73,6 +77,9 @@ class Settings:
     device: str = "cpu"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    rounded: Sequence[str] = ()
+    calibration: str = "self"
+    calibration_samples: int = 128
     cached: bool = True
     progress: Progress = field(default=lambda step, done, total: None, compare=False)
     note: Callable[[str], None] = field(default=lambda text: None, compare=False)
@@ -85,12 +92,16 @@ class Settings:
             ("num_fewshot", self.num_fewshot or 0, 0),
             ("seed", self.seed, 0),
             ("batch_size", self.batch_size, 1),
+            ("calibration_samples", self.calibration_samples, 1),
         ):
             if value < least or value >= 1 << 63:
                 raise UsageError(f"`{name}` is {value}; accepted: {least} or more")
         for dataset in self.datasets:
             check_dataset(dataset, self.column_of(dataset))
-        if self.text_column and not any(map(has_columns, self.datasets)):
+        texts = [*self.datasets, *([self.calibration] if self.rounded else [])]
+        if self.rounded:
+            check_dataset(self.calibration, self.column_of(self.calibration))
+        if self.text_column and not any(map(has_columns, texts)):
             raise UsageError(
                 f"`text_column` {self.text_column!r} is for .jsonl, .parquet and Hub datasets; "
                 "`dataset` names none"
@@ -107,6 +118,17 @@ class Settings:
         stem = "self" if dataset == "self" else Path(dataset).stem
         alone = sum(Path(other).stem == stem for other in dict.fromkeys(self.datasets)) == 1
         return stem if alone else dataset
+
+    def rounded_of(self, original: Candidate) -> list[Rounded]:
+        """`original` on the grids that are asked for."""
+        calibration = Calibration(
+            self.calibration,
+            self.column_of(self.calibration),
+            self.calibration_samples,
+            original.window(self.seq_len),
+            0 if self.seed else 1,  # of the calibration of a run, and not of `self` as it is scored
+        )
+        return list(rounded_candidates(original, self.rounded, calibration, self.progress))
 
     def candidate(self, model: str) -> Candidate:
         """`model`, to be run as these settings say."""
@@ -139,23 +161,24 @@ def evaluate_all(
     `evaluate` returns it.
 
     The scores of a model that is a local folder are stored beside it (`compressor.records.scores`),
-    the baseline's among them.
+    the baseline's among them. Those of the baseline rounded come after its own, and are not stored.
     """
     asked = Settings(**settings)
     lmeval.check_tasks(asked.tasks, asked.include_path)
     # all of them are there before the first is scored
     candidates = [asked.candidate(name) for name in dict.fromkeys(models)]
     original = asked.candidate(baseline) if baseline else None
+    rounded = asked.rounded_of(original) if original else []
     before = _evaluate(original, None, asked) if original else None
     if original and before:
         # for the divergence it is loaded once more, if both models fit; tasks need one model only
         original.free()
         yield original.name, before
-    for candidate in candidates:
+    for candidate in [*rounded, *candidates]:
         if before is not None and candidate.name == baseline:
             continue
         found = _evaluate(candidate, original, asked)
-        if home_path(candidate.name).is_dir():
+        if not isinstance(candidate, Rounded) and home_path(candidate.name).is_dir():
             _store(candidate, found, before, asked)
         yield candidate.name, found
         candidate.free()
@@ -192,7 +215,7 @@ def _evaluate(candidate: Candidate, original: Candidate | None, asked: Settings)
     for dataset in asked.datasets:
         for key, value in _score_dataset(candidate, original, dataset, asked).items():
             found[key][asked.name_of(dataset)] = value
-    if asked.device.startswith("cuda"):
+    if asked.device.startswith("cuda") and not isinstance(candidate, Rounded):
         parts = _identity(candidate, asked)
         found["speed"] = _known(
             asked, "speed", parts, lambda: measure_speed(candidate.model, limit=candidate.limit)

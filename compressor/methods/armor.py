@@ -342,4 +342,5 @@ def _store(objective: _Objective, factors: Factors, dtype: torch.dtype, damp: fl
         gram = _damped(objective.gram, damp)
         rounded = factors._replace(a=a.to(gram.dtype), b=b.to(gram.dtype))
         factors = armor_full.solve_values(objective.target @ gram, gram, rounded, _ROUNDED_STEPS)
-    return Armor.from_factors(a, factors.s.to(dtype), b)
+    # as they are read back: what a product rounds to depends on the strides
+    return Armor.from_factors(a.contiguous(), factors.s.to(dtype), b.contiguous())

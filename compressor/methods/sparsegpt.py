@@ -1,9 +1,8 @@
 """SparseGPT: prune column by column, and let the columns still to come make up for each error.
 
-Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1. With H = 2/N XᵀX + damping
-and the upper Cholesky factor U of its inverse (UᵀU = H⁻¹), U_jj² is the j-th diagonal of the
-inverse of H restricted to columns j and after, so the loss of pruning w_j is w_j² / U_jj², and the
-best update of the columns after it is -(w_j / U_jj) · U_j,after.
+Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1. With the factor U of
+`inverse_factor`, pruning w_j costs w_j² / U_jj², and the columns after it change by
+-(w_j / U_jj) · U_j,after.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressor.errors import NumericalError, UsageError
+from compressor.errors import UsageError
 from compressor.formats.dense import Dense
+from compressor.methods.inverse_factor import inverse_factor
 from compressor.pattern import Pattern
 from compressor.stats import InputStats
 
 NEEDS_INPUTS = True
 NEEDS_GRAM = True
 REFINABLE = True
-_TRIES = 4  # the damping is raised tenfold after each Cholesky that fails
 
 
 def compress(
@@ -50,7 +49,8 @@ def compress(
             f"damp={damp:g}, block_size={block_size}, pattern {pattern}"
         )
     W = weight.float().clone()
-    U = _inverse_factor(W, stats, damp)
+    U, dead = inverse_factor(stats, damp)
+    W[:, dead] = 0
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
         errors = _prune_columns(
@@ -58,28 +58,6 @@ def compress(
         )
         W[:, stop:] -= errors @ U[start:stop, stop:]
     return Dense(W.to(weight.dtype))
-
-
-def _inverse_factor(W: Tensor, stats: InputStats, damp: float) -> Tensor:
-    """U, upper triangular, UᵀU = (H + damping)⁻¹. Columns of dead inputs are zeroed in W."""
-    assert stats.gram is not None
-    H = stats.gram * (2 / stats.tokens)
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
-    W[:, dead] = 0
-    mean = H.diagonal().mean()
-    for step in range(_TRIES):
-        damped = H.clone()
-        damped.diagonal().add_(damp * 10**step * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-    raise NumericalError(
-        f"the Gram matrix cannot be factored even with damp={damp * 10 ** (_TRIES - 1):g}: "
-        "give more calibration samples or raise damp"
-    )
 
 
 def _prune_columns(W: Tensor, U: Tensor, pattern: Pattern) -> Tensor:

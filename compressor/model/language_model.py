@@ -125,6 +125,13 @@ def _refuse_encoder_decoder(config: Any) -> None:
 def _refuse_encoder(model: Any) -> None:
     """Raise CheckpointError for a model whose tokens attend to later ones, or to an encoder's."""
     kind = model.config.model_type
+    both_ways = getattr(model.config, "attn_type", "uni") == "bi"  # of a permutation model
+    if both_ways or getattr(model.config, "causal", True) is False:
+        key = "attn_type 'bi'" if both_ways else "causal false"
+        raise CheckpointError(
+            f"a {kind} model lets tokens attend to later ones (config.json says {key}); only "
+            "causal language models of decoder blocks alone are compressed"
+        )
     layers = any(vars(module).get("is_decoder") is False for module in model.modules())
     if getattr(model.config, "is_decoder", True) is False and layers:
         raise CheckpointError(

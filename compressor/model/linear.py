@@ -104,6 +104,18 @@ class Other:
 
 
 CONVOLUTION = "a convolution"
+ROUTER = "router"
+
+
+def never_compressed(name: str) -> str:
+    """Why a linear stays dense whatever is asked for, by its name within the block: what chooses
+    experts, and the step sizes of a state space, with whose weight Mamba and its like multiply by
+    themselves, past the linear's forward. Empty for all others.
+    """
+    *above, last = name.split(".")
+    if any(each.endswith("router") for each in (*above, last)):
+        return ROUTER
+    return "a step size" if last == "dt_proj" else ""
 
 
 def own_linear(path: str, tensor: str, module: nn.Module, transposed: bool) -> Linear:

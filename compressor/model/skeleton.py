@@ -23,10 +23,12 @@ from compressor.model.experts import attach, entering, expert_modules, matrices,
 from compressor.model.language_model import decoder_blocks, is_wrapper, on_meta, text_path
 from compressor.model.linear import (
     CONVOLUTION,
+    ROUTER,
     WEIGHT_DTYPES,
     Linear,
     Other,
     computes_as_linear,
+    never_compressed,
     own_linear,
 )
 
@@ -186,9 +188,8 @@ class Skeleton:
         """
         inner = self.model if head else self.model.base_model
         prefix = f"{self.model.base_model_prefix}." if inner is not self.model else ""
-        known = {name for name, _ in self.model.named_parameters()} | {
-            name for name, _ in self.model.named_buffers()
-        }
+        tied = self.model.named_parameters(remove_duplicate=False)  # by either of its names
+        known = {name for name, _ in tied} | {name for name, _ in self.model.named_buffers()}
         wanted = [
             name
             for name in self.on_disk
@@ -241,7 +242,7 @@ class Skeleton:
 
         found, routers = [], self._routers(index)
         for name, module in self.blocks[index].named_modules():
-            if computes_as_linear(module):
+            if computes_as_linear(module) and not never_compressed(name):
                 full = f"{self.path}.{index}.{name}"
                 tensors = self.on_disk.get(f"{full}.weight", [])
                 if len(tensors) == 1 and f"{name}.weight" not in routers:
@@ -268,28 +269,39 @@ class Skeleton:
         """Parameters of block `index` with two dimensions or more that are no weight of
         `linears(index)`.
         """
-        routers, inside = (
-            self._routers(index),
-            [f"{name}." for name, _ in expert_modules(self.blocks[index])],
-        )
-        ours, block = {linear.parameter for linear in self.linears(index)}, self.blocks[index]
-        found = []
-        for name, parameter in block.named_parameters():
+        ours = {linear.parameter for linear in self.linears(index)}
+        routers, found = self._routers(index), []
+        for name, parameter in self.blocks[index].named_parameters():
             full, shape = f"{self.path}.{index}.{name}", tuple(parameter.shape)
-            if len(shape) < 2 or full in ours:
-                continue
-            if name in routers:
-                reason = "router"
-            elif name.endswith("_bias") and name.startswith(tuple(inside)):
-                reason = "biases of experts"
-            elif isinstance(owner := block.get_submodule(name.rpartition(".")[0]), nn.Linear):
-                reason = "a linear layer with a computation of its own"
-            elif isinstance(owner, nn.Conv1d | nn.Conv2d):
-                reason = CONVOLUTION
-            else:
-                reason = "not a linear layer"
-            found.append(Other(*self._named(full), shape, reason))
+            if len(shape) > 1 and full not in ours:
+                reason = ROUTER if name in routers else self._why_not_linear(index, name)
+                found.append(Other(*self._named(full), shape, reason))
         return found
+
+    def _why_not_linear(self, index: int, name: str) -> str:
+        """What the parameter `name` of a block is, that is none of its linears."""
+        block, owner = self.blocks[index], name.rpartition(".")[0]
+        module = block.get_submodule(owner)
+        if reason := never_compressed(owner):
+            return reason
+        experts = tuple(f"{inside}." for inside, _ in expert_modules(block))
+        if name.endswith("_bias") and name.startswith(experts):
+            return "biases of experts"
+        if computes_as_linear(module):
+            return "made of several tensors on disk"
+        if isinstance(module, nn.Linear):
+            return "a linear layer with a computation of its own"
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            return CONVOLUTION
+        return "not a linear layer"
+
+    def stored_as(self, other: Other) -> list[tuple[str, list[int]]]:
+        """Name and shape of each matrix on disk that a parameter is made of."""
+        tensors = self.on_disk.get(other.parameter, [])
+        if len(tensors) < 2:
+            return [(other.name, list(other.shape))]
+        shapes = {tensor: list(self.reader.tensors[tensor].shape) for tensor in tensors}
+        return [(tensor, shape) for tensor, shape in shapes.items() if len(shape) > 1]
 
     def _named(self, parameter: str) -> tuple[str, str]:
         """The name on disk of a parameter that is a tensor there, and that of the parameter."""

@@ -34,8 +34,9 @@ from compressor.records.report import LeftDense
 from compressor.refine import refinement
 from compressor.run import plan_file
 from compressor.run.preflight import rehearse, rehearse_rank, rehearse_ranks
-from compressor.text import home_path
+from compressor.text import home_path, to_ignore
 
+_SMALL_PART = 8  # a linear with fewer rows than this part of its columns may be called small
 _CHECKED_AT_ONCE = 1 << 24  # numbers of a tensor: a vocabulary is not in memory whole
 
 
@@ -63,7 +64,7 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
     choice = _rank_choice(recipe, method) if factors(method) else _zeros_choice(recipe, pattern)
     skeleton = _skeleton(recipe, output)
     seq_len = _sequence_length(recipe.seq_len, tokens.context_length(skeleton.config))
-    blocks, left_dense = _split(skeleton, recipe.ignore)
+    blocks, left_dense = _split(skeleton, recipe.ignore, recipe.min_rows)
     _check_weights(skeleton.reader, blocks, None if entries or factors(method) else pattern)
     refined = _refined(recipe, [linear for block in blocks for linear in block])
     target = None if factors(method) else pattern
@@ -120,9 +121,10 @@ def _skeleton(recipe: Recipe, output: Path | None) -> Skeleton:
 
 def _check_weights(reader: Reader, blocks: list[list[Linear]], pattern: Pattern | None) -> None:
     """Raise where a linear cannot have the pattern, or has a dtype that is not accepted."""
-    for linear in (linear for block in blocks for linear in block):
-        if pattern:
-            pattern.check_width(linear.name, linear.shape[1])
+    every = [linear for block in blocks for linear in block]
+    if pattern and (odd := [one for one in every if not pattern.divides(one.shape[1])]):
+        pattern.check_width(odd[0].name, odd[0].shape[1], *(linear.name for linear in odd))
+    for linear in every:
         if (stored := reader.tensors[linear.tensor].dtype) not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{linear.tensor} is stored as {stored}; float32, float16 and bfloat16 can be "
@@ -270,12 +272,15 @@ def _sequence_length(asked: int, limit: int | None) -> int:
     return asked or min(2048, limit or 2048)
 
 
-def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], list[LeftDense]]:
+def _split(
+    skeleton: Skeleton, ignore: list[str], min_rows: int
+) -> tuple[list[list[Linear]], list[LeftDense]]:
     """Split the weights into those to compress and those left dense, with reasons. Nothing is
     skipped in silence.
     """
     blocks: list[list[Linear]] = []
     left: list[LeftDense] = []
+    stacks: list[Other] = []
     unused = set(ignore)
 
     def matching(*names: str) -> str | None:
@@ -286,15 +291,18 @@ def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], l
     for index in range(len(skeleton.blocks)):
         blocks.append([])
         for linear in skeleton.linears(index):
-            if glob := matching(*linear.names):
-                left.append(LeftDense(linear.name, list(linear.shape), f"--ignore {glob}"))
+            glob = matching(*linear.names)
+            if reason := f"--ignore {glob}" if glob else _too_small(linear, min_rows):
+                left.append(LeftDense(linear.name, list(linear.shape), reason))
             else:
                 blocks[-1].append(linear)
         for other in skeleton.others(index):
             glob = matching(other.name, other.parameter)
-            _refuse_stack(other, glob)
+            if _is_stack(other) and not glob:
+                stacks.append(other)
             reason = f"--ignore {glob}" if glob else other.reason
-            left.append(LeftDense(other.name, list(other.shape), reason))
+            left += [LeftDense(*named, reason) for named in skeleton.stored_as(other)]
+    _refuse_stacks(stacks)
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
         raise UsageError(f"`ignore={min(unused)!r}` matches no linear; names look like {example!r}")
@@ -306,18 +314,32 @@ def _split(skeleton: Skeleton, ignore: list[str]) -> tuple[list[list[Linear]], l
     return blocks, left
 
 
-def _refuse_stack(other: Other, glob: str | None) -> None:
-    """Raise CheckpointError for matrices stacked in a way that is not understood, which would stay
-    dense though they may be most of the model.
+def _too_small(linear: Linear, min_rows: int) -> str:
+    """Why a linear stays dense unless it is asked for: a gate, or a projection to so few numbers
+    that each of them matters and that hardly a byte would be saved. Empty where it does not.
+    """
+    rows, columns = linear.shape
+    few = rows < min(min_rows, columns // _SMALL_PART) and not linear.experts
+    return f"fewer than {min_rows} rows" if few else ""
+
+
+def _is_stack(other: Other) -> bool:
+    """Whether it is matrices stacked in a way that is not understood, which may be most of the
+    model.
     """
     stacked = (
         len(other.shape) > 2 and min(other.shape) > 1
     )  # a state space has [channels, 1, width]
-    if stacked and not glob and other.reason != CONVOLUTION:
+    return stacked and other.reason != CONVOLUTION
+
+
+def _refuse_stacks(stacks: list[Other]) -> None:
+    """Raise CheckpointError where there are any: they would stay dense in silence."""
+    if stacks:
+        first = stacks[0]
         raise CheckpointError(
-            f"{other.name} has shape {list(other.shape)}: weights stacked in this way are not "
-            f"supported; "
-            f"leave them dense with `ignore='*{other.name.split('.')[-1]}'`"
+            f"{first.name} has shape {list(first.shape)}: weights stacked in this way are not "
+            f"supported; leave them dense with {to_ignore(*(stack.name for stack in stacks))}"
         )
 
 

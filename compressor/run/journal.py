@@ -8,7 +8,9 @@ off goes on.
     ids.json, …       results of steps that are done once
     block-00000.json  one record for each finished block, in order
     hidden.0-00001    hidden states entering the next block, of process 0
+    factors/          fisher's, of the blocks that are not finished
     spool/, folder/   the writer's: tensors of shards under way, and the folder to be
+    scratch-…/        hidden states of a pass that measures; what a killed run left of it is removed
     complete.json     everything is in `folder`; it remains to give it its name
 
 Every record is written new, forced to disk and renamed, after the files it speaks of were forced to
@@ -40,9 +42,11 @@ from compressor.checkpoint.work_state import (
     BEGIN,
     COMPLETE,
     REPORT,
+    SCRATCH,
     damaged,
     is_complete,
     name_folder,
+    remove_dead,
     report_path,
     state_file,
     work_path,
@@ -132,6 +136,7 @@ class Journal:
         made = [
             str(parent) for parent in self.output.resolve().parents if not parent.exists()
         ]  # innermost first
+        remove_dead(self.output)
         try:
             self._lock = _lock(self.folder)
         except OSError as error:
@@ -169,6 +174,8 @@ class Journal:
                 f"{different}; "
                 f"give the same to go on with it, or remove {self.folder} to start anew"
             )
+        for left in self.folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left)
         self._begin = begun
         numbers = sorted(
             int(path.stem[6:])

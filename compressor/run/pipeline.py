@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from compressor.allocation.choice import Choice
-from compressor.allocation.rank import Spectrum
 from compressor.allocation.rank.choose import factored_by_gradients, share_ranks
 from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
+from compressor.calibration.agreement import check_agreement
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
@@ -111,11 +112,17 @@ class _Run:
         started, group, recorder = time.perf_counter(), self.group, self.recorder
         states = self._calibrated(plan) if plan.needs_inputs else None
         room = gram_room(plan, self.device, self.max_memory) if plan.needs_gram else None
-        factors, spectra = group.agreed(
-            factored_by_gradients, plan, states, self.device, self.work, self.progress
+        factors = group.agreed(
+            factored_by_gradients,
+            plan,
+            states,
+            self.device,
+            self.work,
+            self.progress,
+            recorder.once,
         )
         prepared = Prepared(factors, room)
-        choice = self._chosen(plan, states, prepared, spectra)
+        choice = self._chosen(plan, states, prepared)
         facts = Facts(
             replace(self.recipe, plan=plan_file.FILE if self.recipe.plan else ""),
             choice.measured,
@@ -159,6 +166,8 @@ class _Run:
             group.agreed(self.recorder.finish_block, row, computed - begun, saved)
             if states:
                 states.forget(self.work)
+            if prepared.factors and group.first:
+                prepared.factors.drop(row.index)
             self.progress("blocks", row.index + 1, len(plan.tasks), row)
             begun = time.perf_counter()
             journal_seconds += begun - computed
@@ -177,25 +186,21 @@ class _Run:
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
         count = (own.stop - own.start) * size * plan.seq_len
         home = choose_home(plan, count, device, self.max_memory, self.work)
-        states = _entering(
-            plan, ids, device, lambda name: Batches(device, home, f"{name}.{group.rank}"), own
-        )
+
+        def place(name: str) -> Batches:
+            return Batches(device, home, f"{name}.{group.rank}")
+
+        states = _entering(plan, ids, device, place, own, self.work)
         self.progress("calibration", 1, 1)
         return states
 
-    def _chosen(
-        self,
-        plan: Plan,
-        states: States | None,
-        prepared: Prepared,
-        spectra: dict[str, Spectrum] | None,
-    ) -> Choice:
+    def _chosen(self, plan: Plan, states: States | None, prepared: Prepared) -> Choice:
         """The plan with its targets. They are chosen once: a run that goes on keeps them."""
         if not plan.choice:
             return Choice(plan)
 
         def choose() -> dict[str, Any]:
-            choice = choose_targets(plan, states, spectra, self.device, prepared, self.progress)
+            choice = choose_targets(plan, states, self.device, prepared, self.progress)
             known = {left.name for left in plan.left_dense}
             reasons = [left.reason for left in choice.plan.left_dense if left.name not in known]
             return {
@@ -217,7 +222,6 @@ class _Run:
 def choose_targets(
     plan: Plan,
     states: States | None,
-    spectra: dict[str, Spectrum] | None,
     device: torch.device,
     prepared: Prepared,
     progress: Progress,
@@ -227,7 +231,7 @@ def choose_targets(
     """
     match plan.choice:
         case ShareRanks() as asked:
-            return share_ranks(plan, asked, states, spectra, device, prepared, progress)
+            return share_ranks(plan, asked, states, device, prepared, progress)
         case ShareZeros() as asked:
             return share_zeros(plan, asked, states, device, prepared, progress)
         case LeaveDense() as asked:
@@ -242,19 +246,31 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
     plan = plan_run(recipe, None)
     asked, ready = plan.choice, Prepared()
     if asked is None or (isinstance(asked, ShareRanks) and not asked.by_spectra):
-        return choose_targets(plan, None, None, where, ready, progress)  # nothing to measure
-    states = calibrate(plan, recipe, where, progress) if plan.measures else None
-    with TemporaryDirectory() as folder:
-        factors, spectra = factored_by_gradients(plan, states, where, Path(folder), progress)
-        return choose_targets(plan, states, spectra, where, Prepared(factors), progress)
+        return choose_targets(plan, None, where, ready, progress)  # nothing to measure
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        states = calibrate(plan, recipe, where, progress, folder) if plan.measures else None
+        factors = factored_by_gradients(plan, states, where, folder, progress)
+        return choose_targets(plan, states, where, Prepared(factors), progress)
 
 
 def calibrate(
-    plan: Plan, recipe: Recipe, device: torch.device, progress: Progress = silent
+    plan: Plan,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress = silent,
+    folder: Path | None = None,
 ) -> States:
-    """The calibration on entering block 0, all of it on `device`."""
+    """The calibration on entering block 0: where there is room for it, `folder` on disk at last;
+    on `device` without a folder.
+    """
     progress("calibration", 0, 1)
-    states = _entering(plan, _samples(plan, recipe, device), device)
+    ids = _samples(plan, recipe, device)
+    place = None
+    if folder:
+        home = choose_home(plan, ids.numel(), device, "", folder)
+        place = partial(Batches, device, home)
+    states = _entering(plan, ids, device, place, folder=folder)
     progress("calibration", 1, 1)
     return states
 
@@ -265,6 +281,7 @@ def _entering(
     device: torch.device,
     place: Callable[[str], Batches] | None = None,
     own: slice = slice(None),
+    folder: Path | None = None,
 ) -> States:
     """Hidden states on entering block 0; twice where blocks are tuned: those of the dense model go
     through its blocks beside the others.
@@ -275,8 +292,11 @@ def _entering(
         device: where blocks are computed.
         place: where hidden states of this name rest; in lists on the device without it.
         own: the batches of this process.
+        folder: on disk, for what passes over the blocks keep.
     """
-    states = capture.capture(plan.skeleton, ids, device, place("hidden") if place else None, own)
+    hidden = place("hidden") if place else None
+    states = capture.capture(plan.skeleton, ids, device, hidden, own, folder)
+    check_agreement(plan.skeleton, states, device)
     if plan.tune:
         states.dense = place("dense") if place else []
         for hidden in states.hidden:

@@ -7,8 +7,7 @@ ones of as many parameters when both are tried on a part of the calibration.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,26 +39,41 @@ Spectra = dict[str, Spectrum]
 
 
 def factored_by_gradients(
-    plan: Plan, states: States | None, device: torch.device, folder: Path, progress: Progress
-) -> tuple[Factored | None, Spectra | None]:
-    """Factors, written into a new folder in `folder`, and spectra of the linears whose method needs
-    gradients; None where there are none.
+    plan: Plan,
+    states: States | None,
+    device: torch.device,
+    folder: Path,
+    progress: Progress,
+    once: Callable[[str, Callable[[], Any]], Any] = lambda _, make: make(),
+) -> Factored | None:
+    """The factors, in `folder`, of the linears whose method needs gradients, with their singular
+    values; None where there are none.
 
-    It is repeated where a run goes on: the pass is deterministic, and its factors are too large to
-        keep twice.
+    Args:
+        plan, states, device, progress: as for `share_ranks`.
+        folder: that exists.
+        once: gives what a function makes, or what it gave an earlier run: its factors are there
+            then.
     """
     if not plan.needs_gradients:
-        return None, None
-    assert states
-    own_folder = Path(tempfile.mkdtemp(prefix="factors-", dir=folder))
-    return factor_all(plan, states, device, own_folder, progress)
+        return None
+    factors = Factored(folder)
+
+    def make() -> dict[str, str]:
+        assert states
+        factor_all(plan, states, device, factors, progress)
+        return factors.sums()
+
+    sums = once("factors", make)
+    if not factors.values:
+        factors.load(sums)
+    return factors
 
 
 def share_ranks(
     plan: Plan,
     asked: ShareRanks,
     states: States | None,
-    spectra: Spectra | None,
     device: torch.device,
     prepared: Prepared,
     progress: Progress,
@@ -71,9 +85,9 @@ def share_ranks(
         asked: the allocator, and what part of the parameters to keep.
         states: calibration on entering block 0, left as it is; None where the method is blind to
             inputs.
-        spectra: if they are known already.
         device: where blocks are computed.
-        prepared: what the run has ready for the blocks.
+        prepared: what the run has ready for the blocks; spectra are those of its factors, if it has
+            them.
         progress: told after each step.
 
     Raises:
@@ -90,6 +104,10 @@ def share_ranks(
     budget = int(asked.keep * plan.weights)
     name = asked.allocator.__name__.rpartition(".")[2]
     total: dict[str, Any] = {"by": name, "budget": budget}
+    values = prepared.factors.values if prepared.factors else {}
+    spectra = {
+        name: Spectrum(shapes[name].shape, values[name]) for name in shapes if name in values
+    }
     if not asked.by_spectra:
         return _counted(Choice(even, total), spectra or shapes)
     spectra = spectra or _spectra(plan, states, device, progress)

@@ -20,12 +20,11 @@ lower rank are the first columns.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from compressor.allocation.rank import Spectrum, largest_rank
+from compressor.allocation.rank import largest_rank
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks
@@ -41,10 +40,10 @@ TOKENS = 32_768  # of the calibration, if there are so many
 
 
 def factor_all(
-    plan: Plan, states: States, device: torch.device, folder: Path, progress: Progress
-) -> tuple[Factored, dict[str, Spectrum]]:
-    """One pass over the calibration; gives the factors of every linear whose method needs
-    gradients, and its singular values.
+    plan: Plan, states: States, device: torch.device, factors: Factored, progress: Progress
+) -> None:
+    """One pass over the calibration: the factors of every linear whose method needs gradients, and
+    its singular values, go into `factors`.
 
     A linear that no gradient reaches (what follows it is zero) is factored by its inputs alone, one
     whose inputs are zero by its weight alone: neither can move the loss, so their singular values
@@ -55,21 +54,19 @@ def factor_all(
             its target.
         states: calibration on entering block 0, left as it is.
         device: where blocks are computed.
-        folder: for the files; it exists.
+        factors: what they are kept in.
         progress: told of every block.
     """
     skeleton, part = in_float32(plan.skeleton, states, TOKENS, device)
-    factors, spectra = Factored(folder), {}
+    factors.begin()
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
-        forms = {}
+        forms, values = {}, {}
         for task in plan.tasks[index]:
             if task.needs_gradients:
                 name = task.linear.name
-                forms[name], values = _factor(plan, task, taps.pop(name), device)
-                spectra[name] = Spectrum(task.linear.shape, values.cpu())
-        factors.keep(index, forms)
+                forms[name], values[name] = _factor(plan, task, taps.pop(name), device)
+        factors.keep(index, forms, values)
         progress("gradients", done + 1, len(plan.tasks))
-    return factors, spectra
 
 
 def kronecker_factors(tap: Taps) -> tuple[Tensor, Tensor]:

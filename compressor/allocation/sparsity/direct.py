@@ -17,7 +17,7 @@ from compressor.calibration import capture
 from compressor.calibration.capture import States
 from compressor.calibration.float32 import in_float32
 from compressor.calibration.head import divergence, head
-from compressor.calibration.hidden_states import Batch
+from compressor.calibration.hidden_states import Batch, Batches, advance
 from compressor.engine.plan import Plan
 from compressor.model.skeleton import Skeleton
 from compressor.progress import Progress
@@ -38,25 +38,29 @@ def divergence_curves(
     `fisher.error_curves`.
     """
     skeleton, part = in_float32(plan.skeleton, states, tokens, device)
-    exact = _through(skeleton, part, [list(part.hidden)], 0, device)[0]
-    hidden, curves = list(part.hidden), {}
+    exact, hidden, curves = part.entering(), part.entering(), {}
+    _through_rest(skeleton, part, [exact], 0, device)
     for index, tasks in enumerate(plan.tasks):
         block, arguments = skeleton.load_block(index, device), part.arguments[index]
         linears = {linear.name: linear for linear in skeleton.linears(index)}
         modules = {task.linear.name: linears[task.linear.name].module for task in tasks}
         with collecting(modules, gram=any(task.method.NEEDS_GRAM for task in tasks)) as stats:
-            leaving = [capture.run(block, batch, arguments) for batch in hidden]
+            leaving = part.room()
+            for batch in hidden:
+                leaving.append(capture.run(block, batch, arguments))
         for task in tasks:
             stats.get(task.linear.name, InputStats(1)).check(task.linear.name)
             linear, weight = linears[task.linear.name], task.linear.read(plan.reader).to(device)
-            variants = []
+            variants: list[list[Batch] | Batches] = []
             for goal in levels(task):
                 linear.set(
                     task.method.compress(weight, stats[linear.name], goal, **task.options).dense()
                 )
-                variants.append([capture.run(block, batch, arguments) for batch in hidden])
+                variants.append(part.room())
+                for batch in hidden:
+                    variants[-1].append(capture.run(block, batch, arguments))
             linear.set(weight)
-            variants = _through(skeleton, part, variants, index + 1, device)
+            _through_rest(skeleton, part, variants, index + 1, device)
             with head(skeleton, part, device) as logits:
                 curves[linear.name] = [divergence(logits, exact, variant) for variant in variants]
         skeleton.free_block(index)
@@ -65,20 +69,16 @@ def divergence_curves(
     return curves
 
 
-def _through(
+def _through_rest(
     skeleton: Skeleton,
     states: States,
-    variants: Sequence[list[Batch]],
+    variants: Sequence[list[Batch] | Batches],
     start: int,
     device: torch.device,
-) -> list[list[Batch]]:
-    """Each variant, batches that enter block `start`, after the last block."""
-    moved = [list(variant) for variant in variants]
+) -> None:
+    """Take each variant, batches that enter block `start`, through it and the blocks after it."""
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        moved = [
-            [capture.run(block, batch, states.arguments[index]) for batch in variant]
-            for variant in moved
-        ]
+        for variant in variants:
+            advance(variant, capture.through(block, states.arguments[index]))
         skeleton.free_block(index)
-    return moved

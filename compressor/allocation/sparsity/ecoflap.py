@@ -30,7 +30,7 @@ from compressor.calibration.capture import States
 from compressor.calibration.float32 import check_seen, in_float32
 from compressor.calibration.gradients import Taps, backward_blocks, next_token_loss
 from compressor.calibration.head import head
-from compressor.calibration.hidden_states import Batch
+from compressor.calibration.hidden_states import Batch, Batches, advance
 from compressor.engine.plan import Plan
 from compressor.model.linear import Linear
 from compressor.model.skeleton import Skeleton
@@ -143,19 +143,19 @@ def zeroth_order(
     made once. z comes from a generator of its own on the CPU.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    hidden = list(states.hidden)
+    hidden = states.entering()
     scores: dict[str, tuple[float, float]] = {}
     for index, tasks in enumerate(plan.tasks):
         block, arguments = skeleton.load_block(index, device), states.arguments[index]
         names = {task.linear.name for task in tasks}
         linears = [linear for linear in skeleton.linears(index) if linear.name in names]
-        moved = [
-            capture.run(block, hidden[evaluation % len(hidden)], arguments)
-            for linear in linears
-            for evaluation in range(evaluations)
-            for _ in there_and_back(linear, epsilon, generator)
-        ]
-        hidden = [capture.run(block, batch, arguments) for batch in hidden]
+        moved = states.room()
+        for linear in linears:
+            for evaluation in range(evaluations):
+                batch = hidden[evaluation % len(hidden)]
+                for _ in there_and_back(linear, epsilon, generator):
+                    moved.append(capture.run(block, batch, arguments))
+        advance(hidden, capture.through(block, arguments))
         skeleton.free_block(index)
         losses = _losses(skeleton, states, moved, index + 1, device)
         slopes = (losses[0::2] - losses[1::2]).abs().reshape(len(linears), evaluations) / (
@@ -184,14 +184,16 @@ def there_and_back(linear: Linear, epsilon: float, generator: torch.Generator) -
 def _losses(
     skeleton: Skeleton,
     states: States,
-    moved: list[Batch],
+    moved: list[Batch] | Batches,
     start: int,
     device: torch.device,
 ) -> Tensor:
-    """Mean loss, float64 `[len(moved)]`, of batches that enter block `start`."""
+    """Mean loss, float64 `[len(moved)]`, of batches that enter block `start`, once they have been
+    taken through the blocks from there on.
+    """
     for index in range(start, len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
-        moved = [capture.run(block, batch, states.arguments[index]) for batch in moved]
+        advance(moved, capture.through(block, states.arguments[index]))
         skeleton.free_block(index)
     losses = []
     with head(skeleton, states, device) as logits:
