@@ -17,7 +17,7 @@ from compressor_kernels.cpu.tiles import from_tiles, to_tiles
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import InTiles, Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
-from compressor_kernels.one_row import OneRowLinear
+from compressor_kernels.one_row import OneRowLinear, give_back, take_over
 from compressor_kernels.packing import pack24
 from tests.cpu_problems import BARS, DTYPES, blocks, here, off, packed, product, random, weight24
 
@@ -301,9 +301,8 @@ def test_where_no_kernel_runs_nothing_changes(monkeypatch):
 def test_a_dense_linear_takes_one_row_of_x_to_the_kernel(bias, monkeypatch):
     linear = nn.Linear(132, 40, bias=bias, dtype=torch.bfloat16)
     plain = copy.deepcopy(linear)
-    assert OneRowLinear.takes(linear)
-    linear.__class__ = OneRowLinear
-    assert not OneRowLinear.takes(linear)
+    take_over(linear)
+    assert type(linear) is OneRowLinear
     wide = random(1, 5, 132, dtype=torch.bfloat16)
     with torch.no_grad():
         for x in (wide[:, -1:], wide[0, 2], wide[0, :1]):
@@ -324,11 +323,13 @@ def test_a_dense_linear_takes_one_row_of_x_to_the_kernel(bias, monkeypatch):
     linear.bfloat16()(wide[:, -1:]).sum().backward()
     assert linear.weight.grad is not None
     assert linear.state_dict().keys() == plain.state_dict().keys()
+    give_back(linear)
+    assert type(linear) is nn.Linear
 
 
 def test_a_dense_linear_that_comes_to_a_machine_without_kernels(monkeypatch):
     linear = nn.Linear(132, 40, dtype=torch.bfloat16)
-    linear.__class__ = OneRowLinear
+    take_over(linear)
     pickled = pickle.dumps(linear)
     monkeypatch.setattr(InTiles, "usable", classmethod(lambda cls: False))
     assert type(pickle.loads(pickled)) is nn.Linear

@@ -25,7 +25,7 @@ from compressor_kernels.cpu.build import kernels as cpu_kernels
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, kernel_layout
 from compressor_kernels.linear import PackedLinear, Sparse24Linear
-from compressor_kernels.one_row import OneRowLinear
+from compressor_kernels.one_row import take_over
 from compressor_kernels.stored_linear import moves_tensors
 
 RUNTIMES = ("auto", "packed", "dense")
@@ -82,9 +82,7 @@ def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str,
             chosen |= _fuse_children(model, parent, {name: chosen[name] for name in alone})
         return_memory()
     if runtime != "dense" and any(_on_cpu_kernels(model.get_submodule(paths[n])) for n in paths):
-        for module in model.modules():
-            if OneRowLinear.takes(module) and not moves_tensors(module):
-                module.__class__ = OneRowLinear
+        take_over(model)
     return chosen
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compressor_kernels.cpu import ops as cpu_ops
 from compressor_kernels.layouts import InTiles
 from compressor_kernels.sparse24 import differentiable
+from compressor_kernels.stored_linear import moves_tensors
 
 
 class OneRowLinear(nn.Linear):
@@ -19,13 +20,6 @@ class OneRowLinear(nn.Linear):
     torch's reads the weight half as fast, and copies all of it where x is a slice: as the last
     token of a prompt is when it comes to the head.
     """
-
-    @classmethod
-    def takes(cls, module: nn.Module) -> bool:
-        """`module` may become one: a plain linear in bfloat16 on the CPU."""
-        weight: Any = module.weight if type(module) is nn.Linear else None
-        plain = type(weight) is nn.Parameter and weight.is_contiguous()
-        return plain and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
@@ -37,6 +31,7 @@ class OneRowLinear(nn.Linear):
         operands = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
         return (
             x.numel() == self.in_features == x.shape[-1]
+            and type(self.weight) is nn.Parameter
             and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in operands)
             and self.weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
@@ -48,3 +43,19 @@ class OneRowLinear(nn.Linear):
         super().__setstate__(state)
         if not InTiles.usable():
             self.__class__ = nn.Linear
+
+
+def take_over(model: nn.Module) -> None:
+    """Make such linears, in place, of the plain ones of `model` in bfloat16 on the CPU."""
+    for module in model.modules():
+        if type(module) is nn.Linear and not moves_tensors(module):
+            weight = module.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+                module.__class__ = OneRowLinear
+
+
+def give_back(model: nn.Module) -> None:
+    """Make them plain again."""
+    for module in model.modules():
+        if type(module) is OneRowLinear:
+            module.__class__ = nn.Linear
