@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from compressor_kernels import armor, backend, kernel_config, layouts, lowrank, sparse24
+from compressor_kernels import armor, backend, kernel_config, layouts, lowrank, pivot, sparse24
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, InFragments, Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
@@ -43,7 +43,7 @@ def pretend_gpu() -> None:
     """Take the way that a call takes on a GPU, up to the launch."""
     backend.runs = lambda x: True
     layouts.sparse_tensor_cores = lambda device: True
-    for module in (sparse24, armor, lowrank):
+    for module in (sparse24, armor, lowrank, pivot):
         module.launch = lambda *arguments, **settings: None
     backend.nvidia = lambda: True
     backend.hopper = lambda device: False

@@ -61,7 +61,8 @@ def linears(seconds: float) -> None:
                 f" ({sparse['ratio_to_our_dense']:.2f}x of our dense kernel,"
                 f" {sparse['percent_of_read']:.0f} % of the bandwidth),"
                 f" ARMOR {by_op['armor']['ratio']:.2f}x,"
-                f" low rank {by_op['lowrank']['ratio']:.2f}x",
+                f" low rank {by_op['lowrank']['ratio']:.2f}x,"
+                f" by pivots {by_op['pivot']['ratio']:.2f}x",
                 flush=True,
             )
 

@@ -144,7 +144,7 @@ def prune_plain(
 ) -> list[float]:
     """Every linear of a block from one pass of statistics; gives their relative output errors."""
     linears = linears_of(block)
-    with collecting(linears, gram=True) as stats:
+    with collecting(linears, gram=True, moments=True) as stats:
         for batch in hidden:
             capture.run(block, batch, arguments)
     return [
@@ -188,8 +188,8 @@ def pair_statistics(
     arguments: Arguments,
 ) -> tuple[InputStats, Tensor]:
     """Statistics of the input X of a linear, and Xᵀ(X' - X) with the dense model's X'."""
-    stats = InputStats(linears_of(block)[name].in_features, gram=True)
-    cross = torch.zeros_like(stats.mean, dtype=torch.float32).diag()
+    stats = InputStats(linears_of(block)[name].in_features, gram=True, moments=True)
+    cross = torch.zeros_like(stats.squares, dtype=torch.float32).diag()
     for here, there in zip(hidden, exact, strict=True):
         with input_of(linears_of(block)[name]) as seen, input_of(linears_of(dense)[name]) as wanted:
             capture.run(block, here, arguments)
@@ -238,7 +238,7 @@ def prune(
 def speed(rows: int, columns: int, device: str) -> None:
     """Seconds of each refinement of one linear with random inputs."""
     generator = torch.Generator().manual_seed(0)
-    stats = InputStats(columns, gram=True, device=device)
+    stats = InputStats(columns, gram=True, moments=True, device=device)
     for _ in range(8):
         x = torch.randn(columns // 4 + 1, columns, generator=generator).to(device)
         stats.update(x + 0.5 * x.roll(1, 1) + 0.1)

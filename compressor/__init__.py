@@ -91,7 +91,7 @@ def lowrank(
     progress: Progress | None = None,
     **settings: Unpack[LowrankSettings],
 ) -> Report:
-    """Replace linears of the checkpoint `model` by products of two thin factors, in the new folder
+    """Replace linears of the checkpoint `model` by weights of low rank, in the new folder
     `output`. Everything else is as for `prune`.
 
     Args:

@@ -180,10 +180,24 @@ def _keep_groups(score: Tensor, n: int) -> Tensor:
     """Mask of the n largest of each short row; of equal scores the lower column is pruned first."""
     import torch
 
+    if (n, score.shape[1]) == (2, 4):
+        return _keep_two_of_four(score)
     order = torch.argsort(score, dim=-1, stable=True)
     return torch.ones_like(score, dtype=torch.bool).scatter_(
         -1, order[:, : score.shape[1] - n], False
     )
+
+
+def _keep_two_of_four(score: Tensor) -> Tensor:
+    """As `_keep_groups` for `[groups, 4]`, by comparing each pair: kept is what beats two of the
+    other three at least; of two equal ones the higher column does.
+    """
+    import torch
+
+    a, b, c, d = score.T.contiguous().unbind()
+    ab, ac, ad, bc, bd, cd = a > b, a > c, a > d, b > c, b > d, c > d
+    wins = ((ab, ac, ad), (~ab, bc, bd), (~ac, ~bc, cd), (~ad, ~bd, ~cd))
+    return torch.stack([(x & y) | (z & (x | y)) for x, y, z in wins], -1)
 
 
 def keep_counts(score: Tensor, zeros: Tensor) -> Tensor:

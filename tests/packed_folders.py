@@ -20,15 +20,16 @@ from compressor.checkpoint.reader import Reader
 from compressor.formats.armor import Armor
 from compressor.formats.lowrank import LowRank
 from compressor.formats.sparse24 import Sparse24
+from compressor.methods.pivots import by_pivots
 from compressor.model.skeleton import Skeleton
 from compressor.pattern import Pattern
 
 FORMS = {
     "2:4": ["sparse24"],
     "armor": ["armor"],
-    "low rank": ["lowrank"],
+    "low rank": ["lowrank", "pivot"],
     "some dense": ["sparse24", "dense", "dense"],
-    "mixed": ["sparse24", "lowrank", "armor", "dense"],
+    "mixed": ["sparse24", "pivot", "armor", "dense", "lowrank"],
 }
 """The stored forms that the linears of a folder get in turn; the experts of a block get one."""
 
@@ -85,7 +86,10 @@ def stored(kind: str, weight: Tensor, generator: torch.Generator) -> Any:
         return Armor.from_factors(a=a.to(weight.dtype), core=core, b=b.to(weight.dtype))
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     rank = min(rows, columns) // 2
-    return LowRank((u[:, :rank] * s[:rank]).to(weight.dtype), v[:rank].to(weight.dtype))
+    left, right = u[:, :rank] * s[:rank], v[:rank]
+    if kind == "pivot":
+        return by_pivots(left.double(), right.double(), weight.dtype)
+    return LowRank(left.to(weight.dtype), right.to(weight.dtype))
 
 
 def edit_config(folder: Path, change: Any) -> None:

@@ -15,7 +15,7 @@ def case(seed, rows, columns, tokens, pattern, dtype=torch.float32, dead=0):
         + torch.randn(columns, generator=generator) * 0.3
     )
     x[:, :dead] = 0
-    stats = InputStats(columns, gram=True)
+    stats = InputStats(columns, gram=True, moments=True)
     stats.update(x)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     parsed = Pattern.parse(pattern)

@@ -259,7 +259,7 @@ def test_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(NumericalError, match="weight"):
         armor.compress(weight, stats, P24)
     weight, stats = layer()
-    stats.m2[3] = bad
+    stats.squares[3] = bad
     with pytest.raises(NumericalError, match="inputs"):
         armor.compress(weight, stats, P24)
     weight, stats = layer()

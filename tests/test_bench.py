@@ -70,7 +70,7 @@ def test_linears_on_a_cpu(cli, tmp_path):
     assert found == json.loads((tmp_path / "speed" / "bench.json").read_text())
     assert {"cpu", "threads", "compiler", "torch"} <= set(found["environment"])
     measured = {(row["dtype"], row["rows"], row["op"]) for row in found["kernels"]}
-    ops = ("dense", "dense, our kernel", "sparse24", "armor", "lowrank")
+    ops = ("dense", "dense, our kernel", "sparse24", "armor", "lowrank", "pivot")
     assert measured == set(itertools.product(("bfloat16", "float32"), (1, 3), ops))
     for row in found["kernels"]:
         assert row["us_min"] > 0

@@ -283,6 +283,12 @@ def test_dot(compiled, target):
     assert any(
         name.startswith("LDGSTS") and ".128" in name for name in operations(loop(made.code, "MMA"))
     )
+    thin = {**BF16, "t_ptr": "*bf16", "c_ptr": "*bf16", "rows_ptr": "*i64"}
+    made = compiled(skinny.scattered, thin, shared, target, 2)
+    assert not made.spilled
+    assert any(
+        name.startswith("LDGSTS") and ".128" in name for name in operations(loop(made.code, "MMA"))
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)

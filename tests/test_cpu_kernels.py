@@ -19,6 +19,8 @@ from compressor_kernels.layouts import InTiles, Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.one_row import OneRowLinear, give_back, take_over
 from compressor_kernels.packing import pack24
+from compressor_kernels.pivot import row_order
+from compressor_kernels.pivot_linear import PivotLinear
 from tests.cpu_problems import BARS, DTYPES, blocks, here, off, packed, product, random, weight24
 
 SHAPES = [(1, 4), (3, 100), (7, 64), (4, 576), (50, 576), (33, 260)]  # out, in
@@ -87,6 +89,28 @@ def test_low_rank_and_the_dense_product(out, rank, columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    ("out", "rank", "columns"), [(1, 1, 1), (7, 5, 33), (150, 100, 576), (130, 64, 31), (9, 9, 40)]
+)
+def test_pivots(out, rank, columns, dtype, with_bias):
+    v, c = random(rank, columns, dtype=dtype, seed=2), random(out - rank, rank, dtype=dtype, seed=3)
+    bias = random(out, dtype=dtype) if with_bias else None
+    chosen = torch.randperm(out, generator=torch.Generator().manual_seed(out))[:rank].sort().values
+    order = row_order(chosen.int(), out)
+    for rows in ROWS:
+        x = random(rows, columns, dtype=dtype, seed=rows)
+        inner = (x.double() @ v.double().T).to(dtype).double()
+        expected = torch.empty(rows, out, dtype=torch.float64)
+        expected[:, order] = torch.cat([inner, inner @ c.double().T], 1)
+        if bias is not None:
+            expected += bias.double()
+        y = ops.pivot(x, v, c, order, bias)
+        assert off(y, expected) <= 3 * BARS[dtype], rows
+        assert off(y, reference.pivot(x, v, c, order, bias)) <= 3 * BARS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_x_has_the_bits_that_it_has_alone_and_threads_change_none(dtype):
     values, metadata = packed(256, 1028, dtype)
     tiles = to_tiles(values, metadata)
@@ -96,6 +120,7 @@ def test_a_row_of_x_has_the_bits_that_it_has_alone_and_threads_change_none(dtype
         lambda x: ops.sparse24(x, *tiles, None, 256, 1028),
         lambda x: ops.armor(x, *tiles, outer, inner, None),
         lambda x: ops.lowrank(x, u, v, None),
+        lambda x: ops.pivot(x, v, u, torch.arange(356), None),
     )
     for run in runs:
         # beyond 32 rows torch multiplies the thin factors, and all in bfloat16 where it has AMX
@@ -170,6 +195,9 @@ def test_what_does_not_fit_is_refused_before_a_kernel_sees_it():
             "a is",
         ),
         (lambda: ops.lowrank(x, random(24, 8), random(7, 100), None), "u is"),
+        (lambda: ops.pivot(x, random(7, 100), random(17, 8), torch.arange(24), None), "c is"),
+        (lambda: ops.pivot(x, random(7, 100), random(17, 7), torch.arange(23), None), "rows is"),
+        (lambda: ops.pivot(x, random(7, 100), random(17, 7), torch.arange(1, 25), None), "of 24"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
@@ -197,6 +225,14 @@ def modules(dtype=torch.float32):
             LowRankLinear(132, 40, rank=20, **common),
             {"weight_u": random(40, 20, dtype=dtype), "weight_v": random(20, 132, dtype=dtype)},
         ),
+        (
+            PivotLinear(132, 40, rank=20, **common),
+            {
+                "weight_v": random(20, 132, dtype=dtype),
+                "weight_c": random(20, 20, dtype=dtype),
+                "weight_pivots": torch.arange(1, 40, 2, dtype=torch.int32),
+            },
+        ),
     ]
     for module, state in made:
         module.load_state_dict(state | {"bias": random(40, dtype=dtype)})
@@ -212,7 +248,7 @@ def test_modules_compute_packed_and_keep_their_state(dtype):
         expected = nn.functional.linear(x.double(), module.weight.double())
         y = module(x)
         assert off(y, expected + module.bias.double()) <= 6 * BARS[dtype]
-        if not isinstance(module, LowRankLinear):
+        if not isinstance(module, LowRankLinear | PivotLinear):
             assert module.layout is InTiles
             assert set(module.state_dict()) >= {"weight_values", "weight_metadata"}
         else:

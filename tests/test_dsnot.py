@@ -18,7 +18,7 @@ def case(seed, rows, columns, pattern, tokens=500, dead=0, method="wanda", dtype
     x += torch.randn(columns, generator=generator) * 0.3
     if dead:
         x[:, torch.randperm(columns, generator=generator)[:dead]] = 0
-    stats = InputStats(columns)
+    stats = InputStats(columns, moments=True)
     stats.update(x)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     parsed = Pattern.parse(pattern)
@@ -164,7 +164,7 @@ def test_the_result_does_not_depend_on_how_tokens_come_in_sequences():
     pattern = Pattern.parse("50%")
     refined = []
     for length in (512, 64, 1):
-        stats = InputStats(128)
+        stats = InputStats(128, moments=True)
         for part in x.split(length):
             stats.update(part)
         refined.append(

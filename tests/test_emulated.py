@@ -23,6 +23,7 @@ from compressor_kernels import lowrank as lowrank_ops  # noqa: E402
 from compressor_kernels import sparse24 as ops  # noqa: E402
 from compressor_kernels.fragments import to_fragments  # noqa: E402
 from compressor_kernels.packing import pack24  # noqa: E402
+from compressor_kernels.pivot import pivot, row_order, scatter  # noqa: E402
 from ptx_emulator.launch import Device, emulated  # noqa: E402
 from tests.interpreted.armor import problem as armor_problem  # noqa: E402
 from tests.interpreted.sparse24 import DOT, DTYPES, MMA, check, problem  # noqa: E402
@@ -134,6 +135,24 @@ def test_stored(device, rows, shape, dtype, split):
 @pytest.mark.parametrize(("rows", "split", "dtype"), [(1, 1, BF16), (3, 2, FP16), (17, 3, BF16)])
 def test_skinny(device, rows, shape, dtype, split):
     run_skinny(rows, shape, dtype, split)
+
+
+@pytest.mark.parametrize("shape", [(100, 36, 132), (96, 64, 256)])
+@pytest.mark.parametrize(("rows", "split", "dtype"), [(1, 1, BF16), (3, 2, FP16), (17, 3, BF16)])
+def test_pivots(device, rows, shape, dtype, split):
+    out, rank, columns = shape
+    x, v, bias = problem(rows, (rank, columns), dtype)
+    c = (torch.randn(out - rank, rank) / rank**0.5).to(dtype)
+    bias = torch.randn(out).to(dtype)
+    order = row_order(torch.randperm(out)[:rank].sort().values.int(), out)
+    inner = (x.double() @ v.double().T).to(dtype)
+    expected = torch.empty(rows, out, dtype=torch.float64)
+    expected[:, order] = torch.cat([inner.double(), inner.double() @ c.double().T], 1)
+    semaphore, config = ops.new_semaphore(out, "cpu"), {**SKINNY, "split": split}
+    y = scatter(inner, c, order, bias, semaphore, config)
+    assert_close(y, expected + bias.double())
+    assert_close(pivot(x, v, c, order, None, semaphore), expected)
+    assert not semaphore.any()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import FEW_TOKENS
 from compressor.errors import CheckpointError, UsageError
+from compressor.formats.pivot import Pivot
 from compressor.model.experts import (
     Matrix,
     attach,
@@ -403,16 +404,17 @@ def test_a_table_with_some_experts_only_is_refused(tiny, tmp_path):
 
 
 def with_products(folder, factored, experts, leaves):
-    """The model of `folder` in float32, with u v in place of every weight that `factored` has
-    factors of.
+    """The model of `folder` in float32, with the product in place of every weight that
+    `factored` has of low rank.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     stored, original = Reader(factored), Reader(folder)
 
     def weight(name):
-        if f"{name}.weight_u" not in stored.tensors:
+        if f"{name}.weight_pivots" not in stored.tensors:
             return original.read(f"{name}.weight").float()
-        return stored.read(f"{name}.weight_u").float() @ stored.read(f"{name}.weight_v").float()
+        parts = {key: stored.read(f"{name}.weight_{key}") for key in ("v", "c", "pivots")}
+        return Pivot.product(parts["v"].float(), parts["c"].float(), parts["pivots"])
 
     with torch.no_grad():
         for index, block in enumerate(model.model.layers):
@@ -453,8 +455,8 @@ def test_factored_experts_reload_with_the_same_logits(
         ""
     }:  # all the matrices of a module, or none
         own = [linear.name for linear in every if linear.experts == module]
-        assert {forms.get(name, "dense") for name in own} in ({"lowrank"}, {"dense"})
-    assert "lowrank" in forms.values()
+        assert {forms.get(name, "dense") for name in own} in ({"pivot"}, {"dense"})
+    assert "pivot" in forms.values()
     assert report.allocation["parameters"] <= report.allocation["budget"]
     packed = compressor.load(out, dtype=torch.float32, runtime="packed")
     logits = packed(IDS).logits

@@ -1,5 +1,7 @@
 """Truncation in a metric, against its closed form; ranks against literal transcriptions."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from compressor.allocation.rank import (
     allocator,
     largest_rank,
     parameters,
+    rank_keeping,
     step,
     threshold,
     uniform,
@@ -20,6 +23,7 @@ from compressor.calibration.gradients import Taps
 from compressor.engine.factor_store import Factored
 from compressor.errors import NumericalError, UsageError
 from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
 from compressor.methods import (
     FACTORIZATIONS,
     asvd,
@@ -87,8 +91,8 @@ def test_two_sided_error_is_the_dropped_tail(shape):
         -1, 1, shape[0]
     )
     gradients = g.T @ g
-    form, values = fisher.decompose(weight, 9, stats.gram, gradients)
-    found = weight - form.dense()
+    factors, values = fisher.decompose(weight, 9, stats.gram, gradients)
+    found = weight - factors.form(torch.float32).dense()
     left, right = (
         root(gradients, 1e-3),
         root(stats.gram.double() / stats.gram.double().trace(), 1e-6),
@@ -119,10 +123,10 @@ def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_
     pairs = Taps(
         [x.repeat_interleave(len(g), 0)], [g.repeat(len(x), 1)]
     )  # every input with every gradient
-    form, values = fisher.decompose(
+    factors, values = fisher.decompose(
         weight, 5, *kronecker_factors(pairs), damp=1e-10, gradient_damp=1e-10
     )
-    change = (form.dense() - weight).double()
+    change = (factors.form(torch.float32).dense() - weight).double()
     rise = (
         torch.einsum("to,oi,ti->t", pairs.gradients[0].double(), change, pairs.inputs[0].double())
         .square()
@@ -133,17 +137,18 @@ def test_where_the_fisher_information_is_a_product_the_dropped_tail_is_the_rise_
 
 def test_factors_of_a_lower_rank_are_the_first_columns(tmp_path):
     weight, _, stats = problem(24, 40)
-    form, values = fisher.decompose(weight, 14, stats.gram, weight @ weight.T)
+    factors, values = fisher.decompose(weight, 14, stats.gram, weight @ weight.T)
     lower, _ = fisher.decompose(weight, 6, stats.gram, weight @ weight.T)
     files = Factored(tmp_path)
     files.begin()
-    files.keep(0, {"linear": form}, {"linear": values})
+    files.keep(0, {"linear": (factors.to(torch.float32), "a note")}, {"linear": values})
     found = files.of("linear", 6, torch.device("cpu"))
-    torch.testing.assert_close(found.dense(), lower.dense())
+    torch.testing.assert_close(found.dense(), (lower.u @ lower.v).float())
     assert found.v.shape == (6, 40)
+    assert found.note == "a note"
     again = Factored(tmp_path)
     again.load(files.sums())
-    assert torch.equal(again.of("linear", 6, torch.device("cpu")).u, found.u)
+    assert torch.equal(again.of("linear", 6, torch.device("cpu")).v, found.v)
     assert torch.equal(again.values["linear"], values)
 
 
@@ -186,14 +191,40 @@ def test_a_dead_input_and_a_half_precision_weight_are_fine():
     stats = InputStats(40, gram=True)
     stats.update(x)
     found = svd_llm.compress(weight.bfloat16(), stats, 8)
-    assert found.u.dtype == found.v.dtype == torch.bfloat16
+    assert found.c.dtype == found.v.dtype == torch.bfloat16
     assert torch.isfinite(found.dense()).all()
     zero = svd.compress(torch.zeros(8, 12), None, 2)
     assert not zero.dense().any()
 
 
 def test_the_form_comes_apart_and_together():
-    form = svd.compress(problem(24, 40)[0], None, 6)
+    weight = problem(24, 40)[0]
+    form = svd.compress(weight, None, 6)
+    torch.testing.assert_close(Pivot.product(**form.factors()), form.dense())
+    assert Pivot.from_factors(**form.factors()).entry == {"format": "pivot", "rank": 6}
+    assert torch.equal(Pivot.unpack(form.entry, form.pack()).dense(), form.dense())
+    torch.testing.assert_close(form.v, form.dense()[form.pivots.long()], rtol=0, atol=0)
+    other, last = form.pivots.clone(), form.pivots[-1]
+    other[-1] = form.pivots[-2]
+    for bad, words in (
+        ({"weight_v": form.v[:5]}, "not of one rank"),
+        ({"weight_c": form.c[:, :5]}, "not of one rank"),
+        ({"weight_pivots": form.pivots[:5]}, "not of one rank"),
+        ({"weight_c": form.c.double()}, "one floating dtype and int32"),
+        ({"weight_pivots": form.pivots.long()}, "one floating dtype and int32"),
+        ({"weight_pivots": other}, f"pivot 5 is {other[-1]}, after {other[-1]}"),
+        ({"weight_pivots": form.pivots.flip(0)}, f"from {last} to {form.pivots[0]}|after {last}"),
+        ({"weight_pivots": form.pivots - 24}, "of 24 rows"),
+        ({"weight_pivots": form.pivots + 24}, "of 24 rows"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Pivot.unpack(form.entry, {**form.pack(), **bad})
+
+
+def test_two_thin_factors_as_they_were_stored_once_can_be_read():
+    weight = problem(24, 40)[0]
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    form = LowRank((u[:, :6] * s[:6]).contiguous(), vh[:6].contiguous())
     torch.testing.assert_close(LowRank.product(**form.factors()), form.dense())
     assert LowRank.from_factors(**form.factors()).entry == {"format": "lowrank", "rank": 6}
     assert torch.equal(LowRank.unpack(form.entry, form.pack()).dense(), form.dense())
@@ -234,6 +265,69 @@ def total(found):
     return sum(one.size for one in found.values())
 
 
+def stored(shape, rank, index=0):
+    """Numbers of a pivot form: V, C, and `index` for each pivot."""
+    rows, columns = shape
+    return rank * columns + (rows - rank) * rank + rank * index
+
+
+@settings(deadline=None, max_examples=200)
+@given(rows=st.integers(1, 90), columns=st.integers(1, 90), part=st.fractions(Fraction(1, 100), 1))
+def test_the_largest_rank_that_pays_and_that_keeps_a_part(rows, columns, part):
+    shape = rows, columns
+    pays = [k for k in range(1, min(shape) + 1) if stored(shape, k, index=2) < rows * columns]
+    assert largest_rank(shape) == max(pays, default=0)
+    within = [k for k in pays if stored(shape, k) <= part * rows * columns]
+    found = rank_keeping(shape, part)
+    assert found == 0 if not within else found in within
+    assert found % step(shape) == 0 or found == max(within)
+    assert not within or found > max(within) - step(shape)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), keep=st.floats(0.2, 0.95))
+def test_a_budget_is_spent_on_runs_of_ranks_where_the_next_one_alone_would_not_fit_best(seed, keep):
+    """One linear gets the largest rank that its parameters pay for; of several, none could be
+    raised any more, to whatever rank.
+    """
+    alone = spectra(seed, count=1)
+    (shape,) = [one.shape for one in alone.values()]
+    budget = int(keep * total(alone))
+    fits = [
+        rank
+        for rank in range(step(shape), largest_rank(shape) + 1, step(shape))
+        if stored(shape, rank) <= budget
+    ]
+    if fits:
+        assert list(threshold.allocate(alone, budget).values()) == [fits[-1]]
+    found = spectra(seed)
+    budget = int(keep * total(found))
+    ranks = threshold.allocate(found, budget)
+    for name, rank in ranks.items():
+        if rank is not None and rank + step(found[name].shape) <= largest_rank(found[name].shape):
+            raised = {**ranks, name: rank + step(found[name].shape)}
+            assert parameters(found, raised) > budget
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10_000), keep=st.sampled_from([0.85, 0.6, 0.4]))
+def test_no_price_of_a_parameter_gives_ranks_that_drop_less(seed, keep):
+    """Every price tried, and every rank of every linear at it."""
+    found = spectra(seed, count=3)
+    budget = int(keep * total(found))
+    dropped = tail(found, threshold.allocate(found, budget))
+    for price in torch.logspace(-6, 1, 400, dtype=torch.float64).tolist():
+        ranks = {}
+        for name, one in found.items():
+            options = {None: price * one.size}
+            for rank in range(step(one.shape), largest_rank(one.shape) + 1, step(one.shape)):
+                rest = float(one.values[rank:].square().sum())
+                options[rank] = rest + price * stored(one.shape, rank)
+            ranks[name] = min(options, key=lambda rank: options[rank])
+        if parameters(found, ranks) <= budget:
+            assert dropped <= tail(found, ranks) * (1 + 1e-9)
+
+
 def literal_welore(found, budget):
     """The paper's rule, thresholds swept one after another; ranks rounded up to the step, then the
     break-even gate.
@@ -252,8 +346,9 @@ def literal_welore(found, budget):
             scaled = (one.values - one.values.min()) / (one.values.max() - one.values.min())
             kept = max(1, sum(1 for value in scaled if value >= cut))
             kept = -(-kept // step(one.shape)) * step(one.shape)
-            ranks[name] = kept if kept * (rows + columns) < rows * columns else None
-            spent += rows * columns if ranks[name] is None else kept * (rows + columns)
+            kept = min(kept, min(rows, columns))
+            ranks[name] = kept if stored(one.shape, kept, index=2) < rows * columns else None
+            spent += rows * columns if ranks[name] is None else stored(one.shape, kept)
         if spent <= budget:
             return ranks
     return None
@@ -304,7 +399,7 @@ def test_ranks_meet_the_budget_and_no_linear_grows(seed, keep, name):
         if rank is not None:
             assert 1 <= rank <= largest_rank(found[linear].shape)
             assert rank % step(found[linear].shape) == 0
-            assert rank * sum(found[linear].shape) < found[linear].size
+            assert stored(found[linear].shape, rank, index=2) < found[linear].size
 
 
 def tail(found, ranks):

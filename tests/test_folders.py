@@ -270,7 +270,7 @@ def made(finished, tmp_path):
 FORMS: dict[str, dict] = {
     "sparse24": {"method": "magnitude"},
     "dense": {"method": "magnitude", "format": "dense"},
-    "lowrank": {"method": "svd", "keep": "60%"},
+    "pivot": {"method": "svd", "keep": "60%"},
 }
 
 
@@ -319,7 +319,7 @@ def test_verify_makes_the_model_of_the_config(made, form, change, match):
     assert any(match in problem for problem in verify(out)["problems"]), verify(out)["problems"]
 
 
-@pytest.mark.parametrize("form", ["sparse24", "lowrank"])
+@pytest.mark.parametrize("form", ["sparse24", "pivot"])
 def test_a_config_saved_by_plain_transformers_is_found_and_mended(made, form):
     import compressor.runtime  # noqa: F401  # the plug-in: what mends it
 

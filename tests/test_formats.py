@@ -17,6 +17,7 @@ from compressor.formats import FORMATS, Spec, form_class
 from compressor.formats.armor import Armor
 from compressor.formats.headers import check_headers, packed_headers, unlisted
 from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
 from compressor.pattern import Pattern
 from compressor_kernels.packing import pack24
 from tests.conftest import ROOT
@@ -28,6 +29,7 @@ NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -51,6 +53,9 @@ def example(name, dtype=torch.bfloat16):
         return Armor(*pack24(weight), random(3, 8, 8), random(2, 16, 16))
     if name == "lowrank":
         return LowRank(random(OUT, 5), random(5, IN))
+    if name == "pivot":
+        pivots = torch.tensor([0, 3, 4, 11, OUT - 1], dtype=torch.int32)
+        return Pivot(random(5, IN), random(OUT - 5, 5), pivots)
     return FORMATS[name].from_dense(weight)
 
 
@@ -108,7 +113,7 @@ def test_forms_come_apart_and_together_again(name):
 def test_numbers_and_zeros_are_counted(name):
     form = example(name)
     assert form.parameters(form.entry, (OUT, IN)) == sum(
-        factor.numel() for factor in form.factors().values()
+        factor.numel() for factor in form.factors().values() if factor.is_floating_point()
     )
     assert (form.sparsity > 0) == form.SPARSE
     assert bool(form.TRAINABLE) != form.SPARSE

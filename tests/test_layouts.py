@@ -23,10 +23,13 @@ from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import Dense, InFragments, InTiles, Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.packing import check24, pack24
+from compressor_kernels.pivot import row_order
+from compressor_kernels.pivot_linear import PivotLinear
 from tests.test_packing import sparse
 
 LAYOUTS = [Stored, InFragments, InTiles, Dense]
 KINDS = ["2:4", "ARMOR"]
+THIN = ["low rank", "pivots"]  # held as they are stored
 OUT, IN = 40, 132
 
 
@@ -38,13 +41,17 @@ def filled(kind, seed=0, dtype=torch.float32, bias=True):
         module = Sparse24Linear(IN, OUT, **common)
     elif kind == "ARMOR":
         module = ArmorLinear(IN, OUT, block_a=8, block_b=12, **common)
+    elif kind == "pivots":
+        module = PivotLinear(IN, OUT, rank=7, **common)
     else:
         module = LowRankLinear(IN, OUT, rank=7, **common)
     state = {
         name: (torch.randn(tensor.shape, generator=generator) / 4).to(dtype)
         for name, tensor in module.state_dict().items()
     }
-    if kind != "low rank":
+    if kind == "pivots":
+        state["weight_pivots"] = torch.tensor([0, 2, 3, 11, 20, 21, 38], dtype=torch.int32)
+    elif kind != "low rank":
         state["weight_values"], state["weight_metadata"] = pack24(sparse(OUT, IN, seed, dtype))
     module.load_state_dict(state)
     return module
@@ -123,10 +130,10 @@ def test_the_state_does_not_depend_on_the_layout(kind, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [*KINDS, "low rank"])
+@pytest.mark.parametrize("kind", [*KINDS, *THIN])
 def test_a_copy_computes_in_another_process(kind, layout, tmp_path):
     module, x = filled(kind), x_of()
-    if kind == "low rank":
+    if kind in THIN:
         module.prepare_()
     else:
         module.place_(layout)
@@ -140,10 +147,10 @@ def test_a_copy_computes_in_another_process(kind, layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [InTiles])
-@pytest.mark.parametrize("kind", [*KINDS, "low rank"])
+@pytest.mark.parametrize("kind", [*KINDS, *THIN])
 def test_a_copy_computes_where_the_kernels_of_its_layout_do_not_run(monkeypatch, kind, layout):
     module, plain, x = filled(kind), filled(kind), x_of()
-    if kind == "low rank":
+    if kind in THIN:
         module.prepare_()
     else:
         module.place_(layout)
@@ -152,7 +159,7 @@ def test_a_copy_computes_where_the_kernels_of_its_layout_do_not_run(monkeypatch,
     twin = pickle.loads(copied)
     assert equal(twin.state_dict(), plain.state_dict())
     assert torch.equal(twin(x), plain(x))
-    if kind != "low rank":
+    if kind not in THIN:
         assert twin.layout is Dense
 
 
@@ -275,6 +282,12 @@ def as_autocast_computes(kind, module, x):
     bias = module.bias
     if kind == "low rank":
         return linear(linear(x, module.weight_v), module.weight_u, bias)
+    if kind == "pivots":
+        inner = linear(x, module.weight_v)
+        stacked = torch.cat([inner, linear(inner, module.weight_c)], -1)
+        y = torch.empty_like(stacked)
+        y[..., row_order(module.weight_pivots, OUT)] = stacked
+        return y + bias.to(y.dtype)
     if kind == "2:4":
         return linear(x, module.weight, bias)
     b, a = torch.block_diag(*module.weight_b), torch.block_diag(*module.weight_a)
@@ -285,10 +298,10 @@ def as_autocast_computes(kind, module, x):
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [*KINDS, "low rank"])
+@pytest.mark.parametrize("kind", [*KINDS, *THIN])
 def test_autocast_is_that_of_a_linear(kind, layout, dtype, to):
     module, x = filled(kind, dtype=dtype), x_of(dtype)
-    if kind != "low rank":
+    if kind not in THIN:
         module.place_(layout)
     with torch.autocast("cpu", dtype=to):
         expected, y = as_autocast_computes(kind, module, x), module(x)
@@ -331,8 +344,9 @@ def test_gradients_reach_x_and_the_bias_and_nothing_that_is_packed(kind, layout)
     assert [n for n, p in module.named_parameters() if p.requires_grad] == ["bias"]
 
 
-def test_low_rank_factors_train():
-    module = filled("low rank").requires_grad_(True)
+@pytest.mark.parametrize("kind", THIN)
+def test_low_rank_factors_train(kind):
+    module = filled(kind).requires_grad_(True)
     module(x_of()).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
 
@@ -347,10 +361,10 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [*KINDS, "low rank"])
+@pytest.mark.parametrize("kind", [*KINDS, *THIN])
 def test_gloo_sends_every_tensor(one_process, monkeypatch, kind, layout):
     module = filled(kind)
-    if kind == "low rank":
+    if kind in THIN:
         monkeypatch.setattr(backend, "runs", lambda x: True)
         module.prepare_()
     else:
@@ -469,7 +483,7 @@ def test_fused_projections_under_autocast_copied_and_reloaded():
 
 
 def test_an_op_says_what_it_writes_to():
-    for name in ("sparse24_stored", "sparse24_fragments", "armor", "lowrank"):
+    for name in ("sparse24_stored", "sparse24_fragments", "armor", "lowrank", "pivot"):
         schema = getattr(torch.ops.compressor_kernels, name).default._schema
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         assert written == ["semaphore"]

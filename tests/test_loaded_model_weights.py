@@ -125,7 +125,7 @@ def test_a_head_that_the_config_no_longer_ties_is_not_made_up(way, folder):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("kind", ["norm", "embedding", "sparse24", "armor", "lowrank"])
+@pytest.mark.parametrize("kind", ["norm", "embedding", "sparse24", "armor", "lowrank", "pivot"])
 def test_a_missing_tensor_is_not_made_up(family, kind, way, folder):
     damaged = folder(family)
     if kind in ("norm", "embedding"):
@@ -140,7 +140,7 @@ def test_a_missing_tensor_is_not_made_up(family, kind, way, folder):
         if (family, kind) == ("gpt2", "embedding"):
             match += r"|lacks lm_head\.weight"  # which is tied to it
     else:
-        suffix = {"sparse24": "metadata", "armor": "b", "lowrank": "v"}[kind]
+        suffix = {"sparse24": "metadata", "armor": "b", "lowrank": "v", "pivot": "c"}[kind]
         name = first_of(damaged, kind)
         drop(damaged, f"{name}.weight_{suffix}")
         match = f"weight_{suffix}"
@@ -156,11 +156,15 @@ def test_a_missing_tensor_is_not_made_up(family, kind, way, folder):
         ("sparse24", None),
         ("armor", None),
         ("lowrank", None),
+        ("pivot", None),
         ("sparse24", {"format": "lowrank", "rank": 4}),
         ("sparse24", {"format": "armor", "block_a": 8, "block_b": 8}),
         ("armor", {"format": "sparse24"}),
         ("armor", {"block_a": 4}),
         ("lowrank", {"rank": 8}),
+        ("lowrank", {"format": "pivot"}),
+        ("pivot", {"rank": 3}),
+        ("pivot", {"format": "lowrank"}),
         ("lowrank", {"format": "sparse24"}),
         ("sparse24", {"transposed": "turned"}),
     ],

@@ -85,9 +85,9 @@ def test_too_little_memory_gives_the_same_bytes(monkeypatch, tiny, rows, tmp_pat
             homes.append(home)
             super().__init__(device, home, name)
 
-    def counting(linears, *, gram=False, parts=False):
+    def counting(linears, *, gram=False, **others):
         grams.append(len(linears) if gram else 0)
-        return collecting(linears, gram=gram, parts=parts)
+        return collecting(linears, gram=gram, **others)
 
     monkeypatch.setattr(pipeline, "Batches", Home)
     monkeypatch.setattr(blocks, "collecting", counting)

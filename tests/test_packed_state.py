@@ -15,7 +15,8 @@ from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
 from compressor.run.pipeline import prune
 from compressor_kernels.layouts import Dense, InFragments, Stored
-from compressor_kernels.linear import LowRankLinear, PackedLinear
+from compressor_kernels.linear import PackedLinear
+from compressor_kernels.pivot_linear import PivotLinear
 
 IDS = torch.arange(4, 24)[None]
 FAMILIES = ["llama", "gpt2", "qwen3_moe", "phi3"]
@@ -53,7 +54,7 @@ def loaded(path, held, **options):
 
 
 def packed(model):
-    return [m for m in model.modules() if isinstance(m, PackedLinear | LowRankLinear)]
+    return [m for m in model.modules() if isinstance(m, PackedLinear | PivotLinear)]
 
 
 @torch.no_grad()
@@ -62,8 +63,13 @@ def logits(model):
 
 
 def scrambled(model):
-    """Let every core be another one of the same positions, and every other tensor be zero."""
-    zeros = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+    """Let every core be another one of the same positions, and every other tensor be zero but
+    pivots, for which zeros are damage.
+    """
+    zeros = {
+        n: t.clone() if n.endswith("weight_pivots") else torch.zeros_like(t)
+        for n, t in model.state_dict().items()
+    }
     model.load_state_dict(zeros)
     assert not logits(model).any()
     return model
@@ -146,7 +152,7 @@ def test_autocast_computes_what_the_twin_computes(folder, family, form, held):
         loaded(path, "dense", dtype=torch.float32),
     )
     for module in packed(twin):
-        if not isinstance(module, LowRankLinear):  # one product in bfloat16 in place of three
+        if not isinstance(module, PivotLinear):  # one product in bfloat16 in place of three
             module.forward = lambda x, m=module, w=module.weight: linear(x, w, m.bias)
     for to in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=to):
@@ -196,6 +202,6 @@ def test_what_is_packed_is_frozen_and_the_rest_trains(folder, tmp_path, family, 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     Trainer(model, arguments, train_dataset=rows).train()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    attention = {n for n in before if ".weight_u" in n and ".experts." not in n}
+    attention = {n for n in before if ".weight_c" in n and ".experts." not in n}
     assert attention
     assert attention <= changed

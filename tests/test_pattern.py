@@ -158,3 +158,20 @@ def test_parts_have_the_zeros_of_the_whole(columns, step, data):
 def test_chunks_keep_an_exact_count(monkeypatch):
     monkeypatch.setattr("compressor.pattern._CHUNK", 48)
     assert int((~Pattern.exact(331, 800).mask(torch.rand(50, 16))).sum()) == 331
+
+
+@given(st.lists(st.lists(st.integers(-2, 2), min_size=4, max_size=4), min_size=1, max_size=50))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_two_of_four_by_comparisons_are_those_of_a_sort(dtype, groups):
+    """Few values: most groups have ties."""
+    score = torch.tensor(groups, dtype=dtype)
+    order = score.argsort(dim=-1, stable=True)
+    by_sort = torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[:, :2], False)
+    assert torch.equal(Pattern.parse("2:4").mask(score.reshape(1, -1)).reshape(-1, 4), by_sort)
+
+
+def test_two_of_four_by_comparisons_on_many_numbers():
+    score = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    order = score.reshape(-1, 4).argsort(dim=-1, stable=True)
+    by_sort = torch.ones(len(order), 4, dtype=torch.bool).scatter_(-1, order[:, :2], False)
+    assert torch.equal(Pattern.parse("2:4").mask(score).reshape(-1, 4), by_sort)

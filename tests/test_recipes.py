@@ -72,10 +72,10 @@ def test_a_mixed_recipe_mixes_forms_and_shows_its_plan(cli, demo_model, rows, tm
     cli("lowrank", demo_model, "-o", tmp_path / "out", "--recipe", "mixed", *small)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     forms = {row["name"].split(".", 3)[3]: row["format"] for row in report["linears"]}
-    assert {name: form for name, form in forms.items() if form == "lowrank"} == {
-        f"self_attn.{part}_proj": "lowrank" for part in "qko"
+    assert {name: form for name, form in forms.items() if form == "pivot"} == {
+        f"self_attn.{part}_proj": "pivot" for part in "qko"
     }
-    assert set(forms.values()) == {"lowrank", "sparse24"}
+    assert set(forms.values()) == {"pivot", "sparse24"}
     assert "*" not in (tmp_path / "out" / "plan.toml").read_text()
     again = tmp_path / "again"
     cli("lowrank", demo_model, "-o", again, "--recipe", tmp_path / "out" / "recipe.toml", "-q")
@@ -111,7 +111,7 @@ def test_a_printed_recipe_runs_as_the_bundled_one(cli, demo_model, rows, tmp_pat
     formats = [
         row["format"] for row in json.loads((tmp_path / "c" / "report.json").read_text())["linears"]
     ]
-    assert formats == ["lowrank"] * 12
+    assert formats == ["pivot"] * 12
 
 
 def test_what_cannot_be_shown_is_one_line(cli, tmp_path):

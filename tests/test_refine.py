@@ -30,7 +30,7 @@ def test_unknown_name_is_a_usage_error_with_a_suggestion():
 def test_keeps_dtype_and_arguments(name, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 32, generator=generator) + torch.randn(32, generator=generator)
-    stats = InputStats(32, gram=True)
+    stats = InputStats(32, gram=True, moments=True)
     stats.update(x)
     weight = torch.randn(8, 32, generator=generator).to(dtype)
     pattern = Pattern.parse("2:4")
@@ -49,7 +49,7 @@ def test_keeps_dtype_and_arguments(name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_result_does_not_depend_on_how_rows_are_chunked(name, monkeypatch):
     generator = torch.Generator().manual_seed(1)
-    stats = InputStats(64, gram=True)
+    stats = InputStats(64, gram=True, moments=True)
     stats.update(
         torch.randn(300, 64, generator=generator) @ torch.randn(64, 64, generator=generator) + 1
     )

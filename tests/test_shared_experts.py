@@ -142,7 +142,7 @@ def test_experts_in_one_tensor_are_packed(kind, method, folder_of, rows, tmp_pat
     report = prune(recipe(folder_of(kind), rows, **METHODS[method]), tmp_path / "out")
     experts = [row for row in report.linears if ".experts." in row.name]
     assert len(experts) == 3 * 4 * 2
-    assert {row.format for row in experts} <= {"sparse24", "armor", "lowrank"}
+    assert {row.format for row in experts} <= {"sparse24", "armor", "pivot"}
     assert sum(row.bytes for row in experts) < 0.66 * sum(row.dense_bytes for row in experts)
     assert report.output_bytes == Reader(tmp_path / "out").nbytes
     check_round(folder_of(kind), tmp_path / "out", tmp_path, exact=method == "wanda")

@@ -11,7 +11,7 @@ from unittest import mock
 
 from compressor_kernels import backend
 
-LAUNCHING = ("sparse24", "armor", "lowrank")  # modules of compressor_kernels that launch
+LAUNCHING = ("sparse24", "armor", "lowrank", "pivot")  # modules of compressor_kernels that launch
 
 
 def compile_ahead(runs: Iterable[Callable[[], Any]]) -> None:

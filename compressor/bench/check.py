@@ -21,6 +21,7 @@ from compressor_kernels.armor import run_armor
 from compressor_kernels.fragments import Fragments, to_fragments
 from compressor_kernels.lowrank import lowrank
 from compressor_kernels.packing import pack24, unpack24
+from compressor_kernels.pivot import pivot, row_order
 
 
 class Case(NamedTuple):
@@ -117,6 +118,13 @@ def _factored(x: Tensor, fragments: Fragments, weight: Tensor, bias: Tensor) -> 
     semaphore = sparse.new_semaphore(max(n, 48), device)
     expected = x.double() @ v.double().T @ u.double().T + bias.double()
     found = [Case("lowrank", m, partial(lowrank, x, u, v, bias, semaphore), expected, semaphore)]
+    rows = row_order(torch.arange(0, n, -(-n // 48), device=device), n)
+    rank = len(range(0, n, -(-n // 48)))
+    parts = v[:rank], u[rank:, :rank].contiguous(), rows
+    inner = x.double() @ parts[0].double().T
+    by_pivots = torch.cat([inner, inner @ parts[1].double().T], -1)[:, rows.argsort()]
+    run = partial(pivot, x, *parts, bias, semaphore)
+    found.append(Case("pivot", m, run, by_pivots + bias.double(), semaphore))
     if n % 128 == 0 and k % 128 == 0 and m <= 64:
         a, b = (
             torch.randn(size // 128, 128, 128, dtype=dtype, device=device) / 128**0.5

@@ -27,7 +27,8 @@ def lowrank(
     verbose: options.Verbose = False,
     **given: Any,
 ) -> None:
-    """Replace linears by products of two thin factors, one decoder block in memory at a time.
+    """Replace linears by weights of low rank, two thin matrices each, one decoder block in memory
+    at a time.
 
     [bold]Examples[/bold]
 

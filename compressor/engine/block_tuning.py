@@ -31,7 +31,7 @@ from compressor.calibration.arguments import Arguments
 from compressor.calibration.hidden_states import Batch
 from compressor.formats import Form, notes
 
-Factors = dict[str, dict[str, nn.Parameter]]
+Factors = dict[str, dict[str, Tensor]]
 Place = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Call = Callable[[Mapping[str, Tensor], Batch], Tensor]
 
@@ -139,16 +139,21 @@ def _train(
     factors: Factors = {
         name: {
             part: nn.Parameter(factor.detach().float().clone())
+            if factor.is_floating_point()
+            else factor  # indices: they are given
             for part, factor in form.factors().items()
         }
         for name, form in forms.items()
     }
-    every = [factor for parts in factors.values() for factor in parts.values()]
+    every = [
+        factor for parts in factors.values() for factor in parts.values() if factor.requires_grad
+    ]
     masks = [factor.detach() != 0 for factor in every]
     groups = [
         {"params": [factor], "lr": rate * _size(factor) * (_PRODUCT if len(parts) > 1 else 1)}
         for parts in factors.values()
         for factor in parts.values()
+        if factor.requires_grad
     ]
     optimizer = torch.optim.Adam(groups, betas=_BETAS)
     total = epochs * len(hidden)

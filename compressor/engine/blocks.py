@@ -22,6 +22,7 @@ from compressor.calibration import capture
 from compressor.calibration.arguments import Arguments
 from compressor.calibration.capture import States
 from compressor.calibration.hidden_states import Batch, advance
+from compressor.calibration.last_linear import sparing_last
 from compressor.engine.block_tuning import tune
 from compressor.engine.distributed import ALONE, Group
 from compressor.engine.memory import gram_bytes, in_groups
@@ -30,13 +31,16 @@ from compressor.engine.plan import Plan, Prepared
 from compressor.engine.task import Rank, Task
 from compressor.errors import NumericalError
 from compressor.formats import Form
+from compressor.model import heap
 from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
+from compressor.model.linear import Linear
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
-from compressor.stats import InputStats, collecting
+from compressor.stats import InputStats, all_finite, collecting
 
 FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
-_ERROR_BATCHES = 4  # batches whose dense outputs are kept to measure the error of a block
+_ERROR_BATCHES = 2  # batches whose dense outputs are kept to measure the error of a block
+_GIVE_BACK = 1 << 23  # bytes of weights, after work on which freed memory goes back to the system
 
 
 Store = Callable[[Task, Form, Seen | None], None]
@@ -217,13 +221,19 @@ def _compressed(
     """
     plan, groups = block.plan, _groups(block, own)
     waiting: list[Compressed] = []
+    worked_on = 0
     for tasks in groups:
         stats = _observe(block, block.tasks if plan.splits_batches else tasks)
+        heap.give_back()
         for task in tasks:
             name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
             form, seen = _form(block, task, weight, stats.get(name)), None
             if not plan.tune:
                 form, seen = finish(plan, task, weight, form, stats.get(name))
+            worked_on += weight.nbytes
+            if worked_on >= _GIVE_BACK:
+                heap.give_back()
+                worked_on = 0
             if len(groups) == 1:
                 yield form, seen
             else:
@@ -235,6 +245,19 @@ def _compressed(
     yield from waiting
 
 
+def _collecting(
+    block: _Block, linears: Sequence[Linear]
+) -> AbstractContextManager[dict[str, InputStats]]:
+    """Collects what the plan needs of the inputs of `linears`."""
+    plan = block.plan
+    return collecting(
+        {linear.name: linear.module for linear in linears},
+        gram=plan.needs_gram,
+        moments=plan.needs_moments,
+        parts=block.sharing.size > 1,
+    )
+
+
 def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
     """Statistics of the inputs of the tasks' linears, by name; the first call adds the outputs of
     the first batches to `block.exact`.
@@ -242,13 +265,14 @@ def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
     states, plan = block.states, block.plan
     if states is None:
         return {}
-    modules = {task.linear.name: task.linear.module for task in tasks}
-    parts = block.sharing.size > 1
-    with _routing(block), collecting(modules, gram=plan.needs_gram, parts=parts) as stats:
+    linears = [task.linear for task in tasks]
+    with _routing(block), _collecting(block, linears) as stats, sparing_last(linears) as last:
         for batch in states.hidden:
-            leaving = capture.run(block.module, batch, block.arguments)
             number = batch.number
-            if number == len(block.exact) and number + states.offset < _ERROR_BATCHES:
+            wanted = number == len(block.exact) and number + states.offset < _ERROR_BATCHES
+            last.begin(spare=not wanted)
+            leaving = capture.run(block.module, batch, block.arguments)
+            if wanted:
                 block.exact.append(leaving.hidden)
     stats = block.sharing.merged(stats, block.device)
     return stats if plan.all_tokens else stats | _observe_idle(block, states, tasks, stats)
@@ -259,15 +283,10 @@ def _observe_idle(
 ) -> dict[str, InputStats]:
     """Statistics of all tokens for the experts that hardly a token was routed to."""
     enough = {name for name, inputs in routed.items() if inputs.tokens >= FEW_TOKENS}
-    idle = {
-        task.linear.name: task.linear.module
-        for task in tasks
-        if task.linear.experts and task.linear.name not in enough
-    }
+    idle = [task.linear for task in tasks if task.linear.experts and task.linear.name not in enough]
     if not idle:
         return {}
-    gram, parts = block.plan.needs_gram, block.sharing.size > 1
-    with seeing_all_tokens(block.module), collecting(idle, gram=gram, parts=parts) as stats:
+    with seeing_all_tokens(block.module), _collecting(block, idle) as stats:
         for batch in states.hidden:
             capture.run(block.module, batch, block.arguments)
     stats = block.sharing.merged(stats, block.device)
@@ -326,7 +345,7 @@ def _advance(block: _Block, states: States) -> float:
 
     def step(batch: Batch) -> Batch:
         leaving = capture.run(block.module, batch, block.arguments)
-        if not bool(torch.isfinite(leaving.hidden).all()):
+        if not all_finite(leaving.hidden):
             raise NumericalError(
                 f"what leaves {block.name} is not finite (NaN or Inf activations): try "
                 "`dtype='bfloat16'` or `dtype='float32'`"
@@ -343,8 +362,12 @@ def _advance(block: _Block, states: States) -> float:
 
 
 def _squares(output: Tensor, exact: Tensor) -> tuple[float, float]:
-    """‖output - exact‖² and ‖exact‖². In 16 bits a difference of finite numbers may overflow."""
-    difference = (output - exact).double().square().sum().item()
-    if not math.isfinite(difference):
-        difference = (output.double() - exact.double()).square().sum().item()
-    return difference, exact.double().square().sum().item()
+    """‖output - exact‖² and ‖exact‖², in float32, or in float64 where that overflows."""
+
+    def squares(dtype: torch.dtype) -> tuple[float, float]:
+        wide = exact.to(dtype)
+        difference = output.to(dtype) - wide
+        return difference.square().sum().item(), wide.square().sum().item()
+
+    narrow = squares(torch.float32)
+    return narrow if math.isfinite(sum(narrow)) else squares(torch.float64)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m compressor prune org/model -o out
 
-For methods that use means and variances only (magnitude, Wanda, DSnoT) the batches of the
+For methods that use norms, means and variances only (magnitude, Wanda, DSnoT) the batches of the
 calibration are split over the processes, in order: these are exchanged per batch and merged again
 in the order of the batches. Gram matrices are never exchanged: for methods that use them each
 process runs all batches and builds those of the linears that are its own. Both give the statistics
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compressor.errors import CompressError, OutputError, ProcessError, UsageError
 from compressor.formats import Form, form_of, notes
-from compressor.stats import InputStats
+from compressor.stats import InputStats, moved
 
 Made = tuple[Form, Any]
 """A form, and whatever belongs beside it and can be pickled."""
@@ -89,10 +89,7 @@ class Group:
         index = {id(own): number for number, own in enumerate(distinct)}
         everywhere = self._gathered({name: index[id(own)] for name, own in stats.items()})
         parts = self._gathered(
-            [
-                [(n, mean.cpu(), variance.cpu()) for n, mean, variance in own.parts or []]
-                for own in distinct
-            ]
+            [[moved(part, torch.device("cpu")) for part in own.parts or []] for own in distinct]
         )
         samples = self._gathered([own.sample.cpu() for own in distinct])
         merged: dict[tuple[int | None, ...], InputStats] = {}
@@ -103,13 +100,13 @@ class Group:
             )  # its number in each process, None in one that saw no token of it
             if key not in merged:
                 there = [(rank, number) for rank, number in enumerate(key) if number is not None]
-                merged[key] = total = InputStats(
-                    samples[there[0][0]][there[0][1]].shape[1], device=device
-                )
+                rank, number = there[0]
+                width, (_, _, moments) = samples[rank][number].shape[1], parts[rank][number][0]
+                merged[key] = total = InputStats(width, moments=moments is not None, device=device)
                 for rank, number in there:
                     total.add_sample(samples[rank][number].to(device))
-                    for tokens, mean, variance in parts[rank][number]:
-                        total.merge(tokens, mean.to(device), variance.to(device))
+                    for part in parts[rank][number]:
+                        total.merge(moved(part, device))
             by_name[name] = merged[key]
         return by_name
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from compressor.checkpoint.atomic import sha256, sync
 from compressor.checkpoint.work_state import damaged
-from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
+from compressor.methods.factor import Factors
 
 FOLDER = "factors"
 
@@ -41,19 +43,28 @@ class Factored:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
 
-    def keep(self, index: int, forms: Mapping[str, LowRank], values: Mapping[str, Tensor]) -> None:
-        """Write those of block `index` and their singular values, by the names of the linears."""
+    def keep(
+        self,
+        index: int,
+        linears: Mapping[str, tuple[Factors, str]],
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Write those of block `index`, each with a note, and their singular values, by the names
+        of the linears. A block of which there are none has no file.
+        """
+        if not linears:
+            return
         path = self._path(index)
         tensors = {
             f"{name}.{key}": tensor
-            for name, form in forms.items()
-            for key, tensor in form.factors().items()
+            for name, (factors, _) in linears.items()
+            for key, tensor in factors._asdict().items()
         }
         tensors |= {f"{name}.values": each for name, each in values.items()}
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             path,
-            metadata={name: form.note for name, form in forms.items()},
+            metadata={name: note for name, (_, note) in linears.items()},
         )
         sync(path)
         self._read(path)
@@ -80,15 +91,17 @@ class Factored:
         """Remove the file of block `index`, which nobody needs any more."""
         self._path(index).unlink(missing_ok=True)
 
-    def of(self, name: str, rank: int, device: torch.device) -> LowRank:
-        """Those of the linear `name`, cut to `rank`; only that part of the file is read. Raises
-        OutputError where the file is gone.
+    def of(self, name: str, rank: int, device: torch.device) -> Pivot:
+        """The weight of `rank` that those of the linear `name` make, in their dtype; only that part
+        of the file is read. Raises OutputError where the file is gone.
         """
         if name not in self._files:
             raise damaged(self.work, f"the factors of {name} are missing")
         with safe_open(self._files[name], framework="pt") as file:
             u, v = file.get_slice(f"{name}.u")[:, :rank], file.get_slice(f"{name}.v")[:rank]
-        return LowRank(u.contiguous().to(device), v.contiguous().to(device), self._notes[name])
+            scale = file.get_slice(f"{name}.scale")[:rank]
+        form = Factors(u.to(device), v.to(device), scale.to(device)).form(u.dtype)
+        return replace(form, note=self._notes[name])
 
     def _path(self, index: int) -> Path:
         return self.folder / f"factors-{index:05}.safetensors"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from compressor.engine.plan import Plan
@@ -13,7 +12,7 @@ from compressor.errors import NumericalError, about
 from compressor.formats import Form, notes
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
-from compressor.stats import InputStats, output_error
+from compressor.stats import InputStats, all_finite, output_error
 from compressor.text import to_ignore
 
 
@@ -58,7 +57,7 @@ def finish(
         NumericalError: it is not finite, whatever made it: method, refinement, factors or tuning.
     """
     weight_now = form.dense()
-    if not bool(torch.isfinite(weight_now).all()):
+    if not all_finite(weight_now):
         method = task.method.__name__.rpartition(".")[2]
         raise NumericalError(
             f"{task.linear.name}: what {method} makes of it is not finite (NaN or Inf) as "

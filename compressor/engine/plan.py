@@ -171,6 +171,11 @@ class Plan:
         return refined or any(method.NEEDS_GRAM for method in self._methods)
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether the statistics need mean and variance."""
+        return self.refine is not None and self.refine.NEEDS_MOMENTS
+
+    @property
     def splits_batches(self) -> bool:
         """Whether processes that share the run each take a part of the calibration; else each takes
         all of it.

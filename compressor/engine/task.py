@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+from compressor.formats.pivot import numbers
 from compressor.methods import counterpart, factors, method_module
 from compressor.model.linear import Linear
 from compressor.pattern import Pattern
 
 
 class Rank(int):
-    """The number of columns of U and rows of V in W = U V."""
+    """Of the weight: the number of columns of U and rows of V in W = U V."""
 
 
 Target = Pattern | Rank
@@ -45,13 +46,13 @@ class Task:
 
     @property
     def removed(self) -> float:
-        """Fraction of the weight's numbers that go: zeros of a pattern, or what factors of a rank
-        do without.
+        """Fraction of the weight's numbers that go: zeros of a pattern, or what a rank does
+        without.
         """
         target = self.chosen
         if isinstance(target, Pattern):
             return float(target.sparsity)
-        return 1 - target * sum(self.linear.shape) / self.linear.size
+        return 1 - numbers(target, self.linear.shape) / self.linear.size
 
     @property
     def fits_2_4(self) -> bool:

@@ -12,6 +12,7 @@ from compressor.formats.armor import Armor
 from compressor.formats.dense import Dense
 from compressor.formats.form import Form, Shape, Spec, notes
 from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
 from compressor.formats.sparse24 import Sparse24
 
 __all__ = [
@@ -33,6 +34,7 @@ FORMATS: dict[str, type[Form]] = {
     "sparse24": Sparse24,
     "armor": Armor,
     "lowrank": LowRank,
+    "pivot": Pivot,
 }
 """Every form by its name in config.json."""
 

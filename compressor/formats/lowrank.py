@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+def check_rank(entry: Mapping[str, Any], shape: Shape) -> None:
+    """`Form.check_entry` of a form whose entry has a rank."""
+    rank = entry.get("rank")
+    if type(rank) is not int or not 0 < rank <= min(shape):
+        raise ValueError(f"the rank {str(rank)[:50]}, its weight is {list(shape)}")
+
+
+def told_ranks(rows: Sequence[Mapping[str, Any]], form: type[Form]) -> str:
+    """`Form.told` of such a form."""
+    ranks = sorted(row["entry"]["rank"] for row in rows)
+    span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    kept = sum(form.parameters(row["entry"], row["shape"]) for row in rows)
+    return f"of low rank ({span}, {kept / weights(rows):.1%} of their parameters)"
+
+
 @dataclass(frozen=True)
 class LowRank(Form):
     """`u` `[out, rank]` and `v` `[rank, in]`, one dtype. A layer computes y = U (V x)."""
@@ -40,9 +55,7 @@ class LowRank(Form):
 
     @classmethod
     def check_entry(cls, entry: Mapping[str, Any], shape: Shape) -> None:
-        rank = entry.get("rank")
-        if type(rank) is not int or not 0 < rank <= min(shape):
-            raise ValueError(f"the rank {str(rank)[:50]}, its weight is {list(shape)}")
+        check_rank(entry, shape)
 
     @classmethod
     def parameters(cls, entry: Mapping[str, Any], shape: Shape) -> int:
@@ -54,10 +67,7 @@ class LowRank(Form):
 
     @staticmethod
     def told(rows: Sequence[Mapping[str, Any]]) -> str:
-        ranks = sorted(row["entry"]["rank"] for row in rows)
-        span = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-        kept = sum(LowRank.parameters(row["entry"], row["shape"]) for row in rows)
-        return f"of low rank ({span}, {kept / weights(rows):.1%} of their parameters)"
+        return told_ranks(rows, LowRank)
 
     @classmethod
     def module(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import UsageError
-from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
 from compressor.methods.factor import UNUSED, singular_values, truncate, whiten
 from compressor.stats import InputStats
 
@@ -31,7 +31,7 @@ def spectrum(weight: Tensor, stats: InputStats, *, alpha: float = 0.5) -> Tensor
     return values if bool(stats.norm.any()) else torch.zeros_like(values)
 
 
-def compress(weight: Tensor, stats: InputStats, rank: int, *, alpha: float = 0.5) -> LowRank:
+def compress(weight: Tensor, stats: InputStats, rank: int, *, alpha: float = 0.5) -> Pivot:
     """Factor `weight` `[out, in]`.
 
     Args:

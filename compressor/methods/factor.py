@@ -1,4 +1,5 @@
-"""The best product of two thin factors, in the norm that a method measures errors with.
+"""The best weight of a rank, as a product of two thin factors, in the norm that a method measures
+errors with; what is stored is made of it by pivots.py.
 
 With ‖E‖² = ‖Lᵀ E R‖²_F for triangular L and R, the nearest weight of rank k to W is Lᵀ⁻¹ (M)_k R⁻¹,
 (M)_k the truncated SVD of M = Lᵀ W R (Eckart and Young), and its error is the dropped tail Σ_{i>k}
@@ -11,12 +12,15 @@ be noise.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
 from compressor.errors import NumericalError, UsageError
-from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
+from compressor.methods.pivots import by_pivots
 
 _TRIES = 6
 UNUSED = "its inputs are all zero: factored by its weight alone"
@@ -71,21 +75,42 @@ def singular_values(matrix: Tensor) -> Tensor:
     return _values(torch.linalg.eigvalsh(gram))
 
 
+class Factors(NamedTuple):
+    """W = U V, one of the products of thin factors that a weight comes near.
+
+    Attributes:
+        u: `[out, k]`, columns by descending singular value: the first r are those of rank r.
+        v: `[k, in]`, its rows likewise.
+        scale: `[k]`, roots of the singular values. U and V are of like size; the columns of
+            U · scale are as long as those of the weight's error without them.
+    """
+
+    u: Tensor
+    v: Tensor
+    scale: Tensor
+
+    def form(self, dtype: torch.dtype) -> Pivot:
+        """This product as it is stored, its numbers rounded to `dtype`."""
+        scale = self.scale.double()
+        return by_pivots(self.u.double() * scale, self.v.double() / scale[:, None], dtype)
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """U and V rounded to `dtype`."""
+        return Factors(self.u.to(dtype), self.v.to(dtype), self.scale.float())
+
+
 def truncate(
     weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None
-) -> LowRank:
-    """The factors that `decompose` gives."""
-    return decompose(weight, rank, left, right)[0]
+) -> Pivot:
+    """The weight of rank `rank` that `decompose` finds, as it is stored, in its dtype."""
+    return decompose(weight, rank, left, right)[0].form(weight.dtype)
 
 
 def decompose(
     weight: Tensor, rank: int, left: Tensor | None = None, right: Tensor | None = None
-) -> tuple[LowRank, Tensor]:
-    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, and all singular
-    values of M, float64, descending.
-
-    The factors are of like size and in the weight's dtype. Their first columns are those of the
-    nearest weight of a lower rank.
+) -> tuple[Factors, Tensor]:
+    """The nearest weight of rank `rank` to `weight` `[out, in]` in ‖Lᵀ E R‖_F, float64, and all
+    singular values of M, float64, descending.
 
     Args:
         weight: `[out, in]`.
@@ -111,12 +136,12 @@ def decompose(
         basis, scale = _leading(squares, vectors, rank)
         u = basis if left is None else solve_triangular(left.T, basis, upper=True)
         v = (basis if left is None else left @ basis).T @ weight.double()
-        return _balanced(u, v, scale, weight.dtype), _values(squares)
+        return Factors(u * scale, v / scale[:, None], scale), _values(squares)
     squares, vectors = torch.linalg.eigh(whitened.T @ whitened)
     basis, scale = _leading(squares, vectors, rank)
     u = weight.double() @ _times(right, basis)
     v = basis.T if right is None else _over(basis.T, right)
-    return _balanced(u, v, 1 / scale, weight.dtype), _values(squares)
+    return Factors(u / scale, v * scale[:, None], scale), _values(squares)
 
 
 def _times(right: Tensor | None, basis: Tensor) -> Tensor:
@@ -139,18 +164,10 @@ def _values(squares: Tensor) -> Tensor:
 
 
 def _leading(squares: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The last `rank` eigenvectors, largest first, and the square roots of their singular values (1
-    for those that are zero).
+    """The last `rank` eigenvectors, largest first, and the square roots of their singular values;
+    of those that are zero up to rounding a millionth of the largest, of a zero matrix 1.
     """
     kept = squares[-rank:].flip(0)
-    scale = kept.clamp_min(0).pow(0.25)
-    return vectors[:, -rank:].flip(1), torch.where(
-        kept > squares[-1] * 1e-24, scale, torch.ones_like(scale)
-    )
-
-
-def _balanced(u: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> LowRank:
-    """U · scale and V / scale, rounded once: factors of like size, so that neither overflows and
-    both can be trained.
-    """
-    return LowRank((u * scale).to(dtype).contiguous(), (v / scale[:, None]).to(dtype).contiguous())
+    largest = float(squares[-1])
+    scale = kept.clamp_min(largest * 1e-24) if largest > 0 else torch.ones_like(kept)
+    return vectors[:, -rank:].flip(1), scale.pow(0.25)

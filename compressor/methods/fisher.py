@@ -5,7 +5,7 @@ A and B are the Kronecker factors of the Fisher information, its nearest product
 the power method (compressor/allocation/rank/fisher_factors.py says why not those of K-FAC, Martens
 and Grosse 2015, https://arxiv.org/abs/1503.05671). With A / tr A = R Rᵀ and B = L Lᵀ the rise of
 the loss is ½ ‖Lᵀ ΔW R‖²: truncating M = Lᵀ W R is optimal, and the squares of its dropped singular
-values are rises of the loss in one unit for all linears. So one threshold on S² / (out + in)
+values are rises of the loss in one unit for all linears. So one price of a parameter
 decides all ranks (compressor/allocation/rank/threshold.py).
 """
 
@@ -14,9 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.formats.lowrank import LowRank
 from compressor.methods import factor
-from compressor.methods.factor import check_damp, root
+from compressor.methods.factor import Factors, check_damp, root
 
 NEEDS_INPUTS = True
 NEEDS_GRAM = False
@@ -33,7 +32,7 @@ def decompose(
     *,
     damp: float = 1e-6,
     gradient_damp: float = 1e-3,
-) -> tuple[LowRank, Tensor]:
+) -> tuple[Factors, Tensor]:
     """Factor `weight` `[out, in]`; gives the factors and all singular values of M, float64
     `[min(out, in)]`.
 

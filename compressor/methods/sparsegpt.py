@@ -19,6 +19,7 @@ from compressor.stats import InputStats
 NEEDS_INPUTS = True
 NEEDS_GRAM = True
 REFINABLE = True
+_FEW = 16  # columns that are updated one by one
 
 
 def compress(
@@ -48,33 +49,36 @@ def compress(
             f"sparsegpt needs damp > 0 and a block_size that is a multiple of m: "
             f"damp={damp:g}, block_size={block_size}, pattern {pattern}"
         )
-    W = weight.float().clone()
+    W = weight.float().T.contiguous()  # `[in, out]`: a column of the weight is one piece of memory
     U, dead = inverse_factor(stats, damp)
-    W[:, dead] = 0
-    for start in range(0, W.shape[1], block_size):
-        stop = min(start + block_size, W.shape[1])
-        errors = _prune_columns(
-            W[:, start:stop], U[start:stop, start:stop], pattern.part(start, stop, W.shape[1])
-        )
-        W[:, stop:] -= errors @ U[start:stop, stop:]
-    return Dense(W.to(weight.dtype))
+    W[dead] = 0
+    for start in range(0, len(W), block_size):
+        stop = min(start + block_size, len(W))
+        part = pattern.part(start, stop, len(W))
+        errors = _prune_columns(W[start:stop], U[start:stop, start:stop], part)
+        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    return Dense(W.T.to(weight.dtype).contiguous())
 
 
 def _prune_columns(W: Tensor, U: Tensor, pattern: Pattern) -> Tensor:
-    """Prune the columns of one block in place, `W` `[out, b]`, `U` `[b, b]`; returns their scaled
-    errors `[out, b]`.
+    """Prune one block in place, `W` `[b, out]`, `U` `[b, b]`; returns the scaled errors `[b, out]`.
+
+    The columns of a few at a time are brought up to date one by one, those after them all at once.
     """
-    errors = torch.zeros_like(W)
-    scale = U.diagonal()
-    mask = torch.ones_like(W, dtype=torch.bool)
+    errors, scale = torch.empty_like(W), U.diagonal()[:, None]
+    mask = torch.empty_like(W, dtype=torch.bool)
     if not pattern.m:
-        mask = pattern.mask_matrix((W / scale).square())
-    for column in range(W.shape[1]):
-        if pattern.m and column % pattern.m == 0:
-            group = slice(column, column + pattern.m)
-            mask[:, group] = pattern.mask((W[:, group] / scale[group]).square())
-        w = W[:, column]
-        errors[:, column] = w.masked_fill(mask[:, column], 0) / scale[column]
-        W[:, column:] -= errors[:, column, None] * U[column, None, column:]
-        W[:, column].masked_fill_(~mask[:, column], 0)
+        mask = pattern.mask_matrix((W / scale).square().T).T.contiguous()
+    few = max(1, _FEW // max(1, pattern.m)) * max(1, pattern.m)
+    for first in range(0, len(W), few):
+        last = min(first + few, len(W))
+        for column in range(first, last):
+            if pattern.m and column % pattern.m == 0:
+                group = slice(column, column + pattern.m)
+                mask[group] = pattern.mask((W[group] / scale[group]).square().T).T
+            pruned = W[column].masked_fill(mask[column], 0)
+            torch.div(pruned, scale[column], out=errors[column])
+            W[column + 1 : last].addr_(U[column, column + 1 : last], errors[column], alpha=-1)
+            W[column] -= pruned
+        W[last:].addmm_(U[first:last, last:].T, errors[first:last], alpha=-1)
     return errors

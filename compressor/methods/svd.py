@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
 from compressor.methods.factor import singular_values, truncate
 from compressor.stats import InputStats
 
@@ -22,7 +22,7 @@ def spectrum(weight: Tensor, stats: InputStats | None) -> Tensor:
     return singular_values(weight)
 
 
-def compress(weight: Tensor, stats: InputStats | None, rank: int) -> LowRank:
+def compress(weight: Tensor, stats: InputStats | None, rank: int) -> Pivot:
     """The factors of the `rank` largest singular values of `weight` `[out, in]`; `stats` is not
     looked at.
     """

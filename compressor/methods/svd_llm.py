@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compressor.formats.lowrank import LowRank
+from compressor.formats.pivot import Pivot
 from compressor.methods.factor import UNUSED, check_damp, root, singular_values, truncate, whiten
 from compressor.stats import InputStats
 
@@ -33,7 +33,7 @@ def spectrum(weight: Tensor, stats: InputStats, *, damp: float = 1e-6) -> Tensor
     return torch.zeros_like(values) if right is None else values
 
 
-def compress(weight: Tensor, stats: InputStats, rank: int, *, damp: float = 1e-6) -> LowRank:
+def compress(weight: Tensor, stats: InputStats, rank: int, *, damp: float = 1e-6) -> Pivot:
     """Factor `weight` `[out, in]`.
 
     Args:

@@ -7,17 +7,14 @@ experts are linears by `experts`.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, NumericalError
-from compressor.model import hf_conversion
+from compressor.model import heap, hf_conversion
 from compressor.model.architecture import check_sizes, load_config
 from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
 from compressor.model.language_model import decoder_blocks, is_wrapper, on_meta, text_path
@@ -31,15 +28,13 @@ from compressor.model.linear import (
     never_compressed,
     own_linear,
 )
+from compressor.stats import all_finite
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise NumericalError naming `name` where the tensor holds NaN or Inf."""
-    low, high = (
-        tensor.aminmax()
-    )  # both are NaN if any value is; reads the tensor once and makes no mask
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        kind = "NaN" if bool(torch.isnan(low)) else "Inf"
+    if not all_finite(tensor):
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
         raise NumericalError(
             f"{name} holds {kind} as {str(tensor.dtype).removeprefix('torch.')}; nothing was "
             f"written"
@@ -64,7 +59,7 @@ class Skeleton:
     def __init__(
         self, reader: Reader, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
     ) -> None:
-        _return_large_allocations()
+        heap.keep_freed()
         self.reader = reader
         self.trust_remote_code = trust_remote_code
         self.config = load_config(reader, trust_remote_code=trust_remote_code)
@@ -175,11 +170,13 @@ class Skeleton:
                     f"{linear.name} is not where it was expected in {linear.experts}; leave its "
                     f"experts dense"
                 )
+        heap.give_back()  # what their way from the file has left
         return self.blocks[index].to(device)
 
     def free_block(self, index: int) -> None:
         """Return the memory of a block."""
         _parameters_to_meta(self.blocks[index], lambda name: True)
+        heap.give_back()
 
     def load_embeddings(self, device: torch.device, *, head: bool = False) -> nn.Module:
         """The decoder without its blocks (embeddings, rotary tables, final norm), on `device`.
@@ -233,6 +230,7 @@ class Skeleton:
         stay.
         """
         _parameters_to_meta(self.model, lambda name: not name.startswith(f"{self.path}."))
+        heap.give_back()
 
     def linears(self, index: int) -> list[Linear]:
         """The weight matrices of block `index`: of modules that compute y = W x + b, as nn.Linear
@@ -319,19 +317,6 @@ def _parameters_to_meta(module: nn.Module, chosen: Callable[[str], bool]) -> Non
                 leaf,
                 nn.Parameter(parameter.to("meta"), requires_grad=False),
             )
-
-
-def _return_large_allocations() -> None:
-    """Have glibc give every freed tensor back to the system at once.
-
-    By default its threshold for that grows to 32 MB, and tensors below it leave a fragmented heap:
-        a 1.1B model then takes
-    55 MB more with each block. With a threshold of 1 MB it is 2 MB still, with a quarter of that
-    0.2 MB.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
 
 
 def _stored_dtype(reader: Reader) -> torch.dtype:

@@ -1,14 +1,15 @@
 """Refinements: what improves a pruned weight afterwards, at no extra bytes; one file each, the file
 name is the option's value.
 
-A refinement is a module: docstring with the paper, its URL and formula; `NEEDS_GRAM`; and a pure
-function
+A refinement is a module: docstring with the paper, its URL and formula; `NEEDS_GRAM` and
+`NEEDS_MOMENTS`, whether it reads the Gram matrix, or mean and variance; and a pure function
 `refine(weight, pruned, stats, pattern, *, option=default, …) -> Tensor`. Its keyword-only
 parameters are its options.
 
     weight   [out, in], the weight before pruning, storage dtype
     pruned   [out, in], same dtype: what a method made of it, zeros in place
-    stats    the InputStats of the linear, with `gram` where NEEDS_GRAM
+    stats    the InputStats of the linear, with `gram` where NEEDS_GRAM, with `mean` and `m2` where
+             NEEDS_MOMENTS
     returns  [out, in], same dtype, legal under `pattern`; neither argument is changed
 """
 

@@ -30,6 +30,7 @@ from compressor.refine.quadratic import Quadratic, better_rows, row_chunks
 from compressor.stats import InputStats
 
 NEEDS_GRAM = True
+NEEDS_MOMENTS = False
 
 _PENALTIES = (0.1, 3.0)  # ρ of the first and of the last stage, in units of the diagonal of H
 

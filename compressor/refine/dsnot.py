@@ -36,6 +36,7 @@ from compressor.refine.quadratic import row_chunks
 from compressor.stats import InputStats
 
 NEEDS_GRAM = False
+NEEDS_MOMENTS = True
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from compressor.refine.quadratic import Quadratic, better_rows, row_chunks
 from compressor.stats import InputStats
 
 NEEDS_GRAM = True
+NEEDS_MOMENTS = False
 
 _CONVERGED = 1e-14  # of the squared residual at the start: what float32 can resolve
 

@@ -27,6 +27,7 @@ from compressor.refine.quadratic import Quadratic, better_rows, row_chunks
 from compressor.stats import InputStats
 
 NEEDS_GRAM = True
+NEEDS_MOMENTS = False
 
 # columns whose residual is updated at once by small products; the rest follows in one large one
 _BLOCK = 128

@@ -26,7 +26,7 @@ def rehearse(
     """
     columns = -(-16 // (pattern.m or 1)) * (pattern.m or 1)
     generator = torch.Generator().manual_seed(0)
-    stats = InputStats(columns, gram=True)
+    stats = InputStats(columns, gram=True, moments=True)
     stats.update(torch.randn(2 * columns, columns, generator=generator))
     weight = torch.randn(16, columns, generator=generator)
     pruned = method.compress(weight, stats, pattern, **options).dense()

@@ -27,7 +27,7 @@ from compressor_kernels.layouts import (
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
-from compressor_kernels.stored_linear import StoredLinear, moves_tensors
+from compressor_kernels.stored_linear import StoredLinear, features, moves_tensors, unwritten
 
 STORED = ("weight_values", "weight_metadata")  # a core in the state
 
@@ -56,7 +56,7 @@ class PackedLinear(StoredLinear):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._register(Stored.unwritten(out_features, in_features, dtype, device))
-        self.bias = _parameter(dtype, device, out_features) if bias else None
+        self.bias = unwritten(dtype, device, out_features) if bias else None
         self._before_hooks: type[Layout] | None = None
 
     @property
@@ -252,7 +252,7 @@ class Sparse24Linear(PackedLinear):
 
     def extra_repr(self) -> str:
         """Features and bias, as `print(model)` shows them."""
-        return f"{_features(self)}, 2:4"
+        return f"{features(self)}, 2:4"
 
 
 class ArmorLinear(PackedLinear):
@@ -282,8 +282,8 @@ class ArmorLinear(PackedLinear):
                 f" and {in_features} inputs"
             )
         super().__init__(in_features, out_features, bias=bias, dtype=dtype, device=device)
-        self.weight_a = _parameter(dtype, device, out_features // block_a, block_a, block_a)
-        self.weight_b = _parameter(dtype, device, in_features // block_b, block_b, block_b)
+        self.weight_a = unwritten(dtype, device, out_features // block_a, block_a, block_a)
+        self.weight_b = unwritten(dtype, device, in_features // block_b, block_b, block_b)
 
     @property
     def weight(self) -> Tensor:
@@ -308,7 +308,7 @@ class ArmorLinear(PackedLinear):
     def extra_repr(self) -> str:
         """Features, bias and block sizes, as `print(model)` shows them."""
         blocks = f"blocks of {self.weight_a.shape[1]} and {self.weight_b.shape[1]}"
-        return f"{_features(self)}, 2:4 between {blocks}"
+        return f"{features(self)}, 2:4 between {blocks}"
 
 
 class LowRankLinear(StoredLinear):
@@ -333,9 +333,9 @@ class LowRankLinear(StoredLinear):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
 
-        self.weight_u = _parameter(dtype, device, out_features, rank)
-        self.weight_v = _parameter(dtype, device, rank, in_features)
-        self.bias = _parameter(dtype, device, out_features) if bias else None
+        self.weight_u = unwritten(dtype, device, out_features, rank)
+        self.weight_v = unwritten(dtype, device, rank, in_features)
+        self.bias = unwritten(dtype, device, out_features) if bias else None
         self.register_buffer("semaphore", None, persistent=False)
         self.cpu_kernels = False  # compute on a CPU
 
@@ -384,14 +384,4 @@ class LowRankLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
-        return f"{_features(self)}, rank={self.rank}"
-
-
-def _parameter(dtype: torch.dtype, device: torch.device | str | None, *shape: int) -> nn.Parameter:
-    """Not written; what loads the weights says whether they train."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-def _features(module: Any) -> str:
-    bias = module.bias is not None
-    return f"in_features={module.in_features}, out_features={module.out_features}, bias={bias}"
+        return f"{features(self)}, rank={self.rank}"

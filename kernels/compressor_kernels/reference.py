@@ -4,6 +4,7 @@ without a GPU.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -58,6 +59,25 @@ def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tens
         `[..., out]` in the dtype of x.
     """
     return linear(linear(x, v), u, bias)
+
+
+def pivot(x: Tensor, v: Tensor, c: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[rows[:r]] = V x, y[rows[r:]] = C (V x), and the bias added.
+
+    Args:
+        x: `[..., in]`.
+        v: `[r, in]`, the dtype of x.
+        c: `[out - r, r]`, the dtype of x.
+        rows: int64 `[out]`, a permutation.
+        bias: `[out]` or None.
+
+    Returns:
+        `[..., out]` in the dtype of x.
+    """
+    inner = linear(x, v)
+    stacked = torch.cat([inner, linear(inner, c)], dim=-1)
+    y = torch.empty_like(stacked).index_copy(-1, rows, stacked)
+    return y if bias is None else y + bias
 
 
 def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:

@@ -56,3 +56,14 @@ def moves_tensors(module: nn.Module) -> bool:
     hook = getattr(module, "_hf_hook", None)
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(t.is_meta for t in tensors) or (hook is not None and getattr(hook, "offload", True))
+
+
+def unwritten(dtype: torch.dtype, device: torch.device | str | None, *shape: int) -> nn.Parameter:
+    """Not written; what loads the weights says whether they train."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def features(module: Any) -> str:
+    """Sizes and bias, as `print(model)` shows them of every linear."""
+    bias = module.bias is not None
+    return f"in_features={module.in_features}, out_features={module.out_features}, bias={bias}"

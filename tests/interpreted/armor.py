@@ -1,4 +1,4 @@
-"""ARMOR in two launches and the low-rank product against float64 at awkward sizes."""
+"""ARMOR in two launches and the low-rank products against float64 at awkward sizes."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from compressor_kernels import armor as ops
 from compressor_kernels.fragments import to_fragments
 from compressor_kernels.lowrank import lowrank, run_skinny
 from compressor_kernels.packing import pack24
+from compressor_kernels.pivot import pivot, row_order, scatter
 from compressor_kernels.sparse24 import new_semaphore
 from tests.interpreted.sparse24 import DTYPES, ROWS
 from tests.interpreted.tolerance import assert_close
@@ -73,4 +74,28 @@ def test_low_rank(rows, dtype):
     )
     config = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 64, "split": 3, "warps": 4, "stages": 3}
     assert_close(run_skinny(x, v, None, semaphore, config), x.double() @ v.double().T)
+    assert not semaphore.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("with_bias", "split"), [(True, 3), (False, 1)])
+def test_pivots(rows, dtype, with_bias, split):
+    torch.manual_seed(rows)
+    c, v = (torch.randn(64, 36) / 6).to(dtype), (torch.randn(36, 130) / 11).to(dtype)
+    bias = torch.randn(100).to(dtype) if with_bias else None
+    pivots = torch.randperm(100)[:36].sort().values.int()
+    x, order = torch.randn(rows, 130).to(dtype), row_order(pivots, 100)
+    semaphore = new_semaphore(100, "cpu")
+    expected = torch.empty(rows, 100, dtype=torch.float64)
+    inner = (x.double() @ v.double().T).to(dtype)
+    expected[:, order] = torch.cat([inner.double(), inner.double() @ c.double().T], 1)
+    if bias is not None:
+        expected += bias.double()
+    assert_close(pivot(x, v, c, order, bias, semaphore), expected)
+    config = {"kernel": "dot", "bm": 16, "bn": 32, "bk": 16, "warps": 4, "stages": 3}
+    y = scatter(inner, c, order, bias, semaphore, {**config, "split": split})
+    assert_close(y, expected)
+    if bias is None:
+        assert torch.equal(y[:, pivots.long()], inner)
     assert not semaphore.any()

@@ -69,6 +69,7 @@ def test_everything(pretended, monkeypatch, capsys):
         "dot",
         "armor",
         "lowrank",
+        "pivot",
         "unpack_stored",
     }
     assert all(row["ok"] for row in checked)
@@ -84,6 +85,7 @@ def test_everything(pretended, monkeypatch, capsys):
         "sparse24",
         "armor",
         "lowrank",
+        "pivot",
     }
     assert [row["model"] for row in result["decode"]] == ["dense", "2:4"]
     assert "sparse24 128 x 128: no gain here" in said.out

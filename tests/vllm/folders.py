@@ -14,6 +14,7 @@ from compressor.checkpoint.packed_config import compressed_config, module_entry,
 from compressor.formats.armor import Armor
 from compressor.formats.lowrank import LowRank
 from compressor.formats.sparse24 import Sparse24
+from compressor.methods.pivots import by_pivots
 
 
 def largest_two(weight):
@@ -30,8 +31,8 @@ def near_identity(number, size, generator, dtype):
 
 
 def stored(form, weight, generator, blocks=(32, 32)):
-    """`weight` `[out, in]` as a form: 2:4 by magnitude, ARMOR with wrappers near the identity, or
-    half the rank.
+    """`weight` `[out, in]` as a form: 2:4 by magnitude, ARMOR with wrappers near the identity,
+    thin factors of half the rank, or a quarter of it by pivots.
     """
     if form == "sparse24":
         return Sparse24.from_dense(largest_two(weight))
@@ -43,8 +44,10 @@ def stored(form, weight, generator, blocks=(32, 32)):
         )
         return Armor.from_factors(a, largest_two(weight), b)
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    rank = min(weight.shape) // 2
+    rank = min(weight.shape) // (4 if form == "pivot" else 2)
     u, v = left[:, :rank] * values[:rank], right[:rank]
+    if form == "pivot":
+        return by_pivots(u, v, weight.dtype)
     return LowRank(u.to(weight.dtype).contiguous(), v.to(weight.dtype).contiguous())
 
 

@@ -32,8 +32,9 @@ def layer(forms, *, packed=True, rank=0, ranks=1, loaded=True, dtype=torch.float
     own = torch.arange(32).chunk(ranks)[rank]
     for seed, form in enumerate(forms):
         entry, stored_tensors, weight = linear(form, 32, seed, dtype)
-        held = form == "lowrank" or (packed and form != "dense")
-        parts.append(Part(f"block.{seed}", entry, Share(own, 0, INPUTS, INPUTS), held))
+        held = form in ("lowrank", "pivot") or (packed and form != "dense")
+        share = Share(own, 0, INPUTS, INPUTS, whole=ranks == 1)
+        parts.append(Part(f"block.{seed}", entry, share, held))
         tensors.append(stored_tensors)
         weights.append(weight[own])
     segments = allocate(parts, dtype, torch.device("cpu"))
@@ -59,6 +60,7 @@ MIXTURES = [
     ("dense", "dense", "armor"),
     ("armor", "armor"),
     ("lowrank", "lowrank"),
+    ("pivot", "pivot", "sparse24"),
     ("dense", "sparse24", "sparse24", "armor", "lowrank", "dense", "dense"),
 ]
 
@@ -106,11 +108,11 @@ def test_memory_is_taken_before_loading_and_only_for_this_rank():
 
 def test_without_weights_it_computes_zeros():
     """As vLLM's dummy loader needs it: no metadata is out of bounds."""
-    _, segments, _ = layer(("sparse24", "armor", "lowrank", "dense"), loaded=False)
+    _, segments, _ = layer(("sparse24", "armor", "lowrank", "pivot", "dense"), loaded=False)
     assert not outputs(segments, torch.ones(2, INPUTS)).any()
 
 
-@pytest.mark.parametrize("form", ["sparse24", "armor", "lowrank"])
+@pytest.mark.parametrize("form", ["sparse24", "armor", "lowrank", "pivot"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_missing_tensor_is_named(form, packed):
     tensors = linear(form, 32)[1]
@@ -137,11 +139,27 @@ def test_damaged_metadata_is_refused_by_name(form, packed):
 @pytest.mark.parametrize("packed", [True, False])
 def test_tensors_of_another_shape_are_refused_by_name(form, packed):
     for suffix, tensor in linear(form, 32)[1].items():
-        for wrong in (tensor[:, : tensor.shape[1] // 2], tensor[: len(tensor) // 2], tensor[0, 0]):
+        narrow = tensor[..., : tensor.shape[-1] // 2]
+        for wrong in (narrow, tensor[: len(tensor) // 2], tensor.flatten()[0]):
             parts, _, _ = layer((form,), packed=packed, loaded=False)
             damaged = {**linear(form, 32)[1], suffix: wrong}
             with pytest.raises(CheckpointError, match=r"block\.0"):
                 load_all(parts[0], damaged)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_damaged_pivots_are_refused_by_name(ranks):
+    _, tensors, _ = linear("pivot", 32)
+    tensors["weight_pivots"][4] = tensors["weight_pivots"][5]
+    parts, _, _ = layer(("pivot",), ranks=ranks, loaded=False)
+    with pytest.raises(CheckpointError, match=r"block\.0 is damaged: pivot 5 is"):
+        load_all(parts[0], tensors)
+
+
+def test_some_rows_of_a_weight_by_pivots_are_held_as_thin_factors():
+    for ranks, kind in ((1, "pivot"), (2, "lowrank")):
+        _, segments, _ = layer(("pivot",), ranks=ranks)
+        assert [segment.entry["format"] for segment in segments] == [kind]
 
 
 def test_a_tensor_of_another_form_is_refused():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from compressor.formats import FORMATS, form_class
+from compressor.formats.pivot import Pivot
 from compressor.runtime.vllm_plugin.fused import specs
-from compressor.runtime.vllm_plugin.slicing import Share, cut, obstacle
+from compressor.runtime.vllm_plugin.slicing import Share, cut, held_as, obstacle
 from compressor_kernels.packing import metadata_of_columns, pack24
 from tests.vllm.folders import largest_two, stored
 
@@ -29,12 +30,17 @@ def whole(form, rows, columns, blocks=(8, 4)):
 def check(form, rows, columns, share):
     entry, tensors, weight = whole(form, rows, columns)
     assert obstacle(entry, share) == ""
-    local = {suffix: cut(entry, suffix, tensor, share) for suffix, tensor in tensors.items()}
-    due = specs(entry, share.shape, torch.float64)
+    held = held_as(entry, share)
+    if held != entry:
+        assert form == "pivot"
+        assert not share.whole
+        tensors = Pivot.unpack(entry, tensors).thin().pack()
+    local = {suffix: cut(held, suffix, tensor, share) for suffix, tensor in tensors.items()}
+    due = specs(held, share.shape, torch.float64)
     assert {key: (part.dtype, tuple(part.shape)) for key, part in local.items()} == due
     made = (
-        form_class(form)
-        .unpack(entry, {key: part.contiguous() for key, part in local.items()})
+        form_class(held["format"])
+        .unpack(held, {key: part.contiguous() for key, part in local.items()})
         .dense()
     )
     expected = weight[share.rows][:, share.start : share.stop]
@@ -59,7 +65,9 @@ def test_rows_of_every_rank(form, ranks):
 def test_columns_of_every_rank_whole_words_of_metadata_or_not(form, columns, ranks):
     width = columns // ranks
     for rank in range(ranks):
-        check(form, 16, columns, Share(torch.arange(16), rank * width, (rank + 1) * width, columns))
+        span = rank * width, (rank + 1) * width, columns
+        check(form, 16, columns, Share(torch.arange(16), *span))
+        check(form, 16, columns, Share(torch.arange(16), *span, whole=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,6 +135,18 @@ def test_what_cannot_be_cut_is_said(entry, share, reason):
 def test_forms_whose_tensors_are_not_known_here_are_not_cut(monkeypatch):
     monkeypatch.setattr(FORMATS["sparse24"], "SUFFIXES", ("weight_values", "weight_scales"))
     assert "weight_scales" in obstacle({"format": "sparse24"}, Share(torch.arange(4), 0, 16, 16))
+
+
+def test_some_rows_of_a_weight_by_pivots_are_thin_factors_where_those_are_smaller():
+    entry = {"format": "pivot", "rank": 6}
+    everything, some = torch.arange(16), torch.arange(8)
+    assert held_as(entry, Share(everything, 0, 16, 16, whole=True)) == entry
+    assert held_as(entry, Share(everything, 0, 8, 16, whole=True)) == entry
+    thin = Share(some, 0, 40, 40)
+    assert held_as(entry, thin) == {"format": "lowrank", "rank": 6}
+    assert obstacle(entry, thin) == ""
+    assert "no smaller" in obstacle(entry, Share(some, 0, 16, 16))
+    assert "the rank 6" in obstacle(entry, Share(some[:5], 0, 40, 40))
 
 
 def test_thin_factors_and_dense_weights_are_cut_anywhere():

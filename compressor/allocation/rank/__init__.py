@@ -11,7 +11,9 @@ option=default, …) -> ranks`, whose keyword-only parameters are its options.
     align     ranks are multiples of it; 0 for the rule of `step`
     ranks     name -> rank, or None where the linear stays dense
 
-No allocator gives a linear factors that are as large as the linear itself.
+A linear of rank k is stored as k (out + in - k) numbers (compressor/formats/pivot.py): what one
+more rank costs falls as k rises, out + in - 2 k - 1. No allocator gives a linear a rank that makes
+it no smaller.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
+from math import isqrt
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError, did_you_mean
+from compressor.formats.pivot import numbers
 
 if TYPE_CHECKING:  # the names below are shown by help, which does without torch
     from torch import Tensor
@@ -52,7 +56,7 @@ class Spectrum:
 
     def parameters(self, rank: int | None) -> int:
         """Numbers stored at `rank`; None is dense."""
-        return self.size if rank is None else rank * sum(self.shape)
+        return self.size if rank is None else numbers(rank, self.shape)
 
 
 def allocator(name: str) -> ModuleType:
@@ -66,10 +70,20 @@ def allocator(name: str) -> ModuleType:
 
 
 def largest_rank(shape: tuple[int, int]) -> int:
-    """The largest rank whose factors are smaller than the weight: k (out + in) < out · in. 0 where
-    there is none.
+    """The largest rank that is stored in fewer bytes than the weight, 0 where there is none: the
+    numbers, k (out + in - k), and the indices of k rows, which have the bytes of two numbers each.
     """
-    return max(0, (shape[0] * shape[1] - 1) // sum(shape))
+    return _largest(shape, shape[0] * shape[1] - 1, 2)
+
+
+def _largest(shape: tuple[int, int], most: int, indices: int = 0) -> int:
+    """The largest k up to min(out, in) with k (out + in - k + indices) <= most."""
+    half = sum(shape) + indices  # k² - half · k + most = 0 has it as its smaller root
+    if most >= min(shape) * (half - min(shape)):
+        return min(shape)
+    root = isqrt(half * half - 4 * most)
+    rank = (half - root) // 2
+    return rank if rank * (half - rank) <= most else rank - 1
 
 
 def step(shape: tuple[int, int], align: int = 0) -> int:
@@ -93,10 +107,10 @@ def rounded_down(rank: int, shape: tuple[int, int], align: int = 0) -> int:
 
 
 def rank_keeping(shape: tuple[int, int], keep: Fraction) -> int:
-    """The largest rank whose factors have no more than `keep` of the parameters, a multiple of
-    `step` if possible; 0 for none.
+    """The largest rank with no more than `keep` of the parameters, a multiple of `step` if
+    possible; 0 for none.
     """
-    most = min(int(keep * shape[0] * shape[1] / sum(shape)), largest_rank(shape))
+    most = min(_largest(shape, int(keep * shape[0] * shape[1])), largest_rank(shape))
     return rounded_down(most, shape) or most
 
 

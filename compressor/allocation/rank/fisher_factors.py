@@ -19,8 +19,6 @@ lower rank are the first columns.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,7 @@ from compressor.engine.factor_store import Factored
 from compressor.engine.plan import Plan
 from compressor.engine.task import Task
 from compressor.errors import about
-from compressor.formats.lowrank import LowRank
-from compressor.methods.factor import UNUSED
+from compressor.methods.factor import UNUSED, Factors
 from compressor.progress import Progress
 
 TOKENS = 32_768  # of the calibration, if there are so many
@@ -60,12 +57,12 @@ def factor_all(
     skeleton, part = in_float32(plan.skeleton, states, TOKENS, device)
     factors.begin()
     for done, (index, taps) in enumerate(backward_blocks(skeleton, part, device)):
-        forms, values = {}, {}
+        linears, values = {}, {}
         for task in plan.tasks[index]:
             if task.needs_gradients:
                 name = task.linear.name
-                forms[name], values[name] = _factor(plan, task, taps.pop(name), device)
-        factors.keep(index, forms, values)
+                linears[name], values[name] = _factor(plan, task, taps.pop(name), device)
+        factors.keep(index, linears, values)
         progress("gradients", done + 1, len(plan.tasks))
 
 
@@ -82,8 +79,12 @@ def kronecker_factors(tap: Taps) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[LowRank, Tensor]:
-    """The factors of one linear, and its singular values in units of the loss."""
+def _factor(
+    plan: Plan, task: Task, tap: Taps, device: torch.device
+) -> tuple[tuple[Factors, str], Tensor]:
+    """The factors of one linear in its dtype and the note on them, and its singular values in units
+    of the loss.
+    """
     check_seen(task.linear.name, tap)
     largest = max(1, largest_rank(task.linear.shape))
     rank = largest if task.target is None else task.target
@@ -93,8 +94,9 @@ def _factor(plan: Plan, task: Task, tap: Taps, device: torch.device) -> tuple[Lo
     if not bool(inputs.any()):
         inputs, outputs, note = _without_gradient(tap, outputs)
     with about(task.linear.name):
-        form, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
-    return replace(form, note=note), values.new_zeros(len(values)) if note else values
+        factors, values = task.method.decompose(weight, rank, inputs, outputs, **task.options)
+    kept = factors.to(weight.dtype), note
+    return kept, values.new_zeros(len(values)) if note else values
 
 
 def _without_gradient(tap: Taps, outputs: Tensor) -> tuple[Tensor, Tensor, str]:

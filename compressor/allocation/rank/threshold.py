@@ -1,19 +1,19 @@
 """One threshold for the whole model on what a parameter buys: the exact optimum of Σ dropped S²
 under a budget of parameters.
 
-A unit of rank of a linear costs out + in parameters and lowers the dropped tail by S_i²; S
-descends, so for a price λ of a parameter the best rank is the number of i with S_i² / (out + in) >
-λ. Dense costs λ · out · in and drops nothing, and is taken where that is cheaper. Parameters fall
-as λ rises; bisection finds the λ that meets the budget, and what is left of it buys the most
-valuable units that still fit. Squares have to be comparable between linears: see `spectrum` of each
-method.
+Rank k of a linear costs k (out + in - k) parameters and drops the tail Σ_{i>k} S_i², dense costs
+out · in and drops nothing. For a price λ of a parameter each linear takes what makes tail + λ ·
+parameters least, looked for among all its ranks: the marginal cost falls, so that many ranks at
+once may pay where the next one does not. Parameters fall as λ rises; bisection finds the λ that
+meets the budget, and what is left of it buys the most valuable runs of ranks that still fit.
+Squares have to be comparable between linears: see `spectrum` of each method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -27,23 +27,38 @@ NEEDS_SPECTRA = True
 
 @dataclass(frozen=True)
 class _Curve:
-    """What the ranks `sizes` of one linear drop: `tails` of them, and `dense` parameters without
-    dropping anything.
+    """What the ranks `sizes` of one linear cost and drop, and `dense` parameters without dropping
+    anything.
     """
 
-    sizes: Tensor
+    sizes: list[int]
+    costs: Tensor
     tails: Tensor
-    cost: int
     dense: int
 
     def best(self, price: float) -> int | None:
         """The rank with the smallest tail + price · parameters; None for dense. At equal cost the
         fewer parameters.
         """
-        costs = self.tails + price * self.cost * self.sizes
+        costs = self.tails + price * self.costs
         if not len(costs) or float(costs.min()) > price * self.dense:
             return None
-        return int(self.sizes[int(costs.argmin())])
+        return self.sizes[int(costs.argmin())]
+
+    def raised(self, rank: int | None, left: int) -> tuple[float, int, int]:
+        """Of the ranks above `rank` that `left` parameters pay for, the one with most tail a
+        parameter: that, the rank, and what it costs. Zeros where there is none.
+        """
+        if rank is None:
+            return 0.0, 0, 0
+        start = self.sizes.index(rank)
+        costs = self.costs[start + 1 :] - self.costs[start]
+        gains = (self.tails[start] - self.tails[start + 1 :]) / costs
+        gains = gains[: int((costs <= left).sum())]
+        if not len(gains):
+            return 0.0, 0, 0
+        place = int(gains.argmax())
+        return float(gains[place]), self.sizes[start + 1 + place], int(costs[place])
 
 
 def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) -> Ranks:
@@ -82,7 +97,7 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
             low = middle
         else:
             high = middle
-    return _spend(spectra, curves, ranks_at(high), budget, align)
+    return _spend(spectra, curves, ranks_at(high), budget)
 
 
 def _curve(spectrum: Spectrum, align: int) -> _Curve:
@@ -91,43 +106,31 @@ def _curve(spectrum: Spectrum, align: int) -> _Curve:
         [squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]
     )  # [i] = Σ of all from the i-th on
     size = step(spectrum.shape, align)
-    sizes = torch.arange(size, min(largest_rank(spectrum.shape), len(squares)) + 1, size)
-    return _Curve(sizes, dropped[sizes], sum(spectrum.shape), spectrum.size)
+    sizes = list(range(size, min(largest_rank(spectrum.shape), len(squares)) + 1, size))
+    costs = torch.tensor([spectrum.parameters(rank) for rank in sizes], dtype=torch.float64)
+    return _Curve(sizes, costs, dropped[sizes], spectrum.size)
 
 
 def _spend(
-    spectra: Mapping[str, Spectrum],
-    curves: Mapping[str, _Curve],
-    ranks: Ranks,
-    budget: int,
-    align: int,
+    spectra: Mapping[str, Spectrum], curves: Mapping[str, _Curve], ranks: Ranks, budget: int
 ) -> Ranks:
-    """Raise ranks by single steps, the most valuable first, while they fit."""
+    """Raise ranks by runs of steps, the most valuable first, while they fit."""
     left, ranks = budget - parameters(spectra, ranks), dict(ranks)
-    steps = {name: step(spectrum.shape, align) for name, spectrum in spectra.items()}
     last_first = {name: -place for place, name in enumerate(sorted(spectra))}
+    offers: list[tuple[float, int, str]] = []  # of equal ones the last name counts
 
-    def offer(name: str) -> list[tuple[float, int, str]]:
-        """What one more step of a linear is worth a parameter, negative: a heap gives the least
-        first. Of equal ones the last name counts.
-        """
-        curve, rank, size = curves[name], ranks[name], steps[name]
-        if rank is None or rank >= int(curve.sizes[-1]):
-            return []
-        index = rank // size - 1
-        gain = float(curve.tails[index] - curve.tails[index + 1]) / (size * curve.cost)
-        return [(-gain, last_first[name], name)]
+    def offer(name: str) -> None:
+        gain, _, _ = curves[name].raised(ranks[name], left)
+        if gain > 0:
+            heappush(offers, (-gain, last_first[name], name))
 
-    offers = [each for name in spectra for each in offer(name)]
-    heapify(offers)
+    for name in spectra:
+        offer(name)
     while offers:
-        negative_gain, _, name = heappop(offers)
-        cost = steps[name] * curves[name].cost
-        if negative_gain >= 0:
-            break
-        if cost <= left:  # what does not fit now never will
-            ranks[name] = (ranks[name] or 0) + steps[name]
+        gain, _, name = heappop(offers)
+        now, rank, cost = curves[name].raised(ranks[name], left)
+        if now == -gain:  # else it no longer fits
+            ranks[name] = rank
             left -= cost
-            for each in offer(name):
-                heappush(offers, each)
+        offer(name)
     return ranks

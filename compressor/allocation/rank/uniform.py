@@ -1,5 +1,5 @@
-"""Uniform: every linear keeps the same fraction of its parameters, k = keep · out · in / (out +
-in). The one to beat.
+"""Uniform: every linear keeps the same fraction of its parameters, the k with k (out + in - k) =
+keep · out · in. The one to beat.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
     check_align(align)
     keep = Fraction(budget, sum(spectrum.size for spectrum in spectra.values()))
     steps = {name: step(spectrum.shape, align) for name, spectrum in spectra.items()}
-    exact = {name: keep * spectrum.size / sum(spectrum.shape) for name, spectrum in spectra.items()}
+    exact = {name: _exact(spectrum.shape, keep) for name, spectrum in spectra.items()}
     ranks: Ranks = {name: int(exact[name] // steps[name]) * steps[name] for name in spectra}
     left = budget - parameters(spectra, ranks)
     for name in sorted(spectra, key=lambda name: (ranks[name] or 0) - exact[name]):
         shape, raised = spectra[name].shape, (ranks[name] or 0) + steps[name]
-        cost = steps[name] * sum(shape)
+        cost = spectra[name].parameters(raised) - spectra[name].parameters(ranks[name] or 0)
         if raised <= largest_rank(shape) and cost <= left:
             ranks[name] = raised
             left -= cost
@@ -71,3 +71,9 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, *, align: int = 0) ->
         name: rank if rank and rank <= largest_rank(spectra[name].shape) else None
         for name, rank in ranks.items()
     }
+
+
+def _exact(shape: tuple[int, int], keep: Fraction) -> float:
+    """The k, no whole number, with k (out + in - k) = keep · out · in."""
+    half = sum(shape) / 2
+    return half - (half * half - float(keep) * shape[0] * shape[1]) ** 0.5

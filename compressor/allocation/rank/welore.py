@@ -4,7 +4,7 @@ https://arxiv.org/abs/2407.11239, section 3).
 With σ̃ = (σ - min σ) / (max σ - min σ), a weight keeps k = #{i : σ̃_i ≥ t}, t the same for all. The
 paper takes t from a table per target; here it is the smallest that meets the budget, found among
 the values of σ̃ themselves, where alone anything changes. k is rounded up to the step of ranks,
-then compared with the break-even k (out + in) < out · in: a weight that factors would not make
+then compared with the break-even (`largest_rank`): a weight that factors would not make
 smaller stays dense (N-LRC; the others are LRC).
 
 Two guards. The normalisation hangs on the largest singular value: with one spike, all others seem

@@ -8,7 +8,7 @@ holds and no more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -19,15 +19,20 @@ from torch import Tensor, nn
 from compressor.checkpoint.packed_config import module_entry, place_of
 from compressor.errors import CheckpointError
 from compressor.formats import Form, Spec, checked_shape, form_class, form_of
+from compressor.formats.dense import Dense
 from compressor.formats.form import torch_dtype
+from compressor.formats.pivot import Pivot
 from compressor.runtime.modules import packed_module
-from compressor.runtime.vllm_plugin.slicing import Share, cut
+from compressor.runtime.vllm_plugin.slicing import Share, cut, held_as
 from compressor_kernels.packing import check24
+from compressor_kernels.pivot import check_pivots
 
 Entry = Mapping[str, Any]
 """What config.json says of a linear: its format, and what else its shapes take."""
 
 DENSE: Entry = {"format": "dense"}
+_OF_ALL_ROWS = ("weight_b", "weight_v", "weight_c", "weight_pivots")
+"""Tensors whose first dimension is known; that of the others has rows of other ranks too."""
 _PAIR = 0x4444  # a word of metadata in which every group names its columns 0 and 1
 
 
@@ -39,8 +44,9 @@ class Part:
         name: for messages.
         entry: how it is stored.
         share: what this rank holds of it.
-        packed: whether it is held as it is stored; otherwise it is unpacked as soon as all of its
-            tensors are there.
+        packed: whether it is held as it is stored, or by `held_as` of slicing.py; otherwise it is
+            unpacked. What is held otherwise than stored is made as soon as all of its tensors are
+            there.
         place: this rank's tensors of it, by suffix: views into those of its segment.
         whole: tensors that have come and wait for the others.
         loaded: suffixes of the tensors that have come.
@@ -57,7 +63,7 @@ class Part:
     @property
     def held(self) -> Entry:
         """The entry of what is in memory."""
-        return self.entry if self.packed else DENSE
+        return held_as(self.entry, self.share) if self.packed else DENSE
 
     def load(self, suffix: str, tensor: Tensor) -> None:
         """Take one stored tensor, all ranks' of it. Raises CheckpointError where it does not belong
@@ -69,21 +75,24 @@ class Part:
                 f"config.json says that {self.name} is stored as {', '.join(expected)}, the "
                 f"checkpoint has its {suffix}"
             )
-        if self.packed:
-            self._check_shape(suffix, tensor)
-            self.place[suffix].copy_(cut(self.entry, suffix, tensor, self.share))
+        if self.held == self.entry:
+            self._place(suffix, tensor)
         else:
             self.whole[suffix] = tensor
             if len(self.whole) == len(expected):
-                self._unpack()
+                self._convert()
         self.loaded.add(suffix)
+
+    def _place(self, suffix: str, tensor: Tensor) -> None:
+        """Keep this rank's part of a tensor of what is held."""
+        self._check_shape(suffix, tensor)
+        self.place[suffix].copy_(cut(self.held, suffix, tensor, self.share))
 
     def _check_shape(self, suffix: str, tensor: Tensor) -> None:
         rows = int(self.share.rows.max()) + 1
-        entry = DENSE if suffix == "weight" else self.entry
-        _, least = specs(entry, (rows, self.share.inputs), tensor.dtype)[suffix]
+        _, least = specs(self.held, (rows, self.share.inputs), tensor.dtype)[suffix]
         shape = tuple(tensor.shape)
-        any_rows = suffix not in ("weight_b", "weight_v") and len(shape) == len(least)
+        any_rows = suffix not in _OF_ALL_ROWS and len(shape) == len(least)
         fits = shape[1:] == least[1:] and shape[0] >= least[0] if any_rows else shape == least
         if not fits:
             raise CheckpointError(
@@ -91,10 +100,10 @@ class Part:
                 f"{self.share.inputs} inputs and at least {rows} outputs"
             )
 
-    def _unpack(self) -> None:
-        share, place = self.share, self.place["weight"]
+    def _convert(self) -> None:
+        dtype = next(tensor.dtype for tensor in self.place.values())
         try:
-            form = unpacked(self.entry, self.whole, place.dtype)
+            form = unpacked(self.entry, self.whole, dtype)
         except ValueError as error:
             raise CheckpointError(f"{self.name} is damaged: {error}") from None
         found = module_entry(form.entry, place_of(self.entry))
@@ -102,9 +111,9 @@ class Part:
             raise CheckpointError(
                 f"config.json says that {self.name} is {dict(self.entry)}, it is {found}"
             )
-        weight = form.dense()
-        self._check_shape("weight", weight)
-        place.copy_(cut(DENSE, "weight", weight, share))
+        held = form.thin() if isinstance(form, Pivot) and self.packed else Dense(form.dense())
+        for suffix, tensor in held.pack().items():
+            self._place(suffix, tensor)
         self.whole.clear()
 
     def check(self) -> None:
@@ -114,10 +123,15 @@ class Part:
             names = ", ".join(f"{self.name}.{suffix}" for suffix in missing)
             raise CheckpointError(f"the checkpoint lacks {names}: its copy is not complete")
         if "weight_metadata" in self.place:
-            try:
-                check24(self.place["weight_values"], self.place["weight_metadata"])
-            except ValueError as error:
-                raise CheckpointError(f"{self.name} is damaged: {error}") from None
+            self._undamaged(check24, self.place["weight_values"], self.place["weight_metadata"])
+        if "weight_pivots" in self.place:
+            self._undamaged(check_pivots, self.place["weight_pivots"], self.share.shape[0])
+
+    def _undamaged(self, check: Callable[..., None], *stored: Any) -> None:
+        try:
+            check(*stored)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name} is damaged: {error}") from None
 
 
 @dataclass
@@ -188,8 +202,8 @@ def unpacked(entry: Entry, tensors: Mapping[str, Tensor], dtype: torch.dtype) ->
 
 
 def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) -> list[Segment]:
-    """The segments that hold `parts`, in their order, filled with zeros; each part is given its
-    place.
+    """The segments that hold `parts`, in their order, filled with zeros, or the first of possible
+    indices; each part is given its place.
     """
 
     def together(part: Part) -> str:
@@ -202,7 +216,9 @@ def allocate(parts: Sequence[Part], dtype: torch.dtype, device: torch.device) ->
         members = list(group)
         shape = sum(part.share.shape[0] for part in members), members[0].share.shape[1]
         tensors = {
-            suffix: torch.full(size, _PAIR if kind == torch.int16 else 0, dtype=kind, device=device)
+            suffix: torch.arange(*size, dtype=kind, device=device)
+            if suffix == "weight_pivots"
+            else torch.full(size, _PAIR if kind == torch.int16 else 0, dtype=kind, device=device)
             for suffix, (kind, size) in specs(members[0].held, shape, dtype).items()
         }
         segments.append(Segment(members[0].held, tensors, shape, dtype))

@@ -29,6 +29,7 @@ from compressor_kernels.layouts import kernel_layout
 logger = init_logger(f"vllm.{__name__}")
 
 _QKV = ("q", "k", "v", "index_q", "index_k")  # what vLLM calls the parts of an attention's input
+_INDICES = {"weight_metadata": torch.int16, "weight_pivots": torch.int32}
 
 
 class CompressLinearMethod(LinearMethodBase):
@@ -68,7 +69,7 @@ class CompressLinearMethod(LinearMethodBase):
         layer.compress_segments = allocate(parts, params_dtype, device)
         layer.compress_dummy = get_current_vllm_config().load_config.load_format == "dummy"
         for suffix in self.suffixes:
-            dtype = torch.int16 if suffix == "weight_metadata" else params_dtype
+            dtype = _INDICES.get(suffix, params_dtype)
             door: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             door.weight_loader = partial(_load, layer, suffix)
             layer.register_parameter(suffix, door)
@@ -186,7 +187,8 @@ def _shares(layer: Any, shards: list[Any], rows: int, columns: int, inputs: int)
     for shard in shards:
         filled = _probe(layer, outputs, (rows,), 0, *(() if shard is None else (shard,)))
         places = (filled >= 0).nonzero().flatten()
-        shares.append(Share(filled[places], start, start + columns, inputs))
+        whole = rows == layer.output_size and torch.equal(filled[places], outputs[: len(places)])
+        shares.append(Share(filled[places], start, start + columns, inputs, whole))
         position += len(places)
         if int(places[-1]) != position - 1 or int(places[0]) != position - len(places):
             raise CheckpointError(_unknown(layer.prefix))

@@ -8,6 +8,7 @@ Every stored form can be cut so that the product of the cut factors is the cut o
 | 2:4 | rows of values and metadata | groups of four; words of metadata, made anew if need be |
 | ARMOR | whole blocks of A, their rows of the core | whole blocks of B, their columns of the core |
 | low rank | rows of U, V whole | columns of V, U whole |
+| low rank by pivots | as U V, the rows of the pivots being unit rows of U | columns of V, C whole |
 
 Where the columns of an ARMOR weight are split, A is whole on every rank: it is applied to the
 rank's partial sums, which are added up afterwards.
@@ -35,17 +36,28 @@ class Share:
             which the rank has them.
         start, stop: the span of its columns.
         inputs: how many columns the whole weight has.
+        whole: its rows are all rows of the weight, in their order.
     """
 
     rows: Tensor
     start: int
     stop: int
     inputs: int
+    whole: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight on this rank."""
         return len(self.rows), self.stop - self.start
+
+
+def held_as(entry: Mapping[str, Any], share: Share) -> Mapping[str, Any]:
+    """The entry of what a rank holds of a weight stored as `entry` says. Some rows of one that is
+    stored by pivots have too few of these to be stored so: they are two thin factors.
+    """
+    if entry["format"] == "pivot" and not share.whole:
+        return {**entry, "format": "lowrank"}
+    return entry
 
 
 def obstacle(entry: Mapping[str, Any], share: Share) -> str:
@@ -59,6 +71,8 @@ def obstacle(entry: Mapping[str, Any], share: Share) -> str:
         form.check_entry(entry, share.shape)
     except ValueError as error:
         return f"a rank's part would have {error}"
+    if held_as(entry, share) != entry and _no_smaller(entry["rank"], share.shape):
+        return "a rank's part would have factors no smaller than it"
     if "weight_values" in form.SUFFIXES and (share.start % 4 or share.stop % 4):
         return f"{span} cut a group of four"
     if "weight_a" in form.SUFFIXES and _blocks(share.rows, entry["block_a"]) is None:
@@ -98,8 +112,14 @@ _CUTS: dict[str, Callable[[Tensor, Share, Mapping[str, Any]], Tensor]] = {
     "weight_b": lambda t, s, entry: t[s.start // entry["block_b"] : s.stop // entry["block_b"]],
     "weight_u": lambda t, s, _: _pick(t, s.rows),
     "weight_v": lambda t, s, _: t[:, s.start : s.stop],
+    "weight_c": lambda t, s, _: t,
+    "weight_pivots": lambda t, s, _: t,
 }
 """The part of each stored tensor, by suffix, that belongs to a share of a linear with an entry."""
+
+
+def _no_smaller(rank: int, shape: tuple[int, int]) -> bool:
+    return rank * sum(shape) >= shape[0] * shape[1]
 
 
 def _blocks(rows: Tensor, size: int) -> Tensor | None:

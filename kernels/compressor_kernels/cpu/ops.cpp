@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Tensor.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
@@ -325,12 +326,55 @@ Tensor lowrank(const Tensor& x, const Tensor& u, const Tensor& v, const Optional
   return y;
 }
 
+// y[rows[j]] is column j of `inner`, or j - rank of `outer`, and its bias, added to what was rounded.
+template <class V>
+void place_rows(Rows<const V> inner, int64_t rank, Rows<const V> outer, int64_t m, const int64_t* rows, const Output<V>& out,
+                int64_t out_features) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < out_features; j++) {
+      const V* value = j < rank ? inner.at(i, j) : outer.at(i, j - rank);
+      V* y = out.y.at(i, rows[j]);
+      if (out.bias) store4(y, _mm_add_ps(load4(value, 1), load4(out.bias + rows[j], 1)), 1);
+      else *y = *value;
+    }
+}
+
+Tensor pivot(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& order, const OptionalTensor& bias) {
+  const auto dtype = v.scalar_type();
+  TORCH_CHECK_VALUE(v.dim() == 2 && c.dim() == 2, "v and c are not matrices");
+  const int64_t rank = v.size(0), out_features = rank + c.size(0), in_features = v.size(1);
+  check("v", v, {rank, in_features}, dtype);
+  check("c", c, {c.size(0), rank}, dtype);
+  check("rows", order, {out_features}, at::kLong);
+  check_bias(bias, out_features, dtype);
+  const Tensor rows = matrix(x, in_features, dtype), y = result(x, out_features);
+  if (!y.numel()) return y;
+  const int64_t m = rows.size(0);
+  for (int64_t j = 0; j < out_features; j++)
+    TORCH_CHECK_VALUE((uint64_t)data<int64_t>(order)[j] < (uint64_t)out_features, "rows are not those of ", out_features);
+  if (m > kFewRows) {
+    const Tensor inner = at::linear(rows, v), stacked = at::cat({inner, at::linear(inner, c)}, 1);
+    Tensor all = y.view({m, out_features});
+    all.index_copy_(1, order, stacked);
+    return bias ? y.add(*bias) : y;
+  }
+  by_dtype(dtype, [&](auto value) {
+    using V = decltype(value);
+    const Rows<V> inner = scratch_rows<V>(0, m, rank), outer = scratch_rows<V>(1, m, c.size(0));
+    thin<V>(v, {data<V>(rows), rows.stride(0)}, m, {inner, nullptr});
+    thin<V>(c, constant(inner), m, {outer, nullptr});
+    place_rows<V>(constant(inner), rank, constant(outer), m, data<int64_t>(order), output<V>(y, out_features, bias), out_features);
+  });
+  return y;
+}
+
 TORCH_LIBRARY_FRAGMENT(compressor_kernels, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def("cpu_sparse24(Tensor x, Tensor values, Tensor positions, Tensor? bias, int out_features, int in_features) -> Tensor", tags);
   m.def("cpu_sparse24_by_panels(Tensor x, Tensor values, Tensor positions, Tensor? bias, int out_features, int in_features) -> Tensor", tags);
   m.def("cpu_armor(Tensor x, Tensor values, Tensor positions, Tensor a, Tensor b, Tensor? bias) -> Tensor", tags);
   m.def("cpu_lowrank(Tensor x, Tensor u, Tensor v, Tensor? bias) -> Tensor", tags);
+  m.def("cpu_pivot(Tensor x, Tensor v, Tensor c, Tensor rows, Tensor? bias) -> Tensor", tags);
   m.def("cpu_dense(Tensor x, Tensor w, Tensor? bias) -> Tensor", tags);
 }
 
@@ -339,6 +383,7 @@ TORCH_LIBRARY_IMPL(compressor_kernels, CPU, m) {
   m.impl("cpu_sparse24_by_panels", TORCH_FN(sparse24_by_panels));
   m.impl("cpu_armor", TORCH_FN(armor));
   m.impl("cpu_lowrank", TORCH_FN(lowrank));
+  m.impl("cpu_pivot", TORCH_FN(pivot));
   m.impl("cpu_dense", TORCH_FN(dense));
 }
 

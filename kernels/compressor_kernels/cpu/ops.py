@@ -62,6 +62,13 @@ def lowrank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.compressor_kernels.cpu_lowrank.default(x, u, v, bias)
 
 
+def pivot(x: Tensor, v: Tensor, c: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """y[rows[:r]] = V x, y[rows[r:]] = C (V x), and the bias added; `rows` int64 `[out]`, a
+    permutation. Else as `sparse24`.
+    """
+    return torch.ops.compressor_kernels.cpu_pivot.default(x, v, c, rows, bias)
+
+
 def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """y = W x + bias with a dense W by the kernel of the thin factors: what benchmarks compare
     `sparse24` with.
@@ -77,6 +84,7 @@ def load(path: Path | None) -> None:
         ("sparse24_by_panels", 4),
         ("armor", 3),
         ("lowrank", 1),
+        ("pivot", 3),
         ("dense", 1),
     )
     for name, place in products:

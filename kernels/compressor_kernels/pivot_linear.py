@@ -1,0 +1,131 @@
+"""The linear of a weight that is stored as rows of its own and what combines them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor_kernels import backend, reference
+from compressor_kernels.cpu import ops as cpu_ops
+from compressor_kernels.layouts import InTiles, autocast_dtype, cast
+from compressor_kernels.pivot import check_pivots, pivot_op, row_order
+from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
+from compressor_kernels.stored_linear import StoredLinear, features, unwritten
+
+
+class PivotLinear(StoredLinear):
+    """t = V x, y[pivots] = t, y[rest] = C t, and the bias added.
+
+    Its state is `weight_v` and `weight_c` (and `bias`), parameters that train like those of two
+    linears, and the buffer `weight_pivots`. Once it is prepared, `rows` is the order of its rows
+    (pivot.py), which is worked out at every call before.
+    """
+
+    without_kernels = "two thin products, computed by torch"
+    weight_pivots: Tensor
+    rows: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.weight_v = unwritten(dtype, device, rank, in_features)
+        self.weight_c = unwritten(dtype, device, out_features - rank, rank)
+        self.bias = unwritten(dtype, device, out_features) if bias else None
+        pivots = torch.arange(rank, dtype=torch.int32, device=device)
+        self.register_buffer("weight_pivots", pivots)
+        self.register_buffer("rows", None, persistent=False)
+        self.register_buffer("semaphore", None, persistent=False)
+        self.cpu_kernels = False  # compute on a CPU
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[out, in]`, for code that looks at a linear's weight."""
+        stacked = torch.cat([self.weight_v, self.weight_c @ self.weight_v])
+        return torch.empty_like(stacked).index_copy(0, self._rows(), stacked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        v, c, bias, dtype = self.weight_v, self.weight_c, self.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, v, c = cast(x, dtype), cast(v, dtype), cast(c, dtype)
+            bias = None if bias is None else cast(bias, dtype)
+        check_input(x, self.in_features, v)
+        rows = self._rows()
+        if differentiable(x, v, c, bias):
+            return reference.pivot(x, v, c, rows, bias)
+        if self.cpu_kernels and x.device.type == "cpu" and x.dtype in cpu_ops.DTYPES:
+            return cpu_ops.pivot(x, v.contiguous(), c.contiguous(), rows, bias)
+        return pivot_op(x, v, c, rows, bias, self.semaphore)
+
+    def kernels_run(self) -> bool:
+        """Whether the kernels for thin products run."""
+        return backend.runs(self.weight_v) or InTiles.runs_on(self.weight_v)
+
+    def prepare_(self) -> None:
+        """Work out the order of the rows, and let the kernels of its device compute, where there
+        are any; on a GPU they split K with a semaphore. Raises ValueError where pivots are damaged.
+        """
+        self.unpack_()
+        v = self.weight_v
+        self.cpu_kernels = not backend.runs(v) and InTiles.runs_on(v)
+        if backend.runs(v):
+            self.semaphore = new_semaphore(self.out_features, v.device)
+
+    def unpack_(self) -> None:
+        """Work out the order of the rows alone: two thin products are faster than the dense one
+        anywhere. Raises ValueError where pivots are damaged.
+        """
+        check_pivots(self.weight_pivots, self.out_features)
+        self.rows = row_order(self.weight_pivots, self.out_features)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of a PackedLinear: another process has to load the kernels for itself."""
+        super().__setstate__(state)
+        self.cpu_kernels = self.cpu_kernels and InTiles.usable()
+
+    def freeze_(self) -> None:
+        """Nothing to do: what is stored trains."""
+
+    def extra_repr(self) -> str:
+        """Features, bias and rank, as `print(model)` shows them."""
+        return f"{features(self)}, rank={self.rank} by pivots"
+
+    def _rows(self) -> Tensor:
+        return row_order(self.weight_pivots, self.out_features) if self.rows is None else self.rows
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the stored tensors; other pivots order the rows anew. Damaged ones are an error, and
+        the old ones are kept.
+        """
+        pivots = state_dict.get(f"{prefix}weight_pivots")
+        if self.rows is not None and pivots is not None and pivots.shape == (self.rank,):
+            try:
+                check_pivots(pivots, self.out_features)
+            except ValueError as error:
+                error_msgs.append(f"{prefix.rstrip('.') or 'the weight'} is damaged: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.rows is not None and not self.weight_pivots.is_meta:
+            self.rows = row_order(self.weight_pivots, self.out_features)
