@@ -228,55 +228,6 @@ HANDING: dict[str, dict[str, Any]] = {
 later ones, or that return a list.
 """
 
-_VISION = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,  # as many as the text model has
-    num_attention_heads=4,
-    image_size=32,
-    patch_size=16,
-)
-
-WRAPPERS: dict[str, dict[str, Any]] = {
-    "mistral3": dict(
-        text_config={**_HEADS, "model_type": "mistral", "vocab_size": 128},
-        vision_config={**_VISION, "model_type": "pixtral", "head_dim": 16},
-        image_token_index=100,
-    ),
-    "gemma3": dict(
-        text_config={**CORE["gemma2"], "vocab_size": 128},
-        vision_config=_VISION,
-        mm_tokens_per_image=4,
-        image_token_index=100,
-        boi_token_index=101,
-        eoi_token_index=102,
-    ),
-    "qwen3_5": dict(
-        text_config={
-            **_HEADS,
-            "vocab_size": 128,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-        },
-        vision_config=dict(
-            depth=3,
-            hidden_size=64,
-            intermediate_size=96,
-            num_heads=4,
-            out_hidden_size=64,
-            patch_size=16,
-        ),
-        image_token_id=100,
-        video_token_id=101,
-        vision_start_token_id=102,
-        vision_end_token_id=103,
-    ),
-}
-"""Multimodal models, as they are published."""
-
 EVERY = CORE | MORE | HANDING
 
 
@@ -295,21 +246,6 @@ def build(family: str, folder: Path, dtype: Any = None) -> Path:
             if name.endswith("tid2eid"):  # which experts a token goes to
                 buffer.copy_(torch.randint(4, buffer.shape))
     model.save_pretrained(folder, max_shard_size="60KB")
-    return folder
-
-
-def build_wrapper(family: str, folder: Path) -> Path:
-    """Write a random multimodal checkpoint in float32; returns its folder."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **WRAPPERS[family])
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder, max_shard_size="200KB")
     return folder
 
 

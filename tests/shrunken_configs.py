@@ -231,7 +231,7 @@ def _with(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     made = dict(settings)
     for name, value in others.items():
         if isinstance(value, dict) and isinstance(made.get(name), dict):
-            made[name] = {**made[name], **value}
+            made[name] = _with(made[name], value)
         elif value == DROP:
             made.pop(name, None)
         else:

@@ -1,5 +1,5 @@
 """Every multimodal model type of transformers, tiny and random: its settings, and how it is
-written.
+written. `tests.family_trial.tried(kind, place, wrapper)` tries one.
 """
 
 from __future__ import annotations
@@ -7,43 +7,183 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.shrunken import tiny_config
+from tests.family_trial import randomise
+from tests.shrunken_configs import DROP, shrunken
 
-_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+
+def _mrope(*sections: int) -> dict[str, Any]:
+    """Settings of a text model whose rotary angles count time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}
+    return {"rope_parameters": rope}
+
+
+_GLM = {"text_config": {**_mrope(2, 1, 1), "partial_rotary_factor": 0.5}}
 _GEMMA_E = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "global_head_dim": 32,
 }
+_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_BY_KIND = {"full_attention": _DEFAULT_ROPE, "sliding_attention": _DEFAULT_ROPE}
+_ALTERNATING = {"layer_types": ["full_attention", "sliding_attention"] * 2}
 _QWEN_LAYERS = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+_NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    "n_groups": 2,
+    "mamba_head_dim": 16,
+}
+_INDEXED = {
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 8,
+    "index_head_dim": 16,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+}
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 64,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "heads_per_ngram": 2,
+    "hc_lowrank": 8,
+    "hc_count": 2,
+    "output_gate_type": "sigmoid",
+}
+
+_LARGEST = 12_000_000  # parameters of what is still called tiny
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "chameleon": {
+        "image_token_id": 100,
+        "vocabulary_map": {"<image>": 100},
+        "vq_config": {"base_channels": 32, "num_embeddings": 16, "channel_multiplier": [1, 1]},
+    },
+    "cohere2_vision": {"alignment_intermediate_size": 128},
+    "cohere_compass": {"text_config": {"rope_parameters": _BY_KIND, **_ALTERNATING}},
+    "cosmos3_edge": {"text_config": _mrope(2, 3, 3), "projector_hidden_size": 64},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    },
+    "dots3_note": {
+        "text_config": {**_INDEXED, "head_dim": 16, "per_layer_config": {}},
+        "vision_config": {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"num_key_value_heads": 4, "adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "emu3": {
+        "image_token_id": 100,
+        "vocabulary_map": {"<image>": 100},
+        "vq_config": {"base_channels": 32, "codebook_size": 16, "channel_multiplier": [1, 1]},
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            **_mrope(2, 2, 4),
+            "moe_intermediate_size": [32, 32],
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        }
+    },
+    "florence2": {
+        "vision_config": {
+            "patch_size": DROP,
+            "depths": [1, 1, 1, 1],
+            "embed_dim": [16, 16, 32, 64],
+            "num_heads": [2, 2, 2, 2],
+            "num_groups": [2, 2, 2, 2],
+        },
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma4": {"text_config": _GEMMA_E, "vision_config": {"position_embedding_size": 64}},
-    "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "gemma4_unified": {"vision_config": {"mm_embed_dim": 64, "mm_posemb_size": 16}},
+    "glm46v": _GLM,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm5_next": {
+        "text_config": {
+            **_INDEXED,
+            "qk_rope_head_dim": 0,
+            "qk_head_dim": 8,
+            "v_head_dim": 8,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "index_kpool": 2,
+            "head_dim": 0,
+        }
+    },
+    "glm_ocr": _GLM,
+    "glmga": _GLM,
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 1]]},
+    "hunyuan_vl": {"text_config": {"head_dim": 16, **_mrope(2, 3, 3)}},
+    "inkling2": {
+        "text_config": {"unpadded_vocab_size": 128},
+        "vision_config": {"text_hidden_size": 64},
+    },
+    "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 16}},
+    "kimi_k25": {"text_config": {"head_dim": 8}},
+    "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 64, "num_filters": 4}},
+    "llama4": {"vision_config": {"vision_output_dim": 64, "projector_output_dim": 64}},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4, "head_dim": 8}},
+    "molmo2": {
+        "vision_config": {"image_size": [32, 32], "num_position_embeddings": 4},
+        "adapter_config": {"vision_feature_layer": [2, 1], "text_hidden_size": 64},
+    },
+    "muse_glimmer": {"vision_adapter_intermediate_size": 64},
+    "nemotron_h_omni": {
+        "text_config": _NEMOTRON_H,
+        "vision_config": {
+            "model_type": "radio",
+            "video_temporal_patch_size": 2,
+            "max_img_size": 64,
+        },
+        "projector_hidden_size": 64,
+    },
+    "paddleocr_vl": {"text_config": _mrope(2, 3, 3)},
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "text_config": {"shared_expert_intermediate_size": 48},
+            "spatial_merge_size": 2,
+        },
+        "code2wav_config": {"decoder_dim": 64},
+    },
+    "qwen2_5_omni_thinker": {"text_config": _mrope(2, 3, 3)},
+    "qwen2_5_vl": {"text_config": _mrope(2, 3, 3)},
+    "qwen2_vl": {"text_config": _mrope(2, 3, 3)},
     "qwen3_5": {"text_config": _QWEN_LAYERS},
     "qwen3_5_moe": {"text_config": _QWEN_LAYERS},
+    "qwen3_vl_moe": {"text_config": {"moe_intermediate_size": 48}},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "step3p7": {"text_config": {"sliding_window": 8}},
 }
 """What no general tiny value fits, by model type."""
 
 
 def wrapper_types() -> list[str]:
-    """All multimodal model types that the installed transformers knows."""
+    """Every multimodal model type that the installed transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 
 
-def build_wrapper(model_type: str, folder: Path, dtype: Any = None) -> Path:
-    """Write a random checkpoint of a multimodal type in several shards; returns its folder."""
+def wrapper(kind: str) -> Any:
+    """A tiny multimodal model in float32. Raises whatever its class does where sizes do not fit."""
     import torch
     from transformers import AutoModelForMultimodalLM
 
+    config = shrunken(kind, **SETTINGS.get(kind, {}))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForMultimodalLM.from_config(config).parameters())
+    if size > _LARGEST:
+        raise ValueError(f"its smallest config has {size:,} parameters")
     torch.manual_seed(0)
-    config = tiny_config(model_type, SETTINGS.get(model_type))
-    model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.nan_to_num_(0, 0, 0).add_(torch.randn_like(parameter) * 0.05)
+    return AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+
+
+def build_wrapper(kind: str, folder: Path) -> Path:
+    """Write a random checkpoint of a multimodal type in several shards; returns its folder."""
+    model = wrapper(kind)
+    randomise(model)
     model.save_pretrained(folder, max_shard_size="400KB")
     return folder

@@ -8,6 +8,7 @@ are wrong for the others. Those that depend on the tokens are captured per batch
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -160,11 +161,12 @@ def capture(
     Raises:
         CheckpointError: block by block would not compute what the model does.
     """
-    decoder = skeleton.load_embeddings(device)
+    kind = skeleton.config.model_type
+    with _nothing_missing(kind):
+        decoder = skeleton.load_embeddings(device)
     batches = ids.to(device).split(batch_size(*ids.shape))[part]
     states = States([] if hidden is None else hidden, [], list(batches), folder=folder)
     states.offset = part.start or 0
-    kind = skeleton.config.model_type
     first = skeleton.load_block(0, device).forward
     recorder = Recorder(kind, len(skeleton.blocks), first, partial(_store, device, hidden))
     with torch.no_grad(), forwards(skeleton, recorder.forward):
@@ -199,7 +201,7 @@ def _nothing_missing(kind: str) -> Iterator[None]:
                 f"a {kind} model computes, between its blocks, with what they return beside hidden "
                 "states; it cannot be compressed block by block"
             ) from None
-        if "meta tensor" not in str(error):
+        if not re.search(r"meta tensor|device meta", str(error)):
             raise
         raise CheckpointError(
             f"a {kind} model computes with weights of its blocks, or of parts that text does not "

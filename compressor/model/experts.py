@@ -104,7 +104,7 @@ def expert_modules(root: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in found
-        if isinstance(getattr(module, "num_experts", None), int)
+        if isinstance(getattr(module, "num_experts", None), int) and hasattr(module, "has_gate")
     ]
 
 

@@ -48,6 +48,22 @@ def order(model: Any) -> list[str]:
     return [pattern for converter in _steps(model)[1] for pattern in converter.source_patterns]
 
 
+def reordering(model: Any) -> set[str]:
+    """The patterns of conversions that do more than put tensors together, take them apart or turn
+    them: gate and up that are interleaved on disk.
+    """
+    from transformers import core_model_loading
+
+    names = ("Transpose", "Concatenate", "MergeModulelist", "Chunk", "SplitModulelist")
+    orderly = tuple(getattr(core_model_loading, name) for name in names)
+    return {
+        pattern
+        for converter in _steps(model)[1]
+        for pattern in converter.source_patterns
+        if not all(isinstance(operation, orderly) for operation in converter.operations)
+    }
+
+
 def targets(model: Any, names: Iterable[str], quantizer: Any = None) -> set[str]:
     """Every parameter that gets something of the tensors `names`, where one tensor is taken apart
     into several too.

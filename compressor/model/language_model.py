@@ -71,7 +71,7 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     is known: a vision tower may be as deep.
 
     Raises:
-        CheckpointError: there is none, or blocks share their weights.
+        CheckpointError: there is none, or blocks share their weights or attend to an encoder.
     """
     text = config.get_text_config(decoder=True)
     inside = text_path(model)
@@ -85,6 +85,7 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
         lists = [found for found in lists if found[0].startswith(f"{inside}.")] or lists
         if lists:
             path, blocks = min(lists, key=lambda item: item[0].count("."))
+            _refuse_cross_attention(blocks, config.model_type)
             _refuse_shared(path, blocks, config.model_type)
             return path, blocks
     raise CheckpointError(
@@ -123,7 +124,7 @@ def _refuse_encoder_decoder(config: Any) -> None:
 
 
 def _refuse_encoder(model: Any) -> None:
-    """Raise CheckpointError for a model whose tokens attend to later ones, or to an encoder's."""
+    """Raise CheckpointError for a model whose tokens attend to later ones."""
     kind = model.config.model_type
     both_ways = getattr(model.config, "attn_type", "uni") == "bi"  # of a permutation model
     if both_ways or getattr(model.config, "causal", True) is False:
@@ -138,7 +139,10 @@ def _refuse_encoder(model: Any) -> None:
             f"a {kind} model is an encoder (config.json does not say is_decoder); only causal "
             "language models of decoder blocks alone are compressed"
         )
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+
+
+def _refuse_cross_attention(blocks: nn.ModuleList, kind: str) -> None:
+    names = {name.rpartition(".")[2] for name, _ in blocks.named_modules()}
     if names & {"encoder_attn", "crossattention", "cross_attn"}:
         raise CheckpointError(
             f"a {kind} model has blocks that attend to what another model gives (an encoder); only "

@@ -7,6 +7,7 @@ experts are linears by `experts`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -76,6 +77,7 @@ class Skeleton:
         }
         self._check_tensors()
         self._order = hf_conversion.order(self.model)
+        self._reordering = hf_conversion.reordering(self.model)
         shapes = {name: entry.shape for name, entry in reader.tensors.items()}
         self._experts = [self._find_experts(index, shapes) for index in range(len(self.blocks))]
         if any(self._experts):
@@ -109,10 +111,10 @@ class Skeleton:
         configs = (self.config, self.config.get_text_config())
         ties = any(getattr(config, "tie_word_embeddings", False) for config in configs)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or {}) if ties else set()
+        tied |= set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        made = hf_conversion.targets(self.model, self.reader.tensors)
         missing = sorted(
-            name
-            for name, _ in self.model.named_parameters()
-            if name not in self.on_disk and name not in tied
+            name for name, _ in self.model.named_parameters() if name not in made | tied
         )
         if missing:
             raise CheckpointError(
@@ -131,9 +133,10 @@ class Skeleton:
             for stack in stacks:
                 shape, tensors = (
                     tuple(getattr(module, stack).shape),
-                    self.sources[f"{full}.{stack}"],
+                    self.sources.get(f"{full}.{stack}", []),
                 )
-                found[stack] = matrices(
+                ordered = not self._reordering & {pattern for _, pattern in tensors}
+                found[stack] = ordered and matrices(
                     shape, module.is_transposed, tensors, shapes, self._order, f"{full}.{stack}"
                 )
             if all(found.values()):
@@ -162,9 +165,8 @@ class Skeleton:
         self._load(name for name in self.on_disk if name.startswith(prefix))
         for name, tensor in self.blocks[index].named_parameters():
             require_finite(prefix + name, tensor)
-        for linear in self._experts[index][
-            -1:
-        ]:  # that the layout was understood shows on one matrix as well as on all
+        # that the layout was understood shows on one matrix of each stack as well as on all
+        for linear in {linear.parameter: linear for linear in self._experts[index]}.values():
             if not torch.equal(linear.get(), linear.read(self.reader).to(self.dtype)):
                 raise CheckpointError(
                     f"{linear.name} is not where it was expected in {linear.experts}; leave its "
@@ -206,7 +208,23 @@ class Skeleton:
                 and self._is_text(f"{full}.")
             ):
                 module.to(device)
+        if self.is_wrapper:
+            self._stand_in(device)
         return inner
+
+    def _stand_in(self, device: torch.device) -> None:
+        """Give the modules around the text model a first parameter on `device`: that is where some
+        move their embeddings. It takes no memory, and is NaN, should anything compute with it.
+        """
+        parts = self._text.split(".")
+        for depth in range(len(parts)):
+            around = self.model.get_submodule(".".join(parts[:depth]))
+            name, first = next(around.named_parameters())
+            if first.device.type == "meta" and first.is_floating_point():
+                owner, _, leaf = name.rpartition(".")
+                empty = torch.full((), math.nan, dtype=first.dtype, device=device)
+                standing = nn.Parameter(empty.expand(first.shape), requires_grad=False)
+                setattr(around.get_submodule(owner), leaf, standing)
 
     def _is_text(self, name: str) -> bool:
         """Whether text needs a parameter: in a wrapper, of the text model or beside the body."""
@@ -242,10 +260,14 @@ class Skeleton:
         for name, module in self.blocks[index].named_modules():
             if computes_as_linear(module) and not never_compressed(name):
                 full = f"{self.path}.{index}.{name}"
-                tensors = self.on_disk.get(f"{full}.weight", [])
-                if len(tensors) == 1 and f"{name}.weight" not in routers:
-                    found.append(own_linear(full, tensors[0], module, isinstance(module, Conv1D)))
+                if self._is_alone(f"{full}.weight") and f"{name}.weight" not in routers:
+                    tensor = self.on_disk[f"{full}.weight"][0]
+                    found.append(own_linear(full, tensor, module, isinstance(module, Conv1D)))
         return found + self._experts[index]
+
+    def _is_alone(self, parameter: str) -> bool:
+        """Whether a parameter is a tensor on disk as it is, and not part of one or made of one."""
+        return [pattern for _, pattern in self.sources.get(parameter, [])] == [None]
 
     def _routers(self, index: int) -> set[str]:
         """Names within the block of the matrices beside experts that choose or weigh them: a row
@@ -286,7 +308,8 @@ class Skeleton:
         if name.endswith("_bias") and name.startswith(experts):
             return "biases of experts"
         if computes_as_linear(module):
-            return "made of several tensors on disk"
+            made = len(self.on_disk.get(f"{self.path}.{index}.{name}", [])) > 1
+            return "made of several tensors on disk" if made else "stored in another layout"
         if isinstance(module, nn.Linear):
             return "a linear layer with a computation of its own"
         if isinstance(module, nn.Conv1d | nn.Conv2d):

@@ -57,6 +57,9 @@ class PackedExperts(nn.Module):
             for piece in pieces
             if not piece.expert
         }
+        for stack in found:  # the block around may initialise them, as Qwen3-Omni's does
+            getattr(original, stack)._is_hf_initialized = True
+            object.__setattr__(self, stack, getattr(original, stack))
         for name in biases(original):
             self.register_parameter(name, getattr(original, name))
         for expert in range(original.num_experts):
