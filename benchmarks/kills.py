@@ -90,7 +90,7 @@ def start(root: Path, case: dict, output: Path) -> int:
     code = 2
     try:
         if case.get("on_disk"):
-            pipeline.choose_home = lambda job, tokens, device, limit, folder: folder
+            pipeline.choose_home = lambda job, tokens, device, limit, folder, beside: folder
         pipeline.prune(recipe(root, case), output)
         code = 0
     except OutputError as error:

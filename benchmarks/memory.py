@@ -8,6 +8,9 @@ blocks and in calibration tokens.
         --method sparsegpt --max-memory 100GB 1.8GB
     # compress plan instead: the pass that takes gradients
     python benchmarks/memory.py --ratios ecoflap --seq-len 512
+    # every method and allocator at two depths
+    python benchmarks/memory.py --every --blocks 4 24 --hidden 512 --inter 1408 \
+        --samples 8 --seq-len 256
 
 Makes a random checkpoint of each depth (shard by shard, so that making it needs little memory too),
 prunes it in a process of its own and samples that process's anonymous memory; pages of the mapped
@@ -31,18 +34,37 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, INTER, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 32000
+HEADS, KV_HEADS, VOCAB = 32, 4, 32000
 EXPERT = 768  # width of an expert
 SHARDS = 12
+SHARED = ["prune", "--method", "wanda", "--pattern", "50%"]
+EVERY = {
+    "wanda": ["prune", "--method", "wanda"],
+    "nowag": ["prune", "--method", "nowag"],
+    "sparsegpt": ["prune", "--method", "sparsegpt"],
+    "dsnot": [*SHARED, "--refine", "dsnot"],
+    "admm": ["prune", "--method", "wanda", "--refine", "admm"],
+    "armor": ["prune", "--method", "armor", "--set", "iterations=2", "--set", "finish=1"],
+    "svd": ["lowrank", "--method", "svd", "--keep", "0.5"],
+    "welore": ["lowrank", "--method", "welore", "--keep", "0.8"],
+    "asvd": ["lowrank", "--method", "asvd", "--keep", "0.5"],
+    "svd_llm": ["lowrank", "--method", "svd_llm", "--keep", "0.5"],
+    "fisher": ["lowrank", "--method", "fisher", "--keep", "0.5"],
+    "uniform": [*SHARED, "--ratios", "uniform"],
+    "owl": [*SHARED, "--ratios", "owl"],
+    "ecoflap, first order": [*SHARED, "--ratios", "ecoflap"],
+    "ecoflap, zeroth order": [*SHARED, "--ratios", "ecoflap", "--set", "ratios.score=zeroth"],
+    "curve": [*SHARED, "--ratios", "curve"],
+}
 
 
-def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
+def make_checkpoint(folder: Path, blocks: int, experts: int, hidden: int, inter: int) -> None:
     """A random bf16 Llama in twelve shards, or as many as it has blocks; with experts a Qwen3
     mixture.
     """
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
-        "intermediate_size": INTER,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": inter,
         "vocab_size": VOCAB,
         "num_hidden_layers": blocks, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 2048,
@@ -51,44 +73,44 @@ def make_checkpoint(folder: Path, blocks: int, experts: int) -> None:
     if experts:
         config |= {
             "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
-            "head_dim": HIDDEN // HEADS,
+            "head_dim": hidden // HEADS,
             "num_experts": experts, "num_experts_per_tok": min(8, experts),
             "moe_intermediate_size": EXPERT,
             "decoder_sparse_step": 1, "mlp_only_layers": [],
         }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    kv = HIDDEN // HEADS * KV_HEADS
+    kv = hidden // HEADS * KV_HEADS
     inside = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN),
-        "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTER, HIDDEN),
-        "mlp.up_proj": (INTER, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTER), "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inter, hidden),
+        "mlp.up_proj": (inter, hidden),
+        "mlp.down_proj": (hidden, inter), "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
     }  # fmt: skip
     if experts:
         inside = {name: shape for name, shape in inside.items() if not name.startswith("mlp.")}
         inside |= {
-            "self_attn.q_norm": (HIDDEN // HEADS,),
-            "self_attn.k_norm": (HIDDEN // HEADS,),
-            "mlp.gate": (experts, HIDDEN),
+            "self_attn.q_norm": (hidden // HEADS,),
+            "self_attn.k_norm": (hidden // HEADS,),
+            "mlp.gate": (experts, hidden),
         }
         for expert in range(experts):
             inside |= {
-                f"mlp.experts.{expert}.{name}": (EXPERT, HIDDEN)
+                f"mlp.experts.{expert}.{name}": (EXPERT, hidden)
                 for name in ("gate_proj", "up_proj")
             }
-            inside[f"mlp.experts.{expert}.down_proj"] = (HIDDEN, EXPERT)
+            inside[f"mlp.experts.{expert}.down_proj"] = (hidden, EXPERT)
     shapes = {
         f"model.layers.{index}.{name}.weight": shape
         for index in range(blocks)
         for name, shape in inside.items()
     }
     shapes |= {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCAB, HIDDEN),
+        "model.embed_tokens.weight": (VOCAB, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCAB, hidden),
     }
     generator = torch.Generator().manual_seed(0)
     count = min(SHARDS, blocks)
@@ -140,19 +162,21 @@ def watch(command: list[str]) -> tuple[float, float, float]:
     return peak * 1024 / 1e9, time.perf_counter() - started, sum(after[2:4]) - sum(before[2:4])
 
 
-def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str) -> dict[str, Any]:
-    """One run on so many samples of random tokens."""
+def measure(
+    model: Path, arguments: argparse.Namespace, samples: int, limit: str, case: str = ""
+) -> dict[str, Any]:
+    """One run on so many samples of random tokens; `case` is one of EVERY."""
     with tempfile.TemporaryDirectory() as scratch:
         ids = Path(scratch) / "ids.jsonl"
         lines = torch.randint(
             3, VOCAB, (samples, arguments.seq_len), generator=torch.Generator().manual_seed(1)
         ).tolist()
         ids.write_text("".join(json.dumps({"input_ids": line}) + "\n" for line in lines))
-        verb = (
-            ["plan", "--ratios", arguments.ratios, "--pattern", "50%"]
-            if arguments.ratios
-            else ["prune"]
-        )
+        verb = ["prune", "--method", arguments.method]
+        if arguments.ratios:
+            verb = ["plan", *verb[1:], "--ratios", arguments.ratios, "--pattern", "50%"]
+        if case:
+            verb = EVERY[case]
         command = [
             sys.executable,
             "-m",
@@ -163,7 +187,7 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
             str(Path(scratch) / "out"),
         ]
         command += ["--expert-tokens", arguments.expert_tokens] if arguments.experts else []
-        command += ["--method", arguments.method, *(["--max-memory", limit] if limit else [])]
+        command += ["--max-memory", limit] if limit else []
         command += [
             "--dataset",
             str(ids),
@@ -187,6 +211,28 @@ def measure(model: Path, arguments: argparse.Namespace, samples: int, limit: str
     }
 
 
+def measure_every(arguments: argparse.Namespace) -> None:
+    """Print a row for every method and allocator: its peaks at the depths, and the last in units of
+    the first.
+    """
+    depths, samples = arguments.blocks, arguments.samples[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {depth: Path(scratch) / str(depth) for depth in depths}
+        for depth, folder in models.items():
+            make_checkpoint(folder, depth, 0, arguments.hidden, arguments.inter)
+        print(f"| | {' | '.join(f'{depth} blocks' for depth in depths)} | last / first |")
+        print(f"|---|{'---:|' * (len(depths) + 1)}")
+        for case in EVERY:
+            peaks = [
+                measure(folder, arguments, samples, arguments.max_memory[0], case)[
+                    "peak_anonymous_gb"
+                ]
+                for folder in models.values()
+            ]
+            cells = [f"{peak:.3f} GB" for peak in peaks]
+            print(f"| {case} | {' | '.join(cells)} | {peaks[-1] / peaks[0]:.3f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,12 +252,18 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--max-memory", nargs="+", default=[""])
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the model")
+    parser.add_argument("--inter", type=int, default=5632, help="width inside its MLP")
+    parser.add_argument("--every", action="store_true", help="every method and allocator")
     arguments = parser.parse_args()
+    if arguments.every:
+        measure_every(arguments)
+        return
     rows = []
     for blocks in arguments.blocks:
         with tempfile.TemporaryDirectory() as scratch:
             model = Path(scratch) / "model"
-            make_checkpoint(model, blocks, arguments.experts)
+            make_checkpoint(model, blocks, arguments.experts, arguments.hidden, arguments.inter)
             size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
             facts = {
                 "method": arguments.method,

@@ -200,7 +200,7 @@ def test_one_dies_the_others_say_so_and_the_same_command_goes_on(
 ):
     if on_disk:
         monkeypatch.setattr(
-            pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder
+            pipeline, "choose_home", lambda job, tokens, device, limit, folder, beside: folder
         )
     job, output, real = recipe(case), tmp_path / "out", pipeline.compress_blocks
 

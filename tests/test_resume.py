@@ -90,7 +90,7 @@ def test_killed_at_any_step_the_same_command_gives_the_same_bytes(
 ):
     if on_disk:
         monkeypatch.setattr(
-            pipeline, "choose_home", lambda job, tokens, device, limit, folder: folder
+            pipeline, "choose_home", lambda job, tokens, device, limit, folder, beside: folder
         )
     whole, recipe = tmp_path / "whole", job(case)
     with monkeypatch.context() as patch:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import UsageError
 from compressor.free_memory import free_memory
+from compressor.methods import factors
 from compressor.stats import SAMPLE_TOKENS
 from compressor.text import size
 
@@ -53,15 +55,35 @@ def block_bytes(plan: Plan) -> int:
     """About what work on the largest block takes, Gram matrices aside: its weights, copies and
     temporaries of them, and what a method makes of one Gram matrix.
     """
-    size = (
-        max(sum(p.numel() for p in block.parameters()) for block in plan.skeleton.blocks)
-        * plan.skeleton.dtype.itemsize
-    )
-    return 3 * size + (4 * max(gram_bytes(task) for task in plan.every) if plan.needs_gram else 0)
+    size = largest_block(plan) * plan.skeleton.dtype.itemsize
+    return 3 * size + max(map(partial(_work_bytes, plan), plan.every))
+
+
+def largest_block(plan: Plan) -> int:
+    """Numbers in the parameters of the largest block."""
+    return max(sum(p.numel() for p in block.parameters()) for block in plan.skeleton.blocks)
+
+
+def _work_bytes(plan: Plan, task: Task) -> int:
+    """About what a method makes of the weight and the statistics of one linear."""
+    if factors(task.method):
+        return factoring_bytes(task)
+    return 4 * gram_bytes(task) if plan.needs_gram else 0
+
+
+def factoring_bytes(task: Task) -> int:
+    """Bytes that a method works with that makes factors: in float64 the weight, whitened, and both
+    factors; the shorter side's Gram matrix, its eigenvectors and what LAPACK finds them with; and
+    the roots of the metrics of the inputs and, with gradients, of the outputs.
+    """
+    rows, columns = task.linear.shape
+    gram, gradients = task.method.NEEDS_GRAM, task.needs_gradients
+    metrics = columns**2 * (gram or gradients) + rows**2 * gradients
+    return 8 * (4 * rows * columns + 5 * min(rows, columns) ** 2 + 3 * metrics)
 
 
 def choose_home(
-    plan: Plan, tokens: int, device: torch.device, limit: str, folder: Path
+    plan: Plan, tokens: int, device: torch.device, limit: str, folder: Path, beside: int = 0
 ) -> torch.device | Path:
     """The device, the host's memory, or `folder` on disk: the first that has room for the hidden
     states of `tokens` tokens.
@@ -74,18 +96,19 @@ def choose_home(
         limit: `--max-memory`, what this process may use of the host's memory; empty for half of
             what is free.
         folder: on disk.
+        beside: bytes that passes before the first block keep beside them, in the same place.
 
     Raises:
         UsageError: one block alone does not fit into `limit`.
     """
     import torch
 
-    needed = hidden_bytes(plan, tokens)
+    needed = hidden_bytes(plan, tokens) + beside
     if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
         return device
     host = torch.device("cpu")
     if not limit:
-        return host if needed < _free() / 2 else folder
+        return host if needed < free() / 2 else folder
     room = _left(plan, device, limit)
     if room < 0:
         used = size(parse_size(limit) - room)
@@ -108,7 +131,7 @@ def gram_room(plan: Plan, device: torch.device, limit: str) -> int:
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return max(0, _left(plan, device, limit)) if limit else _free() // 2
+    return max(0, _left(plan, device, limit)) if limit else free() // 2
 
 
 def in_groups(tasks: Sequence[Task], room: int, inputs: Mapping[str, int]) -> list[list[Task]]:
@@ -146,6 +169,6 @@ def _left(plan: Plan, device: torch.device, limit: str) -> int:
     )
 
 
-def _free() -> int:
+def free() -> int:
     """Bytes free on this machine, for each of the processes that torchrun started on it."""
     return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -65,8 +65,8 @@ def compress(
     block_size: int = 128,
     overhead: float = 0.125,
     proxy: str = "diagonal",
-    anneal: float = 2.0,
-    finish: int = 10,
+    anneal: float = 1.5,
+    finish: int = 12,
     damp: float = 1e-3,
     seed: int = 0,
 ) -> Armor | Sparse24:
@@ -272,7 +272,12 @@ def _factorise(
         root = _root(gram, factors.b.shape[1], damp, diagonal=proxy == "diagonal")
         absorbed = factors._replace(b=factors.b @ root)
         absorbed = armor_separable.fit(
-            right(target, root), absorbed, iterations=iterations, anneal=anneal, generator=generator
+            right(target, root),
+            absorbed,
+            iterations=iterations,
+            anneal=anneal,
+            generator=generator,
+            thorough=not finish,
         )
         factors = absorbed._replace(
             b=torch.linalg.solve_triangular(root, absorbed.b, upper=False, left=False)
@@ -324,6 +329,7 @@ def _plain(
             anneal=anneal,
             generator=generator,
             wrappers=False,
+            cg_steps=8,
         )
     return Sparse24.from_dense((factors.s * objective.rows * objective.columns).to(dtype))
 
@@ -341,6 +347,8 @@ def _store(objective: _Objective, factors: Factors, dtype: torch.dtype, damp: fl
     if objective.gram.dim() == 2 and dtype.itemsize < 4:
         gram = _damped(objective.gram, damp)
         rounded = factors._replace(a=a.to(gram.dtype), b=b.to(gram.dtype))
-        factors = armor_full.solve_values(objective.target @ gram, gram, rounded, _ROUNDED_STEPS)
+        state = armor_full.State.of(objective.target, gram, rounded)
+        form = armor_full.quadratic(gram, state)
+        factors = armor_full.solve_values(form, rounded, _ROUNDED_STEPS)
     # as they are read back: what a product rounds to depends on the strides
     return Armor.from_factors(a.contiguous(), factors.s.to(dtype), b.contiguous())

@@ -37,13 +37,13 @@ def root(gram: Tensor, damp: float) -> Tensor:
     Raises:
         NumericalError: not finite, or not positive definite even then.
     """
-    wide = gram.double()
-    mean = wide.diagonal().mean()
+    wide = gram.to(torch.float64, copy=True)
+    diagonal = wide.diagonal().clone()
+    mean = diagonal.mean()
     if bool(torch.isfinite(wide).all()) and mean > 0:
         for step in range(_TRIES):
-            damped = wide.clone()
-            damped.diagonal().add_(damp * 10**step * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            wide.diagonal().copy_(diagonal + damp * 10**step * mean)
+            lower, failed = torch.linalg.cholesky_ex(wide)
             if not failed:
                 return lower
     raise NumericalError(

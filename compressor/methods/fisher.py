@@ -52,7 +52,5 @@ def decompose(
     check_damp(gradient_damp)
     if not bool(inputs.any()):
         raise NumericalError("no gradient of the loss reaches it: leave it dense with `ignore`")
-    wide = inputs.double()
-    return factor.decompose(
-        weight, rank, root(outputs, gradient_damp), root(wide / wide.trace(), damp)
-    )
+    scaled = inputs.double() / inputs.double().trace()
+    return factor.decompose(weight, rank, root(outputs, gradient_damp), root(scaled, damp))

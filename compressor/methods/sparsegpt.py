@@ -19,7 +19,6 @@ from compressor.stats import InputStats
 NEEDS_INPUTS = True
 NEEDS_GRAM = True
 REFINABLE = True
-_FEW = 16  # columns that are updated one by one
 
 
 def compress(
@@ -61,24 +60,19 @@ def compress(
 
 
 def _prune_columns(W: Tensor, U: Tensor, pattern: Pattern) -> Tensor:
-    """Prune one block in place, `W` `[b, out]`, `U` `[b, b]`; returns the scaled errors `[b, out]`.
-
-    The columns of a few at a time are brought up to date one by one, those after them all at once.
+    """Prune one block in place, `W` `[b, out]`, `U` `[b, b]`; returns the scaled errors `[b,
+    out]`.
     """
     errors, scale = torch.empty_like(W), U.diagonal()[:, None]
     mask = torch.empty_like(W, dtype=torch.bool)
     if not pattern.m:
         mask = pattern.mask_matrix((W / scale).square().T).T.contiguous()
-    few = max(1, _FEW // max(1, pattern.m)) * max(1, pattern.m)
-    for first in range(0, len(W), few):
-        last = min(first + few, len(W))
-        for column in range(first, last):
-            if pattern.m and column % pattern.m == 0:
-                group = slice(column, column + pattern.m)
-                mask[group] = pattern.mask((W[group] / scale[group]).square().T).T
-            pruned = W[column].masked_fill(mask[column], 0)
-            torch.div(pruned, scale[column], out=errors[column])
-            W[column + 1 : last].addr_(U[column, column + 1 : last], errors[column], alpha=-1)
-            W[column] -= pruned
-        W[last:].addmm_(U[first:last, last:].T, errors[first:last], alpha=-1)
+    for column in range(len(W)):
+        if pattern.m and column % pattern.m == 0:
+            group = slice(column, column + pattern.m)
+            mask[group] = pattern.mask((W[group] / scale[group]).square().T).T
+        pruned = W[column].masked_fill(mask[column], 0)
+        torch.div(pruned, scale[column], out=errors[column])
+        W[column + 1 :] -= U[column, column + 1 :, None] * errors[column]
+        W[column] -= pruned
     return errors

@@ -27,7 +27,7 @@ from compressor.calibration.agreement import check_agreement
 from compressor.calibration.capture import States, batch_size
 from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
-from compressor.checkpoint.work_state import work_path
+from compressor.checkpoint.work_state import is_complete, work_path
 from compressor.config.recipe import Recipe
 from compressor.engine.blocks import compress_blocks
 from compressor.engine.distributed import Group, local_device, processes
@@ -36,7 +36,7 @@ from compressor.engine.plan import LeaveDense, Plan, Prepared, ShareRanks, Share
 from compressor.errors import DataError, UsageError
 from compressor.progress import Progress, silent
 from compressor.records.report import Report, peak_memory
-from compressor.run import plan_file
+from compressor.run import plan_file, room
 from compressor.run.check import plan_run
 from compressor.run.fingerprint import fingerprint
 from compressor.run.recorder import Facts, NullRecorder, Recorder, recording
@@ -78,6 +78,8 @@ def prune(
         }
         others = side_files(plan.reader.folder, code=recipe.trust_remote_code)
         mark = fingerprint(recipe, plan.reader, others, where, group.size)
+        if not is_complete(output):
+            group.agreed(room.check, plan, recipe.num_samples, output, where, max_memory)
         with recording(output, mark, settings, first=group.first) as recorder:
             if group.agreed(lambda: recorder.complete):
                 return Report.load(group.agreed(recorder.publish))
@@ -111,7 +113,7 @@ class _Run:
         """Do what is not done yet of `plan`."""
         started, group, recorder = time.perf_counter(), self.group, self.recorder
         states = self._calibrated(plan) if plan.needs_inputs else None
-        room = gram_room(plan, self.device, self.max_memory) if plan.needs_gram else None
+        grams = gram_room(plan, self.device, self.max_memory) if plan.needs_gram else None
         factors = group.agreed(
             factored_by_gradients,
             plan,
@@ -121,7 +123,7 @@ class _Run:
             self.progress,
             recorder.once,
         )
-        prepared = Prepared(factors, room)
+        prepared = Prepared(factors, grams)
         choice = self._chosen(plan, states, prepared)
         facts = Facts(
             replace(self.recipe, plan=plan_file.FILE if self.recipe.plan else ""),
@@ -185,7 +187,8 @@ class _Run:
         size = batch_size(*ids.shape)
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
         count = (own.stop - own.start) * size * plan.seq_len
-        home = choose_home(plan, count, device, self.max_memory, self.work)
+        beside = room.states_bytes(plan, count, size * plan.seq_len)
+        home = choose_home(plan, count, device, self.max_memory, self.work, beside)
 
         def place(name: str) -> Batches:
             return Batches(device, home, f"{name}.{group.rank}")
@@ -268,7 +271,8 @@ def calibrate(
     ids = _samples(plan, recipe, device)
     place = None
     if folder:
-        home = choose_home(plan, ids.numel(), device, "", folder)
+        beside = room.states_bytes(plan, ids.numel(), batch_size(*ids.shape) * plan.seq_len)
+        home = choose_home(plan, ids.numel(), device, "", folder, beside)
         place = partial(Batches, device, home)
     states = _entering(plan, ids, device, place, folder=folder)
     progress("calibration", 1, 1)
@@ -331,6 +335,8 @@ def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
         ids = tokens.sample_from_model(
             folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code
         )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the whole model that wrote the text
     else:
         vocabulary = plan.skeleton.config.get_text_config().vocab_size
         ids = tokens.calibration_rows(
