@@ -42,7 +42,7 @@ class OneRowLinear(nn.Linear):
         """Another process has to load the kernels for itself, and may be where there are none."""
         super().__setstate__(state)
         if not InTiles.usable():
-            self.__class__ = nn.Linear
+            _become(self, nn.Linear)
 
 
 def take_over(model: nn.Module) -> None:
@@ -51,11 +51,15 @@ def take_over(model: nn.Module) -> None:
         if type(module) is nn.Linear and not moves_tensors(module):
             weight = module.weight
             if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-                module.__class__ = OneRowLinear
+                _become(module, OneRowLinear)
 
 
 def give_back(model: nn.Module) -> None:
     """Make them plain again."""
     for module in model.modules():
         if type(module) is OneRowLinear:
-            module.__class__ = nn.Linear
+            _become(module, nn.Linear)
+
+
+def _become(module: Any, kind: type[nn.Linear]) -> None:
+    module.__class__ = kind
