@@ -35,6 +35,8 @@ class InputStats:
     Attributes:
         tokens: rows seen.
         squares: float64 `[in]`, sum over tokens of x².
+        held_out: `[<= 1024, in]`, the first tokens of other samples, which nothing is fitted to;
+            None where there are none.
         note: what the report says of them, if anything.
         parts: what every update added to `squares` and to the moments, where they are asked for:
             with those of other processes they can be merged again in the order of the samples.
@@ -57,6 +59,7 @@ class InputStats:
         self.parts: list[Part] | None = [] if parts else None
         self._moments = (self.squares.clone(), self.squares.clone()) if moments else None
         self._sample: list[Tensor] = []
+        self.held_out: Tensor | None = None
         self.note = ""
 
     @torch.no_grad()
@@ -162,11 +165,16 @@ def moved(part: Part, device: torch.device) -> Part:
 
 
 def output_error(weight: Tensor, compressed: Tensor, stats: InputStats) -> float:
-    """Relative squared output error ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on the sampled tokens; weights `[out,
-    in]`. The products are in bfloat16 where the tokens are, as the model has them; else in float32,
-    and in float64 where that overflows or all outputs vanish in it.
+    """`error_on` the sampled tokens."""
+    return error_on(stats.sample, weight, compressed)
+
+
+def error_on(x: Tensor, weight: Tensor, compressed: Tensor) -> float:
+    """Relative squared output error ‖x(W - Ŵ)ᵀ‖² / ‖xWᵀ‖² on inputs x `[tokens, in]`; weights
+    `[out, in]`. The products are in bfloat16 where the tokens are, as the model has them; else in
+    float32, and in float64 where that overflows or all outputs vanish in it.
     """
-    x, difference = stats.sample, weight.float() - compressed.float()
+    difference = weight.float() - compressed.float()
     if x.dtype != torch.bfloat16:
         x = x.float()
     missed, whole = (_output_squares(x, matrix) for matrix in (difference, weight))

@@ -47,6 +47,7 @@ class States:
         offset: batches of other processes that come before these.
         folder: on disk, for what a pass over the blocks keeps of each of them; None for that of
             temporary files.
+        held_out: other samples, which nothing is fitted to; None where there are none.
     """
 
     hidden: list[Batch] | Batches
@@ -56,6 +57,7 @@ class States:
     dense: list[Batch] | Batches = field(default_factory=list)
     offset: int = 0
     folder: Path | None = None
+    held_out: States | None = None
 
     def first(self, batches: int) -> States:
         """The first batches only, of their own: running them on leaves these states as they are,
@@ -67,6 +69,7 @@ class States:
             ids=self.ids[:batches],
             dense=_view(self.dense, batches),
             offset=0,
+            held_out=None,
         )
 
     def entering(self) -> list[Batch] | Batches:
@@ -109,8 +112,9 @@ class States:
             batches.forget(folder)
 
     def _batches(self) -> list[tuple[str, Batches]]:
-        both = (("hidden", self.hidden), ("dense", self.dense))
-        return [(name, batches) for name, batches in both if isinstance(batches, Batches)]
+        held_out = self.held_out.hidden if self.held_out else []
+        every = (("hidden", self.hidden), ("dense", self.dense), ("held_out", held_out))
+        return [(name, batches) for name, batches in every if isinstance(batches, Batches)]
 
 
 def _view(batches: list[Batch] | Batches, count: int) -> list[Batch] | Batches:

@@ -48,10 +48,12 @@ def calibration_rows(
     num_samples: int,
     seq_len: int,
     seed: int,
+    further: int = 0,
     text_column: str = "",
     trust_remote_code: bool = False,
 ) -> Tensor:
-    """Token ids int64 `[num_samples, seq_len]` from a file or a Hub dataset.
+    """Token ids int64 `[num_samples, seq_len]` from a file or a Hub dataset, and after them up to
+    `further` rows, as many as there are.
 
     Rows of `input_ids` are taken in order, the first `seq_len` ids of each that has as many without
     its padding. Texts and chats of the whole file (of a Hub dataset, of its first 100,000 records)
@@ -65,15 +67,15 @@ def calibration_rows(
 
     first, every = _opened(dataset, text_column)
     if first.ids is not None:
-        return torch.tensor(_whole_rows(dataset, every, vocab_size, num_samples, seq_len))
+        return torch.tensor(_whole_rows(dataset, every, vocab_size, num_samples, further, seq_len))
     shuffled = _shuffled(every, lambda: records(dataset, text_column), seed)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    wanted = num_samples * seq_len
+    wanted = (num_samples + further) * seq_len
     stream = _stream(dataset, shuffled, tokenizer, vocab_size, wanted)
     ids = torch.tensor(stream[: len(stream) // seq_len * seq_len]).reshape(-1, seq_len)
     if len(ids) < num_samples:
         raise _too_few(dataset, len(ids), seq_len, num_samples)
-    return ids[:num_samples]
+    return ids[: num_samples + further]
 
 
 def evaluation_rows(
@@ -159,9 +161,16 @@ def _shuffled(
 
 
 def _whole_rows(
-    dataset: str, every: Iterable[Record], vocab_size: int, num_samples: int, seq_len: int
+    dataset: str,
+    every: Iterable[Record],
+    vocab_size: int,
+    num_samples: int,
+    further: int,
+    seq_len: int,
 ) -> list[list[int]]:
-    """The first `seq_len` ids of the first `num_samples` rows that have as many."""
+    """The first `seq_len` ids of the first `num_samples` rows that have as many, and of up to
+    `further` rows after them.
+    """
     rows: list[list[int]] = []
     short, longest = 0, 0
     for record in every:
@@ -170,8 +179,10 @@ def _whole_rows(
             rows.append(row[:seq_len])
         else:
             short, longest = short + 1, max(longest, len(row))
-        if len(rows) == num_samples:
+        if len(rows) == num_samples + further:
             return rows
+    if len(rows) >= num_samples:
+        return rows
     if not short:
         raise _too_few(dataset, len(rows), seq_len, num_samples)
     raise DataError(
@@ -262,10 +273,11 @@ def sample_from_model(
     seq_len: int,
     seed: int,
     device: str,
+    further: int = 0,
     trust_remote_code: bool = False,
 ) -> Tensor:
-    """`[num_samples, seq_len]` token ids that the model itself writes: plain sampling at
-    temperature 1.
+    """`[num_samples + further, seq_len]` token ids that the model itself writes: plain sampling at
+    temperature 1. The first `num_samples` are the same whatever `further` is.
 
     Raises:
         DataError: the model does not fit into free memory, so that sampling would take days, or
@@ -291,12 +303,14 @@ def sample_from_model(
             f"{folder} cannot be loaded to sample from it: {' '.join(str(error).split())[:200]}"
         ) from None
     model = model.to(device).eval()
-    first = torch.full((num_samples, 1), start, device=device)
     generator = torch.Generator(device).manual_seed(seed)
+    at_once = _rows_at_once(model.config, seq_len)
     return torch.cat(
         [
             _write(model, rows, seq_len, generator)
-            for rows in first.split(_rows_at_once(model.config, seq_len))
+            for count in (num_samples, further)
+            for rows in torch.full((count, 1), start, device=device).split(at_once)
+            if count
         ]
     )
 

@@ -191,13 +191,15 @@ def show_allocation(found: dict[str, Any]) -> None:
 def _show_report(report: Report) -> None:
     from compressor.formats import form_class
 
-    found = table("Compressed linears", "linear >shape format >zeros >error >bytes")
+    found = table("Compressed linears", "linear >shape format >zeros >error >held-out >bytes")
     for row in report.linears:
-        error = "-" if row.error is None else f"{row.error:.4f}"
+        errors = [
+            "-" if error is None else f"{error:.4f}" for error in (row.error, row.held_out_error)
+        ]
         form = form_class(row.format)
         zeros = f"{row.sparsity:.1%}" if form.SPARSE else "-"
         shape = "×".join(map(str, row.shape))
-        found.add_row(row.name, shape, form.label(row.entry), zeros, error, size(row.bytes))
+        found.add_row(row.name, shape, form.label(row.entry), zeros, *errors, size(row.bytes))
     out.print(found)
     show_allocation(report.allocation)
     totals = report.totals()

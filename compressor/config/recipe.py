@@ -118,6 +118,10 @@ class Recipe:
     seq_len: int = field(
         default=0, metadata=notes("Tokens in each.", "min(2048, the model's limit)")
     )
+    held_out: str = field(
+        default="10%",
+        metadata=notes("So many further sequences; nothing is fitted to them, errors are shown."),
+    )
     seed: int = field(default=0, metadata=notes("Of the calibration samples."))
     dtype: str = field(
         default="auto", metadata=notes("Of the forward passes; stored dtypes never change.")
@@ -214,6 +218,7 @@ class _Calibration(TypedDict, total=False):
     text_column: str | None
     num_samples: int | None
     seq_len: int | None
+    held_out: str | None
     seed: int | None
     ignore: str | Sequence[str] | None
     min_rows: int | None

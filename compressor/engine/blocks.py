@@ -36,7 +36,7 @@ from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
 from compressor.model.linear import Linear
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
-from compressor.stats import InputStats, all_finite, collecting
+from compressor.stats import SAMPLE_TOKENS, InputStats, all_finite, collecting
 
 FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
 _ERROR_BATCHES = 2  # batches whose dense outputs are kept to measure the error of a block
@@ -288,7 +288,32 @@ def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
             if wanted:
                 block.exact.append(leaving.hidden)
     stats = block.sharing.merged(stats, block.device)
-    return stats if plan.all_tokens else stats | _observe_idle(block, states, tasks, stats)
+    if not plan.all_tokens:
+        stats |= _observe_idle(block, states, tasks, stats)
+    if states.held_out:
+        _observe_held_out(block, states.held_out, linears, stats)
+    return stats
+
+
+def _observe_held_out(
+    block: _Block,
+    states: States,
+    linears: Sequence[Linear],
+    stats: Mapping[str, InputStats],
+) -> None:
+    """Give `stats` the inputs of `linears` on samples that are held out. Every process sees all of
+    these: they are few.
+    """
+    if not any(linear.experts for linear in linears):
+        states = states.at_least(SAMPLE_TOKENS)  # no more of them are kept
+    modules = {linear.name: linear.module for linear in linears}
+    with _routing(block), collecting(modules) as seen, sparing_last(linears) as last:
+        for batch in states.hidden:
+            last.begin(spare=True)
+            capture.run(block.module, batch, states.arguments[block.index])
+    for name, inputs in stats.items():
+        if name in seen and inputs.held_out is None:
+            inputs.held_out = seen[name].sample
 
 
 def _observe_idle(
@@ -370,6 +395,8 @@ def _advance(block: _Block, states: States) -> float:
         return leaving
 
     advance(states.hidden, step)
+    if held_out := states.held_out:
+        advance(held_out.hidden, capture.through(block.module, held_out.arguments[block.index]))
     everywhere = block.sharing.joined(errors)
     return sum(difference for difference, _ in everywhere) / max(
         sum(total for _, total in everywhere), 1e-300

@@ -48,7 +48,7 @@ def hidden_bytes(plan: Plan, tokens: int) -> int:
 def gram_bytes(task: Task) -> int:
     """Bytes of the statistics of one linear's inputs, with the Gram matrix."""
     width = task.linear.shape[1]
-    return 4 * width * (width + SAMPLE_TOKENS)
+    return 4 * width * (width + 2 * SAMPLE_TOKENS)  # a second sample is that of what is held out
 
 
 def block_bytes(plan: Plan) -> int:

@@ -12,7 +12,7 @@ from compressor.errors import NumericalError, about
 from compressor.formats import Form, notes
 from compressor.formats.dense import Dense
 from compressor.formats.sparse24 import Sparse24
-from compressor.stats import InputStats, all_finite, output_error
+from compressor.stats import InputStats, all_finite, error_on, output_error
 from compressor.text import to_ignore
 
 
@@ -23,12 +23,14 @@ class Seen:
     Attributes:
         tokens: of its input.
         error: of its output, as `output_error` measures it.
+        held_out_error: the same on samples that nothing is fitted to; None where it saw none.
         note: what the report says of its input, if anything.
     """
 
     tokens: int
     error: float
     note: str
+    held_out_error: float | None = None
 
 
 Compressed = tuple[Form, Seen | None]
@@ -70,7 +72,10 @@ def finish(
         form = replace(Sparse24.from_dense(form.weight), **notes(form))
     if stats is None:
         return form, None
-    return form, Seen(stats.tokens, output_error(weight, weight_now, stats), stats.note)
+    other = None
+    if stats.held_out is not None and len(stats.held_out):
+        other = error_on(stats.held_out, weight, weight_now)
+    return form, Seen(stats.tokens, output_error(weight, weight_now, stats), stats.note, other)
 
 
 def _multiplied(form: Form) -> Dense:

@@ -97,6 +97,8 @@ class Plan:
             them.
         seq_len: tokens of a calibration sample.
         seed: of the calibration and of everything random after it.
+        held_out: further samples that nothing is fitted to, as a fraction of those of the
+            calibration.
         left_dense: every other weight with two dimensions or more, and why.
         choice: what chooses the targets, or chose them; None where they were given.
     """
@@ -111,6 +113,7 @@ class Plan:
     all_tokens: bool
     seq_len: int
     seed: int
+    held_out: Fraction = Fraction(0)
     left_dense: list[LeftDense] = field(default_factory=list)
     choice: ShareZeros | LeaveDense | ShareRanks | None = None
 
@@ -174,6 +177,10 @@ class Plan:
     def needs_moments(self) -> bool:
         """Whether the statistics need mean and variance."""
         return self.refine is not None and self.refine.NEEDS_MOMENTS
+
+    def further(self, samples: int) -> int:
+        """How many samples are held out beside so many of the calibration."""
+        return round(samples * self.held_out)
 
     @property
     def splits_batches(self) -> bool:

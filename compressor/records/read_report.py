@@ -37,6 +37,7 @@ class Row:
     format: str
     sparsity: float | None
     error: float | None
+    held_out_error: float | None
     loss: float | None
     rank: int | None
     dense_bytes: int
@@ -232,6 +233,9 @@ def _row(entry: _Checked) -> Row:
         format=entry.get("format", str),
         sparsity=zeros if form.SPARSE else None,
         error=None if entry.found.get("error") is None else entry.real("error"),
+        held_out_error=(
+            None if entry.found.get("held_out_error") is None else entry.real("held_out_error")
+        ),
         loss=_fraction(entry.found.get("losses")),
         rank=rank if type(rank) is int and 0 <= rank < 1 << 31 else None,
         dense_bytes=entry.whole("dense_bytes"),

@@ -21,6 +21,7 @@ class LinearRow:
 
     Attributes:
         error: ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² on calibration tokens, None where there were none.
+        held_out_error: the same on samples that nothing was fitted to.
         entry: what config.json says of it.
         tokens: calibration tokens it was given, None where there were none.
         note: what else there is to know.
@@ -40,6 +41,7 @@ class LinearRow:
     note: str = ""
     losses: tuple[float, float] | None = None
     pattern: str = ""
+    held_out_error: float | None = None
 
 
 @dataclass

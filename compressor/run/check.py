@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,7 +78,8 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
         ),
         refine=refine, refine_options=refine_options, tune=recipe.tune,
         packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all",
-        seq_len=seq_len, seed=recipe.seed, left_dense=left_dense, choice=choice,
+        seq_len=seq_len, seed=recipe.seed, held_out=_held_out(recipe.held_out),
+        left_dense=left_dense, choice=choice,
     )  # fmt: skip
     if plan.needs_inputs:
         _check_dataset(recipe, skeleton)
@@ -87,6 +89,11 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
     plan = _as_planned(plan, entries, recipe.plan) if entries else plan.check_experts()
     _check_finite(skeleton)
     return plan
+
+
+def _held_out(text: str) -> Fraction:
+    """The fraction that `held_out` says; 0% for none."""
+    return Fraction(0) if text.strip() in ("0", "0%") else parse_fraction("held_out", text)
 
 
 def _as_planned(plan: Plan, entries: plan_file.Entries, file: str) -> Plan:

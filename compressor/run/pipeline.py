@@ -193,9 +193,10 @@ class _Run:
                 lambda: self.recorder.once("ids", lambda: _samples(plan, recipe, device).tolist())
             )
         )
+        ids, held_out = ids[: recipe.num_samples], ids[recipe.num_samples :]
         size = batch_size(*ids.shape)
         own = group.part(len(ids) // size) if plan.splits_batches else slice(0, len(ids) // size)
-        count = (own.stop - own.start) * size * plan.seq_len
+        count = (own.stop - own.start) * size * plan.seq_len + held_out.numel()
         beside = room.states_bytes(plan, count, size * plan.seq_len)
         home = choose_home(plan, count, device, self.max_memory, self.work, beside)
 
@@ -203,6 +204,10 @@ class _Run:
             return Batches(device, home, f"{name}.{group.rank}")
 
         states = _entering(plan, ids, device, place, own, self.work)
+        if len(held_out):
+            states.held_out = capture.capture(
+                plan.skeleton, held_out, device, place("held_out"), folder=self.work
+            )
         self.progress("calibration", 1, 1)
         return states
 
@@ -273,11 +278,11 @@ def calibrate(
     progress: Progress = silent,
     folder: Path | None = None,
 ) -> States:
-    """The calibration on entering block 0: where there is room for it, `folder` on disk at last;
-    on `device` without a folder.
+    """The calibration on entering block 0, without what is held out: where there is room for it,
+    `folder` on disk at last; on `device` without a folder.
     """
     progress("calibration", 0, 1)
-    ids = _samples(plan, recipe, device)
+    ids = _samples(plan, recipe, device)[: recipe.num_samples]
     place = None
     if folder:
         beside = room.states_bytes(plan, ids.numel(), batch_size(*ids.shape) * plan.seq_len)
@@ -335,11 +340,12 @@ def choose_device(device: str) -> torch.device:
 
 
 def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
-    """Token ids of the calibration, `[num_samples, seq_len]`."""
-    folder, asked = (
-        plan.reader.folder,
-        {"num_samples": recipe.num_samples, "seq_len": plan.seq_len, "seed": recipe.seed},
-    )
+    """Token ids of the calibration, `[num_samples, seq_len]`, and after them those that are held
+    out: fewer, or none, where the text has no more.
+    """
+    folder = plan.reader.folder
+    shape = {"num_samples": recipe.num_samples, "seq_len": plan.seq_len, "seed": recipe.seed}
+    asked = {**shape, "further": plan.further(recipe.num_samples)}
     if recipe.dataset == "self":
         ids = tokens.sample_from_model(
             folder, **asked, device=str(device), trust_remote_code=recipe.trust_remote_code
@@ -356,7 +362,7 @@ def _samples(plan: Plan, recipe: Recipe, device: torch.device) -> Tensor:
             text_column=recipe.text_column,
             trust_remote_code=recipe.trust_remote_code,
         )
-    if ids.shape != (recipe.num_samples, plan.seq_len):
+    if len(ids) < recipe.num_samples or ids.shape[1] != plan.seq_len:
         raise DataError(
             f"calibration has shape {list(ids.shape)}, {[recipe.num_samples, plan.seq_len]} was "
             f"asked for"

@@ -149,6 +149,7 @@ class Recorder:
                 format=form.FORMAT,
                 sparsity=form.sparsity,
                 error=seen.error if seen else None,
+                held_out_error=seen.held_out_error if seen else None,
                 dense_bytes=linear.size * dtype.itemsize,
                 bytes=sum(tensor.nbytes for tensor in stored.values()),
                 entry=module_entry(form.entry, linear.place),

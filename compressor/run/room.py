@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from compressor.allocation import guard
-from compressor.allocation.rank import fisher_factors
+from compressor.allocation.rank import fisher_factors, largest_rank
 from compressor.allocation.sparsity import leave_dense
 from compressor.calibration.capture import batch_size
 from compressor.checkpoint.work_state import work_path
@@ -34,7 +34,7 @@ from compressor.engine.memory import (
     parse_size,
 )
 from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
-from compressor.engine.task import Task
+from compressor.engine.task import Rank, Task
 from compressor.errors import OutputError, UsageError
 from compressor.text import size
 
@@ -151,7 +151,7 @@ def check(plan: Plan, samples: int, output: Path, device: torch.device, limit: s
 
     Args:
         plan: what will be done.
-        samples: of the calibration.
+        samples: of the calibration, without those that are held out beside them.
         output: the folder to be made.
         device: where blocks are computed; a GPU's memory is not counted.
         limit: `--max-memory`; empty for what is free.
@@ -160,7 +160,7 @@ def check(plan: Plan, samples: int, output: Path, device: torch.device, limit: s
         UsageError: the memory is too little.
         OutputError: the disk is.
     """
-    tokens = samples * plan.seq_len
+    tokens = (samples + plan.further(samples)) * plan.seq_len
     needs = passes(plan, tokens, batch_size(samples, plan.seq_len) * plan.seq_len)
     if device.type != "cuda":
         _check_memory(needs, limit)
@@ -195,7 +195,7 @@ def disk_bytes(plan: Plan, needs: Iterable[Pass], tokens: int) -> int:
     """
     kept = max(each.disk + each.states for each in needs)
     hidden = 2 * hidden_bytes(plan, tokens) if plan.needs_inputs else 0
-    factors = sum(task.linear.size for task in plan.every if task.needs_gradients)
+    factors = sum(_factors(task) for task in plan.every if task.needs_gradients)
     shards: dict[str, int] = {}
     for entry in plan.reader.tensors.values():
         shards[entry.shard] = shards.get(entry.shard, 0) + entry.nbytes
@@ -256,6 +256,14 @@ def _gradients(counts: Counts, tokens: int, work: Callable[[Counts, Task], int])
         2 * states,
         len(plan.skeleton.blocks) * states,
     )
+
+
+def _factors(task: Task) -> int:
+    """Numbers of the factors that are kept of one linear: of the largest rank that pays, or of the
+    one that was asked for.
+    """
+    rank = task.target if isinstance(task.target, Rank) else largest_rank(task.linear.shape)
+    return rank * sum(task.linear.shape)
 
 
 def _fisher(counts: Counts, task: Task) -> int:
