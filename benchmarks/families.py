@@ -1,120 +1,132 @@
-"""What works with which family: the table of docs/families.md, from tiny random checkpoints.
+"""What works with which type of model: the table of docs/families.md, from tiny random
+checkpoints.
 
-python -m benchmarks.families                # all of them, a few minutes on a CPU
-python -m benchmarks.families llama mixtral
+python -m benchmarks.families                # every type that transformers knows; writes the tables
+python -m benchmarks.families llama mixtral  # prints the rows of these
+python -m benchmarks.families --go-on FILE   # as the first, with what FILE has already; adds to it
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import re
+import signal
 import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from compressor.calibration import capture
-from compressor.checkpoint.reader import Reader
-from compressor.config.recipe import Recipe
-from compressor.errors import CompressError
-from compressor.model.skeleton import Skeleton
-from compressor.run.pipeline import prune
-from compressor.runtime import load
-from tests.families import EVERY, build
+from tests.causal_types import causal_types
+from tests.family_trial import Trial, tried
 
-IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
-ARMOR = {"block_size": 8, "overhead": 0.9, "iterations": 1, "finish": 0}
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+LIMIT = 600  # seconds for one type
 
 
-@torch.no_grad()
-def streamed(folder: Path) -> tuple[str, str, int]:
-    """Whether block by block gives the bits of from_pretrained, where the blocks are, and how many
-    experts each has.
+def isolated(kind: str) -> Trial:
+    """The trial of a type in a process of its own: what one does to transformers, or takes of the
+    memory, is gone with it.
     """
-    skeleton, cpu = Skeleton(Reader(folder)), torch.device("cpu")
-    states = capture.capture(skeleton, IDS, cpu)
-    experts = 0
-    for index, arguments in enumerate(states.arguments):
-        block = skeleton.load_block(index, cpu)
-        states.hidden = [capture.run(block, hidden, arguments) for hidden in states.hidden]
-        experts = max(
-            experts,
-            len({linear.module.expert for linear in skeleton.linears(index) if linear.experts}),
-        )
-        skeleton.free_block(index)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    caught: list[Any] = []
-    whole.get_submodule(skeleton.path)[-1].register_forward_hook(
-        lambda module, args, output: caught.append(output)
-    )
-    whole(input_ids=IDS, use_cache=False)
-    expected, found = (
-        caught[0][0] if isinstance(caught[0], tuple) else caught[0],
-        torch.cat([batch.hidden for batch in states.hidden]),
-    )
-    same = (
-        "exact" if torch.equal(expected, found) else f"off by {(expected - found).abs().max():.2g}"
-    )
-    return same, skeleton.path, experts
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(LIMIT)
+        with tempfile.TemporaryDirectory() as place, os.fdopen(writing, "w") as pipe:
+            json.dump(asdict(tried(kind, Path(place))), pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    _, ended = os.waitpid(child, 0)
+    if ended:
+        return Trial(kind, "", "wrong", f"the process ended with {ended}")
+    return Trial(**json.loads(told))
 
 
-def pruned(folder: Path, rows: Path, method: str, place: Path) -> str:
-    """What pruning gives: forms, counted, or the refusal; raises where a reloaded model differs
-    from itself saved again.
-    """
-    settings: dict[str, Any] = {
-        "dataset": str(rows),
-        "num_samples": 8,
-        "seq_len": 32,
-        "options": ARMOR if method == "armor" else {},
-    }
-    try:
-        report = prune(Recipe(str(folder), method=method, **settings), place / method)
-    except CompressError as error:
-        return f"refused: {str(error).split(':')[0]}"
-    model = load(place / method)
-    model.save_pretrained(place / f"{method}-again")
-    with torch.no_grad():
-        assert torch.equal(
-            model(IDS, use_cache=False).logits,
-            load(place / f"{method}-again")(IDS, use_cache=False).logits,
-        ), f"{folder} {method}"
-    counts = Counter("in place" if row.format == "dense" else row.format for row in report.linears)
-    return ", ".join(f"{count} {form}" for form, count in sorted(counts.items()))
+def table(trials: list[Trial]) -> str:
+    """The trials as Markdown: a sentence, what works, and a table of what does not."""
+    count = Counter(trial.result for trial in trials)
+    working = [f"{trial.kind} ({trial.linears})" for trial in trials if trial.result == "works"]
+    rest = [trial for trial in trials if trial.result != "works"]
+    lines = [
+        f"{len(trials)} types, torch {torch.__version__.partition('+')[0]}, transformers "
+        f"{transformers.__version__}, CPU: {count['works']} work, {count['refused']} are refused, "
+        f"{count['not built']} could not be built tiny.",
+        "",
+        f"Works, in brackets the linears that were compressed: {', '.join(working)}.",
+        "",
+        "| type | | what is said |",
+        "|---|---|---|",
+        *(f"| {trial.kind} | {trial.result} | {_cell(trial.line)} |" for trial in rest),
+    ]
+    return "\n".join(_wrapped(line) for line in lines)
+
+
+def _cell(line: str) -> str:
+    return re.sub(r"`([a-z_]+)='([^']+)'`", r"`--\1 '\2'`", line).replace("|", "\\|")
+
+
+def _wrapped(line: str, width: int = 100) -> str:
+    """A paragraph in lines; rows of a table stay one."""
+    if line.startswith("|"):
+        return line
+    lines = [""]
+    for word in line.split(" "):
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += f"{' ' if lines[-1] else ''}{word}"
+    return "\n".join(lines)
+
+
+def write(section: str, text: str) -> None:
+    """Put a generated text between its two markers in docs/families.md."""
+    begin, end = f"<!-- {section} -->\n", f"<!-- end of {section} -->\n"
+    before, _, rest = DOCS.read_text().partition(begin)
+    DOCS.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
+
+
+def every(kinds: list[str], known: Path | None, attempt: Callable[[str], Trial]) -> list[Trial]:
+    """The trials of all types; what is in the file `known` is taken from there."""
+    found: dict[str, Trial] = {}
+    if known and known.exists():
+        for line in known.read_text().splitlines():
+            trial = Trial(**json.loads(line))
+            found[trial.kind] = trial
+    for kind in kinds:
+        if kind not in found:
+            found[kind] = attempt(kind)
+            print(_wrapped(f"{kind}: {found[kind].result} {found[kind].line}"), flush=True)
+            if known:
+                with known.open("a") as file:
+                    file.write(json.dumps(asdict(found[kind])) + "\n")
+    return [found[kind] for kind in kinds]
 
 
 def main() -> None:
-    """Print one row per family."""
+    """Try the types and print what came of them; all of them: write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--go-on", type=Path, metavar="FILE")
+    asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, CPU\n")
-    print(
-        "| family | blocks | experts | streamed, bfloat16 | float32 | wanda 2:4 | armor "
-        "|\n|---|---|---:|---|---|---|---|"
-    )
-    for family in sys.argv[1:] or EVERY:
-        with tempfile.TemporaryDirectory() as name:
-            place = Path(name)
-            rows = place / "rows.jsonl"
-            rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in IDS.tolist()))
-            half, path, experts = streamed(build(family, place / "half"))
-            folder = build(family, place / "full", torch.float32)
-            full, *_ = streamed(folder)
-            cells = [
-                family,
-                f"`{path}`",
-                str(experts or ""),
-                half,
-                full,
-                *(pruned(folder, rows, method, place) for method in ("wanda", "armor")),
-            ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        tried("llama", Path(place))  # whatever is imported late is imported once
+    trials = every(asked.types or causal_types(), asked.go_on, isolated)
+    if not asked.types:
+        write("causal types", table(trials))
+    if any(trial.result.startswith("wrong") for trial in trials):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,21 @@ def from_bf16(bits):
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def of_bf16(function):
+    """A function of float64, for the bits of bfloat16: rounded once. On the way through float32 a
+    result that is not exact has its last bit set, so that none of them is taken for a tie.
+    """
+
+    def apply(*bits):
+        exact = function(*(from_bf16(each).astype(np.float64) for each in bits))
+        near = exact.astype(np.float32)
+        inward = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+        odd = inward.view(np.uint32) | (np.isfinite(near) & (inward != exact)).astype(np.uint32)
+        return to_bf16(odd.view(np.float32))
+
+    return apply
+
+
 def convert(target, source):
     """cvt between two types."""
     if target in ("bf16x2", "f16x2"):
@@ -177,6 +192,9 @@ def operation(opcode):
         return [kind, kind, wide], wide, lambda a, b, c: a.astype(dtype) * b.astype(dtype) + c
     if kind in ("s16x2", "u16x2"):
         return [kind], kind, by_halves(SAME[name], np.uint16 if kind == "u16x2" else np.int16)
+    if kind == "bf16" and name in ("add", "fma"):
+        exact = {"add": np.add, "fma": lambda a, b, c: a * b + c}[name]
+        return [kind], kind, of_bf16(exact)
     if kind in ("bf16", "bf16x2", "f16x2"):
         return ([kind], kind, SAME[name]) if name == "mov" else None
     return [kind], kind, SAME[name]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ptx_emulator import ptx, tensor_cores
-from ptx_emulator.arithmetic import to_bf16
+from ptx_emulator.arithmetic import operation, to_bf16
 from ptx_emulator.instructions import decode
 from ptx_emulator.machine import execute
 from ptx_emulator.memory import Memory, Region
@@ -192,6 +192,20 @@ def test_floats():
         run("cvt.rn.f16x2.f32 %r5, %r1, %r2;" + WIDEN, inputs).astype(np.uint32).view(np.float16)
     )
     assert packed[:2].tolist() == [2.25, 1.5]  # the first operand is the upper half
+
+
+def test_sums_of_bfloat16_are_rounded_once():
+    values = torch.randn(3, 4096) * torch.tensor([[1.0], [1.0], [2.0**-7]])
+    a, b, c = values.bfloat16()
+    bits = [part.view(torch.int16).numpy().view(np.uint16) for part in (a, b, c)]
+    for name, operands, expected in (
+        ("add", bits[:2], (a.double() + b.double()).bfloat16()),
+        ("add", bits[1:], (b.double() + c.double()).bfloat16()),
+        ("fma", bits, (a.double() * b.double() + c.double()).bfloat16()),
+    ):
+        _, _, function = operation([name, "rn", "bf16"])
+        found = torch.from_numpy(function(*operands).view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(found, expected)
 
 
 def test_a_register_that_nobody_wrote_is_nan():

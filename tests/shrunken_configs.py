@@ -137,7 +137,12 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "conv", "full_attention", "conv"],
         "rope_parameters": _PLAIN_ROPE,
     },
-    "longcat_flash": {"head_dim": 8, "num_layers": 2},
+    "kimi_linear": {
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    },
+    "longcat_flash": {"head_dim": 8, "num_layers": 2, "zero_expert_num": 2},
     "mamba2": {"head_dim": 32, "num_heads": 4, "n_groups": 2, "expand": 2},
     "ministral": {"head_dim": 16},
     "nemotron_h": {

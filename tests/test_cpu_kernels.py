@@ -12,10 +12,12 @@ from torch import nn
 
 from compressor_kernels import reference
 from compressor_kernels.cpu import ops
+from compressor_kernels.cpu.build import MATRICES, _cpu
 from compressor_kernels.cpu.tiles import from_tiles, to_tiles
 from compressor_kernels.fused_projections import fuse
 from compressor_kernels.layouts import InTiles, Stored
 from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
+from compressor_kernels.one_row import OneRowLinear, give_back, take_over
 from compressor_kernels.packing import pack24
 from compressor_kernels.pivot import row_order
 from compressor_kernels.pivot_linear import PivotLinear
@@ -23,6 +25,7 @@ from tests.cpu_problems import BARS, DTYPES, blocks, here, off, packed, product,
 
 SHAPES = [(1, 4), (3, 100), (7, 64), (4, 576), (50, 576), (33, 260)]  # out, in
 ROWS = [*range(1, 18), 31, 32, 33, 70]
+MANY = [127, 128, 129, 141, 300]  # more than meet the weight in one pass
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +38,15 @@ def _kernels():
 def test_sparse24_for_every_number_of_rows(shape, dtype):
     (out, columns), (values, metadata) = shape, packed(*shape, dtype)
     tiles, bias = to_tiles(values, metadata), random(shape[0], dtype=dtype)
-    for rows in ROWS:
+    for rows in ROWS + MANY:
         x = random(rows, columns, dtype=dtype, seed=rows)
         for added in (None, bias):
             y = ops.sparse24(x, *tiles, added, out, columns)
             assert y.dtype == dtype
-            assert off(y, product(x, values, metadata, added)) <= BARS[dtype], rows
+            expected = product(x, values, metadata, added)
+            assert off(y, expected) <= BARS[dtype], rows
+            y = ops.sparse24_by_panels(x, *tiles, added, out, columns)
+            assert off(y, expected) <= BARS[dtype], rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,8 +122,10 @@ def test_a_row_of_x_has_the_bits_that_it_has_alone_and_threads_change_none(dtype
         lambda x: ops.lowrank(x, u, v, None),
         lambda x: ops.pivot(x, v, u, torch.arange(356), None),
     )
-    x = random(32, 1028, dtype=dtype)
     for run in runs:
+        # beyond 32 rows torch multiplies the thin factors, and all in bfloat16 where it has AMX
+        alone = run is runs[0] and not (dtype == torch.bfloat16 and MATRICES in _cpu())
+        x = random(150 if alone else 32, 1028, dtype=dtype)
         whole = run(x)
         assert torch.equal(whole, torch.cat([run(row[None]) for row in x]))
         torch.set_num_threads(2)
@@ -323,3 +331,41 @@ def test_where_no_kernel_runs_nothing_changes(monkeypatch):
     x = random(3, 132)
     expected = reference.sparse24(x, *module.core.stored(), module.bias)
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_linear_takes_one_row_of_x_to_the_kernel(bias, monkeypatch):
+    linear = nn.Linear(132, 40, bias=bias, dtype=torch.bfloat16)
+    plain = copy.deepcopy(linear)
+    take_over(linear)
+    assert type(linear) is OneRowLinear
+    wide = random(1, 5, 132, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for x in (wide[:, -1:], wide[0, 2], wide[0, :1]):
+            y = linear(x)
+            assert y.shape == (*x.shape[:-1], 40)
+            assert torch.equal(y, ops.dense(x, linear.weight, linear.bias))
+            for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+                assert torch.equal(other(x), y)
+            torch._dynamo.reset()
+            compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=False)
+            assert torch.equal(compiled(x), y)
+        monkeypatch.setattr("compressor_kernels.one_row.cpu_ops", None)  # torch's from here on
+        assert torch.equal(linear(wide), plain(wide))
+        assert torch.equal(linear(wide[:0]), plain(wide[:0]))
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert linear(wide[:, -1:]).dtype == torch.float16
+        assert linear.float()(wide[:, -1:].float()).dtype == torch.float32
+    linear.bfloat16()(wide[:, -1:]).sum().backward()
+    assert linear.weight.grad is not None
+    assert linear.state_dict().keys() == plain.state_dict().keys()
+    give_back(linear)
+    assert type(linear) is nn.Linear
+
+
+def test_a_dense_linear_that_comes_to_a_machine_without_kernels(monkeypatch):
+    linear = nn.Linear(132, 40, dtype=torch.bfloat16)
+    take_over(linear)
+    pickled = pickle.dumps(linear)
+    monkeypatch.setattr(InTiles, "usable", classmethod(lambda cls: False))
+    assert type(pickle.loads(pickled)) is nn.Linear

@@ -7,14 +7,20 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 import compressor.runtime
 from compressor.config.recipe import Recipe
+from compressor.errors import CheckpointError
 from compressor.run.pipeline import prune
 from compressor.tools.unpack import unpack
 from compressor.tools.verify import verify
-from tests.wrappers import build_wrapper
+from tests.family_trial import causal_types, logits, tried
+from tests.wrappers import REFUSED, UNBUILT, build_wrapper, wrapper, wrapper_types
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -59,6 +65,33 @@ def test_text_is_compressed_and_the_rest_copied(family, rows, tmp_path):
     assert not info["unexpected_keys"]
     assert torch.equal(score(wrapper), exact)
     assert torch.equal(score(compressor.runtime.load(tmp_path / "out")), exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", wrapper_types())
+def test_every_type_works_or_is_refused_in_one_line(kind, tmp_path):
+    trial = tried(kind, tmp_path, wrapper)
+    if kind in UNBUILT:
+        assert trial.result == "not built"
+        return
+    assert trial.result == ("refused" if kind in REFUSED else "works"), trial.line
+    if kind in REFUSED:
+        assert REFUSED[kind] in trial.line
+        return
+    exact = logits(AutoModelForMultimodalLM.from_pretrained(tmp_path / "dense"))
+    autos = [AutoModelForMultimodalLM]
+    autos += [AutoModelForCausalLM] if kind in causal_types() else []
+    for auto in autos:
+        model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert (logits(model) - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def test_a_model_that_wants_an_image_is_refused_in_one_line(rows, tmp_path):
+    folder = build_wrapper("kosmos-2", tmp_path / "model")
+    recipe = Recipe(str(folder), dataset=str(rows), num_samples=8, seq_len=32)
+    with pytest.raises(CheckpointError, match=r"does not compute on text alone \(You have"):
+        prune(recipe, tmp_path / "out")
 
 
 def test_either_name_is_accepted(rows, tmp_path):

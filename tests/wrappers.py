@@ -54,7 +54,7 @@ _QWEN4 = {
     "output_gate_type": "sigmoid",
 }
 
-_LARGEST = 12_000_000  # parameters of what is still called tiny
+_LARGEST = 20_000_000  # parameters of what is still called tiny
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "chameleon": {
@@ -158,6 +158,53 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
 """What no general tiny value fits, by model type."""
+
+
+_STACKED = "weights stacked in this way are not supported"
+_IMAGE = "does not compute on text alone"
+_TWO_SIDES = "is an encoder-decoder"
+
+REFUSED: dict[str, str] = {
+    "blip": "blocks that attend to what another model gives",
+    "blip-2": _IMAGE,
+    "diffusion_gemma": "computes with weights of its blocks, or of parts that text does not need",
+    "emu3": "which a Emu3ForCausalLM does not have",  # on loading it as a language model
+    "ernie4_5_vl_moe": _STACKED,
+    "florence2": _TWO_SIDES,
+    "idefics": _IMAGE,
+    "inkling2": _STACKED,  # gate and up are interleaved on disk
+    "inkling_mm_model": _STACKED,
+    "instructblip": _IMAGE,
+    "instructblipvideo": _IMAGE,
+    "kosmos-2": _IMAGE,
+    "llama4": _STACKED,
+    "mllama": "blocks that attend to what another model gives",
+    "pi0": "has no stack of None decoder blocks",
+    "pix2struct": _TWO_SIDES,
+    "pp_formulanet": _TWO_SIDES,
+    "qwen3_omni_moe": _IMAGE,
+    "shieldgemma2": "tensors of a shieldgemma2 model",  # a classifier, with names of its own
+    "step3p7": _STACKED,
+    "t5gemma2": _TWO_SIDES,
+    "udop": _TWO_SIDES,
+    "vision-encoder-decoder": _TWO_SIDES,
+    "voxtral_realtime": _IMAGE,
+}
+"""Types that are refused, and a part of the line."""
+
+_TIMM = "its vision tower needs timm"
+UNBUILT: dict[str, str] = {
+    "evolla": "no auto class of transformers takes it",
+    "fast_vlm": _TIMM,
+    "gemma3n": _TIMM,
+    "kyutai_speech_to_text": "its tokens are those of text and of sound at once",
+    "muse_spark": "sizes that no setting makes small",
+    "nemo_speechlm": "its configs do not fit together",
+    "perception_lm": _TIMM,
+    "qwen2_5_omni": "sizes that no setting makes small",
+    "vibevoice_asr": "sizes that no setting makes small",
+}
+"""Types of which no tiny model is made here, and why."""
 
 
 def wrapper_types() -> list[str]:

@@ -188,20 +188,33 @@ def capture(
     return states
 
 
+_NEEDED = re.compile(
+    r"missing \d+ required positional arguments?: .*|(you (have to|must) specify|exactly 1 of) .*"
+    r"|unexpected keyword argument 'input_ids'",  # of several models in one, without a forward
+    re.IGNORECASE,
+)
+"""How a model says that it wants an image or sound beside the tokens."""
+
+
 @contextmanager
 def _nothing_missing(kind: str) -> Iterator[None]:
-    """Inside the `with`, a computation is refused that asks for weights that were not loaded, or
-    for the value of what blocks return beside hidden states.
+    """Inside the `with`, a computation is refused that asks for weights that were not loaded, for
+    the value of what blocks return beside hidden states, or for more than text.
     """
     try:
         yield
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if Nothing.__name__ in str(error):
             raise CheckpointError(
                 f"a {kind} model computes, between its blocks, with what they return beside hidden "
                 "states; it cannot be compressed block by block"
             ) from None
         if not re.search(r"meta tensor|device meta", str(error)):
+            if needed := _NEEDED.search(str(error)):
+                raise CheckpointError(
+                    f"a {kind} model does not compute on text alone ({needed[0]}); calibration is "
+                    "text, so it cannot be compressed"
+                ) from None
             raise
         raise CheckpointError(
             f"a {kind} model computes with weights of its blocks, or of parts that text does not "

@@ -84,7 +84,10 @@ class Recorder:
             if index == 0:
                 self.kept = hidden
                 if self.returns is None:
-                    self.returns = Returns(self._first_answer(positional, keywords, hidden))
+                    answer = self._first_answer(positional, keywords, hidden)
+                    if isinstance(answer, tuple) and type(answer) is not tuple:
+                        raise self._refusal(f"returns a {type(answer).__name__} from its blocks")
+                    self.returns = Returns(answer)
             self._called, self._left = index + 1, hidden
             assert self.returns is not None
             answer, handed = self.returns.passing(hidden)

@@ -46,6 +46,14 @@ _GIVE_BACK = 1 << 23  # bytes of weights, after work on which freed memory goes 
 Store = Callable[[Task, Form, Seen | None], None]
 """Told of each finished linear: its task, the form it has now, what the calibration showed of it.
 """
+Watch = Callable[[int, Batch, Tensor], None]
+"""Told of each compressed block: its index, the first batch as it entered, the hidden states that
+left.
+"""
+
+
+def unwatched(index: int, entering: Batch, leaving: Tensor) -> None:
+    """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class _Block:
         arguments: what it is called with beside hidden states.
         sharing: the processes that hold other parts of the calibration.
         prepared: what the run has ready for the blocks.
+        watch: told of the first batch.
         exact: outputs of the dense block, of the first batches.
     """
 
@@ -72,6 +81,7 @@ class _Block:
     device: torch.device
     sharing: Group
     prepared: Prepared
+    watch: Watch
     exact: list[Tensor] = field(default_factory=list)
 
     @property
@@ -90,6 +100,7 @@ def compress_blocks(
     first: int = 0,
     group: Group = ALONE,
     prepared: Prepared = Prepared(),  # noqa: B008  # frozen
+    watch: Watch = unwatched,
 ) -> Iterator[BlockRow]:
     """Compress block after block; yields the row of each once `store` has been told of its linears.
 
@@ -103,6 +114,7 @@ def compress_blocks(
         first: the block to begin with.
         group: the processes that share the work.
         prepared: what the run has ready for the blocks.
+        watch: told of the first batch of this process in each block.
 
     Raises:
         NumericalError: a weight, a compressed weight or the output of a block is not finite.
@@ -118,6 +130,7 @@ def compress_blocks(
             device,
             group if plan.splits_batches else ALONE,
             prepared,
+            watch,
         )
         error = _compress_block(block, store, progress, group)
         plan.skeleton.free_block(index)
@@ -352,6 +365,8 @@ def _advance(block: _Block, states: States) -> float:
             )
         if batch.number < len(block.exact):
             errors.append(_squares(leaving.hidden, block.exact[batch.number]))
+        if batch.number == 0:
+            block.watch(block.index, batch, leaving.hidden)
         return leaving
 
     advance(states.hidden, step)

@@ -126,20 +126,24 @@ def whole_names(patterns: re.Pattern[str]) -> re.Pattern[str]:
     return re.compile(re.sub(r"(?<=\w)\)(?=\|\(\?P<g|$)", r"(?!\\w))", patterns.pattern))
 
 
-def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Load `tensors` (name on disk -> lazy slice) into the parameters they belong to. Raises
-    CheckpointError.
+def load(model: Any, tensors: Mapping[str, Any], dtype: torch.dtype, quantizer: Any = None) -> None:
+    """Load `tensors` (name on disk -> lazy slice) into the parameters they belong to, in `dtype`,
+    or in the one that the family keeps some of them in. A `quantizer` of transformers may change
+    the conversions. Raises CheckpointError.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = get_model_conversion_mapping(model, None, quantizer)
+    kept: Any = model._get_dtype_plan(dtype)
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(
             model,
             dict(tensors),
-            LoadStateDictConfig(device_map={"": "cpu"}, dtype=dtype, weight_mapping=mapping),
+            LoadStateDictConfig(
+                device_map={"": "cpu"}, dtype=dtype, dtype_plan=kept, weight_mapping=mapping
+            ),
             disk_offload_index=None,
         )
     for what, found in (

@@ -32,7 +32,7 @@ def on_meta(
     from transformers import AutoModelForCausalLM
 
     _refuse_encoder_decoder(config)
-    kind = _wrapper(config, architectures)
+    kind = _wrapper(config, architectures) or named_class(config, architectures)
     try:
         with init_empty_weights(include_buffers=False):
             if kind:
@@ -43,6 +43,8 @@ def on_meta(
                 )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        if reason.startswith("Unrecognized configuration class"):
+            reason = "transformers has no causal language model class for it"
         raise CheckpointError(
             f"architecture {config.model_type!r} is no causal language model that can be built: "
             f"{reason}"
@@ -88,9 +90,21 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
             _refuse_cross_attention(blocks, config.model_type)
             _refuse_shared(path, blocks, config.model_type)
             return path, blocks
+    depth = getattr(text, "num_hidden_layers", None) or 0
+    stacks = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and depth > len(module) > 1
+    }
+    for name, count in stacks.items():
+        if depth % count == 0:
+            raise CheckpointError(
+                f"a {config.model_type} model goes through its blocks more than once: {name} holds "
+                f"{count}, config.json has {depth} layers; that cannot be compressed block by block"
+            )
     raise CheckpointError(
-        f"architecture {config.model_type!r} has no stack of "
-        f"{getattr(text, 'num_hidden_layers', None)} decoder blocks that could be found"
+        f"architecture {config.model_type!r} has no stack of {depth} decoder blocks that could be "
+        f"found"
     )
 
 
@@ -112,6 +126,22 @@ def _wrapper(config: Any, architectures: Sequence[str]) -> Any:
     for name in architectures:
         if name in _wrappers(config.model_type):
             return getattr(transformers, name, None)
+    return None
+
+
+def named_class(config: Any, architectures: Sequence[str]) -> Any:
+    """The causal class that config.json names, of a config that no auto class of transformers
+    takes: the text half of a multimodal family. None where there is none.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return None
+    for name in architectures:
+        kind = getattr(transformers, name, None)
+        if name.endswith("ForCausalLM") and getattr(kind, "config_class", None) is type(config):
+            return kind
     return None
 
 

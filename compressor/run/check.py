@@ -37,6 +37,7 @@ from compressor.run.preflight import rehearse, rehearse_rank, rehearse_ranks
 from compressor.text import home_path, to_ignore
 
 _SMALL_PART = 8  # a linear with fewer rows than this part of its columns may be called small
+_SMALL_STACKS = 10  # stacked gates below this part of a block's weights stay dense, and are told of
 _CHECKED_AT_ONCE = 1 << 24  # numbers of a tensor: a vocabulary is not in memory whole
 
 
@@ -296,12 +297,16 @@ def _split(
                 left.append(LeftDense(linear.name, list(linear.shape), reason))
             else:
                 blocks[-1].append(linear)
+        own: list[Other] = []
         for other in skeleton.others(index):
             glob = matching(other.name, other.parameter)
             if _is_stack(other) and not glob:
-                stacks.append(other)
+                own.append(other)
             reason = f"--ignore {glob}" if glob else other.reason
             left += [LeftDense(*named, reason) for named in skeleton.stored_as(other)]
+        size = sum(parameter.numel() for parameter in skeleton.blocks[index].parameters())
+        if _SMALL_STACKS * sum(math.prod(stack.shape) for stack in own) > size:
+            stacks += own
     _refuse_stacks(stacks)
     if unused:
         example = blocks[0][0].name if blocks and blocks[0] else "none"
@@ -324,9 +329,7 @@ def _too_small(linear: Linear, min_rows: int) -> str:
 
 
 def _is_stack(other: Other) -> bool:
-    """Whether it is matrices stacked in a way that is not understood, which may be most of the
-    model.
-    """
+    """Whether it is matrices stacked in a way that is not understood."""
     stacked = (
         len(other.shape) > 2 and min(other.shape) > 1
     )  # a state space has [channels, 1, width]
@@ -334,7 +337,9 @@ def _is_stack(other: Other) -> bool:
 
 
 def _refuse_stacks(stacks: list[Other]) -> None:
-    """Raise CheckpointError where there are any: they would stay dense in silence."""
+    """Raise CheckpointError where there are any: they may be most of the model, and would stay
+    dense.
+    """
     if stacks:
         first = stacks[0]
         raise CheckpointError(

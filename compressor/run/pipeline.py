@@ -29,7 +29,7 @@ from compressor.calibration.hidden_states import Batches
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import is_complete, work_path
 from compressor.config.recipe import Recipe
-from compressor.engine.blocks import compress_blocks
+from compressor.engine.blocks import compress_blocks, unwatched
 from compressor.engine.distributed import Group, local_device, processes
 from compressor.engine.memory import choose_home, gram_room, parse_size
 from compressor.engine.plan import LeaveDense, Plan, Prepared, ShareRanks, ShareZeros
@@ -40,6 +40,7 @@ from compressor.run import plan_file, room
 from compressor.run.check import plan_run
 from compressor.run.fingerprint import fingerprint
 from compressor.run.recorder import Facts, NullRecorder, Recorder, recording
+from compressor.run.witness import Witness
 
 
 def prune(
@@ -135,7 +136,8 @@ class _Run:
         mine = saved[group.rank if plan.splits_batches else 0] if saved else None
         if states and mine:  # nothing is saved after the last block
             states.load(self.work, mine)
-        journal_seconds = self._compress_blocks(choice.plan, states, prepared, done)
+        witness = Witness(choice.plan, self.work)
+        journal_seconds = self._compress_blocks(choice.plan, states, prepared, done, witness)
         peaks = group.joined([peak_memory()])
         run = {
             "device": str(self.device), "processes": group.size,
@@ -143,10 +145,16 @@ class _Run:
             "journal_seconds": round(journal_seconds, 3), "resumed_at_block": done,
             "peak_memory": {name: max(peak.get(name, 0) for peak in peaks) for name in peaks[0]},
         }  # fmt: skip
-        return Report.load(group.agreed(recorder.finish, run))
+        check = partial(witness.check, states=states, device=self.device)
+        return Report.load(group.agreed(recorder.finish, run, check))
 
     def _compress_blocks(
-        self, plan: Plan, states: States | None, prepared: Prepared, done: int
+        self,
+        plan: Plan,
+        states: States | None,
+        prepared: Prepared,
+        done: int,
+        witness: Witness,
     ) -> float:
         """All blocks from number `done` on; returns the seconds that saving their results took."""
         group, begun, journal_seconds = self.group, time.perf_counter(), 0.0
@@ -160,6 +168,7 @@ class _Run:
             first=done,
             group=group,
             prepared=prepared,
+            watch=witness.saw if group.first else unwatched,
         )
         for row in rows:
             computed = time.perf_counter()

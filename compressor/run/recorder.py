@@ -67,7 +67,7 @@ class NullRecorder:
     def finish_block(self, row: BlockRow, seconds: float, hidden: list[Any]) -> None:
         """Nothing."""
 
-    def finish(self, run: Mapping[str, Any]) -> None:
+    def finish(self, run: Mapping[str, Any], check: Callable[[Path], None]) -> None:
         """Nothing."""
 
     def publish(self) -> None:
@@ -193,11 +193,12 @@ class Recorder:
         )
         self._writer.forget()
 
-    def finish(self, run: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, run: Mapping[str, Any], check: Callable[[Path], None]) -> dict[str, Any]:
         """Write what is left to write, and give the folder its name.
 
         Args:
             run: what differs from run to run, for the report beside the folder.
+            check: raises where the folder, complete but for its name, is not what it should be.
 
         Returns:
             The whole report.
@@ -213,6 +214,7 @@ class Recorder:
             files[plan_file.FILE] = plan_file.dumps(self._plan)
         config = compressed_config(self._writer.reader.config, stored)
         self._writer.complete(config, files, code=recipe.trust_remote_code)
+        check(self._writer.folder)
         return self._journal.publish(to_json(report.everything()))
 
     def publish(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Counts:
         """Tokens of the first batches that hold so many."""
         return min(self.tokens, -(-tokens // self.batch) * self.batch)
 
+    @cached_property
     def through_linears(self) -> int:
         """Numbers that enter and leave the linears of a block for one token, for the block with
         most of them. Linears that read one tensor are counted each.
@@ -116,7 +118,7 @@ class Counts:
 
     def activations(self, itemsize: int) -> int:
         """Bytes that one batch takes on its way through a block, and copies of it."""
-        return 2 * self.batch * self.through_linears() * itemsize
+        return 2 * self.batch * self.through_linears * itemsize
 
 
 def passes(plan: Plan, tokens: int, batch: int) -> list[Pass]:
@@ -245,7 +247,7 @@ def _gradients(counts: Counts, tokens: int, work: Callable[[Counts, Task], int])
     plan, part = counts.plan, counts.part(tokens)
     states = part * counts.width * _PRECISE
     inside = max(work(counts, task) for task in plan.every)
-    rows = part * counts.through_linears() * _PRECISE
+    rows = part * counts.through_linears * _PRECISE
     graph = 2 * counts.activations(_PRECISE)  # what autograd keeps lies between the linears too
     block = 2 * largest_block(plan) * _PRECISE + graph + rows + inside
     return Pass(

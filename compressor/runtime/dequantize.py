@@ -22,6 +22,7 @@ from compressor.formats import form_of
 from compressor.model.experts import biases
 from compressor.model.hf_conversion import saving_steps
 from compressor.runtime.packed_experts import PackedExperts
+from compressor_kernels.one_row import give_back
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # nn.Module's own, in its __dict__
 
@@ -61,6 +62,7 @@ def make_plain(model: Any, dtype: torch.dtype | None) -> None:
         for path in paths:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, original)
+    give_back(model)
     if dtype is not None:
         for parameter in model.parameters():
             if parameter.dtype in stored:

@@ -44,6 +44,7 @@ from compressor.formats import form_class
 from compressor.model import hf_conversion
 from compressor.model.architecture import check_sizes
 from compressor.model.hf_conversion import whole_names
+from compressor.model.language_model import named_class
 from compressor.model.whole import load_dequantised
 from compressor.runtime import guard, placement
 from compressor.runtime.completeness import check_files, check_loaded
@@ -307,7 +308,7 @@ def _auto_class(path: str | Path, options: Mapping[str, Any]) -> Any:
         known = getattr(transformers, auto, None)
         if known is not None and type(config) in known._model_mapping:
             return known
-    return AutoModelForCausalLM
+    return named_class(config, config.architectures or ()) or AutoModelForCausalLM
 
 
 def _checked(folder: Path, options: Mapping[str, Any]) -> Reader | None:

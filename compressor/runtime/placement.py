@@ -23,13 +23,15 @@ from compressor.errors import CheckpointError, UsageError
 from compressor_kernels import kernel_config
 from compressor_kernels.cpu.build import kernels as cpu_kernels
 from compressor_kernels.fused_projections import fuse
-from compressor_kernels.layouts import Dense, Layout, Stored, kernel_layout
+from compressor_kernels.layouts import Dense, InTiles, Layout, Stored, kernel_layout
 from compressor_kernels.linear import PackedLinear, Sparse24Linear
+from compressor_kernels.one_row import take_over
 from compressor_kernels.stored_linear import moves_tensors
 
 RUNTIMES = ("auto", "packed", "dense")
 # names of linears that read one tensor
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+LARGE = 1 << 22  # bytes of a linear after which memory is returned at once
 DECODING = (1, 4, 16)  # rows of x that `auto` looks up
 # Weights from which on a CPU a linear is computed packed: faster at one row of x, measured with
 # weights in the cache on Zen 4, and large enough to compile kernels for.
@@ -52,7 +54,8 @@ def asked_by_environment() -> str:
 
 
 def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str, str]:
-    """Choose a layout for every packed linear of `model`; what became of each, by name.
+    """Choose a layout for every packed linear of `model`; what became of each, by name. Beside
+    some that the CPU kernels compute, dense linears use them too where these are faster.
 
     Args:
         model: with its weights loaded.
@@ -72,14 +75,26 @@ def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str,
                 chosen[name] = _place_one(model.get_submodule(paths[name]), runtime)
             except ValueError as error:
                 raise CheckpointError(f"{name} is damaged: {error}") from None
+            if _size(model.get_submodule(paths[name])) > LARGE:
+                return_memory()
         # an expert's matrices are called one by one
         if alone := {name for name in names if name == paths[name]}:
             chosen |= _fuse_children(model, parent, {name: chosen[name] for name in alone})
-        _return_memory()
+        return_memory()
+    if runtime != "dense" and any(_on_cpu_kernels(model.get_submodule(paths[n])) for n in paths):
+        take_over(model)
     return chosen
 
 
-def _return_memory() -> None:
+def _on_cpu_kernels(module: nn.Module) -> bool:
+    return isinstance(module, PackedLinear) and module.layout is InTiles
+
+
+def _size(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def return_memory() -> None:
     """Give what was let go of back to the system: glibc keeps it between blocks that are in use, a
     quarter of the packed weights. Elsewhere nothing is done.
     """

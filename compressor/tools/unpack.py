@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from compressor.checkpoint.packed_config import (
 from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError
-from compressor.formats import form_of
+from compressor.formats import form_class, form_of
 from compressor.formats.headers import packed_headers, unlisted
 
 
@@ -37,7 +38,7 @@ def unpack(folder: Path, output: Path) -> int:
         raise CheckpointError(f"{folder} holds no packed linears: it is a plain checkpoint already")
     check_output(output, reader)
     stored = packed_headers(reader.tensors)
-    suffixes = {name: list(stored.get(name, ())) for name in modules}
+    suffixes = {name: _in_order(entry, stored.get(name, ())) for name, entry in modules.items()}
     if missing := [name for name in modules if not suffixes[name]]:
         raise CheckpointError(
             f"{folder}: config.json names the packed linear {missing[0]!r}, but its tensors are "
@@ -58,6 +59,14 @@ def unpack(folder: Path, output: Path) -> int:
             _put(writer, tensor, torch.stack(parts), names, suffixes)
         writer.finish(plain_config(reader.config), {})
     return len(modules)
+
+
+def _in_order(entry: Mapping[str, Any], found: Iterable[str]) -> list[str]:
+    """Suffixes of stored tensors as their form lists them. The first is in the weight's dtype, and
+    the weight goes where that was: in a shard wide items come before narrow ones.
+    """
+    order = form_class(entry["format"]).SUFFIXES
+    return sorted(found, key=lambda suffix: order.index(suffix) if suffix in order else len(order))
 
 
 def _put(

@@ -37,6 +37,7 @@ NEEDED = (
     "fma",
 )
 PAIRS = "avx512_bf16"  # products of bfloat16; without them they are computed in float32
+MATRICES = "amx_bf16"  # torch multiplies many rows with these
 OPTIONS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w")
 TIMEOUT = 600  # seconds that the compiler may take
 LIBRARY = "compressor_kernels.so"
@@ -127,7 +128,7 @@ def _cpu() -> tuple[str, ...]:
     missing = [flag for flag in NEEDED if flag not in flags]
     if missing:
         raise NoKernelsError(f"the CPU kernels need AVX-512, and this CPU has no {missing[0]}")
-    return (*NEEDED, PAIRS) if PAIRS in flags else NEEDED
+    return (*NEEDED, *(flag for flag in (PAIRS, MATRICES) if flag in flags))
 
 
 def _compiler() -> str:
@@ -145,7 +146,9 @@ def _commands(compiler: str, cpu: tuple[str, ...]) -> list[list[str]]:
     home = Path(torch.__file__).parent
     includes = (home / "include", home / "include" / "torch" / "csrc" / "api" / "include")
     abi = int(torch.compiled_with_cxx11_abi())
-    machine = [f"-m{flag.replace('avx512_', 'avx512')}" for flag in cpu]
+    machine = [f"-m{flag.replace('avx512_', 'avx512')}" for flag in cpu if flag != MATRICES]
+    if MATRICES in cpu:
+        machine.append("-DCOMPRESS_AMX")
     # torch's own OpenMP: with another there would be two pools of threads
     openmp = next((str(path) for path in (home / "lib").glob("libgomp*.so*")), "-lgomp")
     return [

@@ -1,7 +1,7 @@
 // The torch ops: what they accept, how their work is split over torch's threads.
 //
 // Rows of the weight are split, never a sum: results are the same bits for every number of threads, and
-// up to kMostRows rows of x every row has the bits that it has alone.
+// every row of x has the bits that it has alone, but where torch multiplies.
 #include <ATen/Parallel.h>
 #include <ATen/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -13,6 +13,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
@@ -26,8 +27,9 @@ using namespace compress;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMostRows = 32;         // of x, in one pass over the weight; beyond, torch multiplies
-constexpr int64_t kPanel = 8 << 20;       // bytes of the weight that are dense at once for it
+constexpr int64_t kFewRows = 32;          // of x, that plain matrices are multiplied with; beyond, torch does it
+constexpr int64_t kCache = 1 << 20;       // bytes of x that stay in the second cache while the weight passes
+constexpr int64_t kPanel = 8 << 20;       // bytes of the weight that are dense at once
 constexpr int64_t kGrain = 128 << 10;     // bytes of weight that are worth a thread
 
 int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,19 +118,19 @@ struct Weight {
 
   void check_shapes() const {
     TORCH_CHECK_VALUE(out_features > 0 && in_features > 0, "a weight of ", out_features, " x ", in_features);
-    const int64_t rows = divup(out_features, kRows), columns = divup(in_features, kColumns);
-    check("values", values, {rows, columns, kRows, kColumns / 2}, values.scalar_type());
-    check("positions", positions, {rows, columns, kRows, 8}, at::kByte);
+    const int64_t rows = divup(out_features, kTileRows), columns = divup(in_features, kColumns);
+    check("values", values, {rows, columns, kTileRows, kColumns / 2}, values.scalar_type());
+    check("positions", positions, {rows, columns, kTileRows, kColumns / 8}, at::kByte);
   }
   int64_t rows() const { return values.size(0); }
   int64_t columns() const { return values.size(1); }
-  int64_t row_bytes() const { return columns() * kRows * (kColumns / 2 * values.element_size() + 8); }
+  int64_t row_bytes() const { return columns() * kTileRows * (kColumns / 2 * values.element_size() + kColumns / 8); }
   template <class V>
   Tiles<V> row(int64_t t) const {
     const Tiles<V> all{(decltype(Tiles<V>::values))values.data_ptr(), (decltype(Tiles<V>::positions))positions.data_ptr()};
     return all.from(t * columns());
   }
-  int count(int64_t t) const { return (int)std::min<int64_t>(kRows, out_features - t * kRows); }
+  int count(int64_t t) const { return (int)std::min<int64_t>(kTileRows, out_features - t * kTileRows); }
 };
 
 template <class V>
@@ -143,7 +145,7 @@ void few_rows(const Tensor& x, const Weight& weight, const OptionalTensor& bias,
   const Output<V> out = output<V>(y, weight.out_features, bias);
   at::parallel_for(0, weight.rows(), divup(kGrain, weight.row_bytes()), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
-      tile_row<V>(weight.row<V>(t), columns, rows, m, out, t * kRows, weight.count(t));
+      tile_row<V>(weight.row<V>(t), columns, rows, m, out, t * kTileRows, weight.count(t));
   });
 }
 
@@ -152,20 +154,20 @@ template <class V>
 void expand(const Weight& weight, int64_t begin, int64_t end, V* panel) {
   at::parallel_for(begin, end, divup(kGrain, weight.row_bytes()), [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t++)
-      expand_row<V>(weight.row<V>(t), weight.in_features, panel + (t - begin) * kRows * weight.in_features, weight.count(t));
+      expand_row<V>(weight.row<V>(t), weight.in_features, panel + (t - begin) * kTileRows * weight.in_features, weight.count(t));
   });
 }
 
-void many_rows(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor& y) {
-  const int64_t each = std::max<int64_t>(1, kPanel / (weight.in_features * x.element_size() * kRows));  // rows of tiles
+void by_panels(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor& y) {
+  const int64_t each = std::max<int64_t>(1, kPanel / (weight.in_features * x.element_size() * kTileRows));  // rows of tiles
   const Tensor rows = y.view({-1, weight.out_features});
-  const int64_t most = std::min(each * kRows, weight.out_features);
+  const int64_t most = std::min(each * kTileRows, weight.out_features);
   char* memory = scratch(0, most * weight.in_features * x.element_size());
   const Tensor panel = at::from_blob(memory, {most, weight.in_features}, x.options());
   for (int64_t t = 0; t < weight.rows(); t += each) {
-    const int64_t begin = t * kRows, end = std::min(weight.out_features, begin + each * kRows);
+    const int64_t begin = t * kTileRows, end = std::min(weight.out_features, begin + each * kTileRows);
     by_dtype(x.scalar_type(), [&](auto v) {
-      expand<decltype(v)>(weight, t, divup(end, kRows), data<decltype(v)>(panel));
+      expand<decltype(v)>(weight, t, divup(end, kTileRows), data<decltype(v)>(panel));
     });
     const Tensor part = panel.slice(0, 0, end - begin).t();
     Tensor columns = rows.slice(1, begin, end);
@@ -174,19 +176,46 @@ void many_rows(const Tensor& x, const Weight& weight, const OptionalTensor& bias
   }
 }
 
+// Where the CPU multiplies matrices, torch is faster with many rows of x by more than an expansion costs.
+bool panels_pay(const Tensor& x) {
+#ifdef COMPRESS_AMX
+  return x.size(0) > kFewRows && x.scalar_type() == at::kBFloat16;
+#else
+  return false;
+#endif
+}
+
 void multiply(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const Tensor& y) {
-  if (x.size(0) > kMostRows) return many_rows(x, weight, bias, y);
-  by_dtype(x.scalar_type(), [&](auto v) { few_rows<decltype(v)>(x, weight, bias, y); });
+  if (panels_pay(x)) return by_panels(x, weight, bias, y);
+  const int64_t rows = x.size(0), held = kCache / (weight.in_features * x.element_size());
+  const int64_t passes = divup(rows, std::clamp<int64_t>(held, 16, kMostRows));
+  const int64_t each = divup(divup(rows, passes), 4) * 4;
+  const Tensor all = y.view({-1, weight.out_features});
+  for (int64_t m = 0; m < rows; m += each) {
+    const int64_t end = std::min(m + each, rows);
+    by_dtype(x.scalar_type(), [&](auto v) {
+      few_rows<decltype(v)>(x.slice(0, m, end), weight, bias, all.slice(0, m, end));
+    });
+  }
+}
+
+template <class F>
+Tensor product(const Tensor& x, const Weight& weight, const OptionalTensor& bias, const F& multiply) {
+  weight.check_shapes();
+  check_bias(bias, weight.out_features, weight.values.scalar_type());
+  const Tensor rows = matrix(x, weight.in_features, weight.values.scalar_type()), y = result(x, weight.out_features);
+  if (y.numel()) multiply(rows, weight, bias, y);
+  return y;
 }
 
 Tensor sparse24(const Tensor& x, const Tensor& values, const Tensor& positions, const OptionalTensor& bias,
                 int64_t out_features, int64_t in_features) {
-  const Weight weight{values, positions, out_features, in_features};
-  weight.check_shapes();
-  check_bias(bias, out_features, values.scalar_type());
-  const Tensor rows = matrix(x, in_features, values.scalar_type()), y = result(x, out_features);
-  if (y.numel()) multiply(rows, weight, bias, y);
-  return y;
+  return product(x, {values, positions, out_features, in_features}, bias, multiply);
+}
+
+Tensor sparse24_by_panels(const Tensor& x, const Tensor& values, const Tensor& positions, const OptionalTensor& bias,
+                          int64_t out_features, int64_t in_features) {
+  return product(x, {values, positions, out_features, in_features}, bias, by_panels);
 }
 
 // y = blockdiag(blocks) x for groups begin .. end of at most 4 rows; a block has divup(size, 4) of them.
@@ -215,12 +244,12 @@ void few_rows_armor(const Tensor& x, const Weight& weight, const Tensor& a, cons
     block_rows<V>(b, own, m, {inner, nullptr}, begin, end);
   });
   const Output<V> out = output<V>(y, n, bias);
-  const int64_t unit = std::lcm((int64_t)kRows, size);  // rows that are whole tiles and whole blocks of A
-  at::parallel_for(0, divup(n, unit), divup(kGrain, unit / kRows * weight.row_bytes()), [&](int64_t begin, int64_t end) {
+  const int64_t unit = std::lcm((int64_t)kTileRows, size);  // rows that are whole tiles and whole blocks of A
+  at::parallel_for(0, divup(n, unit), divup(kGrain, unit / kTileRows * weight.row_bytes()), [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; u++) {
       const int64_t stop = std::min(n, (u + 1) * unit);
-      for (int64_t t = u * unit / kRows; t * kRows < stop; t++)
-        tile_row<V>(weight.row<V>(t), columns, constant(inner), m, {outer, nullptr}, t * kRows, weight.count(t));
+      for (int64_t t = u * unit / kTileRows; t * kTileRows < stop; t++)
+        tile_row<V>(weight.row<V>(t), columns, constant(inner), m, {outer, nullptr}, t * kTileRows, weight.count(t));
       block_rows<V>(a, constant(outer), m, out, u * unit / size * divup(size, kRows), stop / size * divup(size, kRows));
     }
   });
@@ -228,7 +257,7 @@ void few_rows_armor(const Tensor& x, const Weight& weight, const Tensor& a, cons
 
 Tensor block_diagonal(const Tensor& x, const Tensor& blocks) {
   const Tensor rows = x.reshape({-1, blocks.size(0), blocks.size(1)}).transpose(0, 1);
-  return at::matmul(rows, blocks.transpose(1, 2)).transpose(0, 1).reshape(x.sizes());
+  return at::matmul(rows, blocks.transpose(1, 2)).transpose(0, 1).reshape(x.sizes()).contiguous();  // a view of blocks of one
 }
 
 Tensor armor(const Tensor& x, const Tensor& values, const Tensor& positions, const Tensor& a, const Tensor& b,
@@ -243,7 +272,7 @@ Tensor armor(const Tensor& x, const Tensor& values, const Tensor& positions, con
   const Tensor rows = matrix(x, weight.in_features, dtype);
   const Tensor y = result(x, weight.out_features);
   if (!y.numel()) return y;
-  if (rows.size(0) > kMostRows) {
+  if (rows.size(0) > kFewRows) {
     multiply(block_diagonal(rows, b), weight, {}, y);
     const Tensor wrapped = block_diagonal(y, a);
     return bias ? wrapped.add(*bias) : wrapped;
@@ -267,7 +296,7 @@ Tensor dense(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   check("w", w, w.sizes(), dtype);
   check_bias(bias, w.size(0), dtype);
   const Tensor rows = matrix(x, w.size(1), dtype);
-  if (rows.size(0) > kMostRows) return at::linear(x, w, bias);
+  if (rows.size(0) > kFewRows) return at::linear(x, w, bias);
   const Tensor y = result(x, w.size(0));
   if (!y.numel()) return y;
   by_dtype(dtype, [&](auto v) {
@@ -285,7 +314,7 @@ Tensor lowrank(const Tensor& x, const Tensor& u, const Tensor& v, const Optional
   check("v", v, {v.size(0), in_features}, dtype);
   check_bias(bias, out_features, dtype);
   const Tensor rows = matrix(x, in_features, dtype);
-  if (rows.size(0) > kMostRows) return at::linear(at::linear(x, v), u, bias);
+  if (rows.size(0) > kFewRows) return at::linear(at::linear(x, v), u, bias);
   const Tensor y = result(x, out_features);
   if (!y.numel()) return y;
   by_dtype(dtype, [&](auto value) {
@@ -323,7 +352,7 @@ Tensor pivot(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& or
   const int64_t m = rows.size(0);
   for (int64_t j = 0; j < out_features; j++)
     TORCH_CHECK_VALUE((uint64_t)data<int64_t>(order)[j] < (uint64_t)out_features, "rows are not those of ", out_features);
-  if (m > kMostRows) {
+  if (m > kFewRows) {
     const Tensor inner = at::linear(rows, v), stacked = at::cat({inner, at::linear(inner, c)}, 1);
     Tensor all = y.view({m, out_features});
     all.index_copy_(1, order, stacked);
@@ -342,6 +371,7 @@ Tensor pivot(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& or
 TORCH_LIBRARY_FRAGMENT(compressor_kernels, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def("cpu_sparse24(Tensor x, Tensor values, Tensor positions, Tensor? bias, int out_features, int in_features) -> Tensor", tags);
+  m.def("cpu_sparse24_by_panels(Tensor x, Tensor values, Tensor positions, Tensor? bias, int out_features, int in_features) -> Tensor", tags);
   m.def("cpu_armor(Tensor x, Tensor values, Tensor positions, Tensor a, Tensor b, Tensor? bias) -> Tensor", tags);
   m.def("cpu_lowrank(Tensor x, Tensor u, Tensor v, Tensor? bias) -> Tensor", tags);
   m.def("cpu_pivot(Tensor x, Tensor v, Tensor c, Tensor rows, Tensor? bias) -> Tensor", tags);
@@ -350,6 +380,7 @@ TORCH_LIBRARY_FRAGMENT(compressor_kernels, m) {
 
 TORCH_LIBRARY_IMPL(compressor_kernels, CPU, m) {
   m.impl("cpu_sparse24", TORCH_FN(sparse24));
+  m.impl("cpu_sparse24_by_panels", TORCH_FN(sparse24_by_panels));
   m.impl("cpu_armor", TORCH_FN(armor));
   m.impl("cpu_lowrank", TORCH_FN(lowrank));
   m.impl("cpu_pivot", TORCH_FN(pivot));

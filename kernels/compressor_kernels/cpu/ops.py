@@ -35,6 +35,21 @@ def sparse24(
     return op(x, values, positions, bias, out_features, in_features)
 
 
+def sparse24_by_panels(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """What `sparse24` does with many rows of x in bfloat16 where the CPU multiplies matrices (AMX):
+    a panel of the weight is expanded, torch multiplies, then the next.
+    """
+    op = torch.ops.compressor_kernels.cpu_sparse24_by_panels.default
+    return op(x, values, positions, bias, out_features, in_features)
+
+
 def armor(
     x: Tensor, values: Tensor, positions: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -64,7 +79,15 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def load(path: Path | None) -> None:
     """Load the library at `path`; raises RuntimeError where its products are wrong."""
     torch.ops.load_library(str(path))
-    for name, place in (("sparse24", 4), ("armor", 3), ("lowrank", 1), ("pivot", 3), ("dense", 1)):
+    products = (
+        ("sparse24", 4),
+        ("sparse24_by_panels", 4),
+        ("armor", 3),
+        ("lowrank", 1),
+        ("pivot", 3),
+        ("dense", 1),
+    )
+    for name, place in products:
         torch.library.register_fake(f"compressor_kernels::cpu_{name}", _fake(name, place))
     for dtype in DTYPES:
         if not _right(dtype):
@@ -73,7 +96,7 @@ def load(path: Path | None) -> None:
 
 def _fake(name: str, place: int) -> Any:
     def shape(x: Tensor, *others: Any) -> Tensor:
-        if name == "sparse24":
+        if name.startswith("sparse24"):
             return x.new_empty(*x.shape[:-1], others[place - 1])
         sizes = others[place - 1].shape
         return x.new_empty(*x.shape[:-1], sizes[0] * sizes[1] if name == "armor" else sizes[0])
@@ -86,7 +109,7 @@ def _right(dtype: torch.dtype) -> bool:
     weight = torch.randn(11, 17, 4, generator=generator)
     weight = (weight * (weight.abs().argsort(-1).argsort(-1) > 1)).view(11, 68).to(dtype)
     values, metadata = pack24(weight)
-    for rows in (1, 3, 16, 17):
+    for rows in (1, 3, 16, 137):
         x = torch.randn(rows, 68, generator=generator).to(dtype)
         expected = reference.sparse24(x.double(), values.double(), metadata)
         y = sparse24(x, *to_tiles(values, metadata), None, 11, 68).double()

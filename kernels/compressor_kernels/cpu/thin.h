@@ -68,7 +68,11 @@ void thin_rows(const V* w, ptrdiff_t columns, Rows<const V> x, ptrdiff_t rows, c
       std::memset((void*)sums, 0, sizeof(sums));
       for (int row = 0; row < count; row++) add_rows<M, 1, V>(w + (first + row) * columns, columns, part, sums, row);
     }
-    for (int m = 0; m < M; m++) finish<V>(sums[m], out, m0 + m, first, count);
+    for (int m = 0; m < M; m++) {
+      __m256 halves[kRows];
+      for (int r = 0; r < kRows; r++) halves[r] = _mm256_add_ps(low(sums[m][r]), high(sums[m][r]));
+      finish<V>(halves, out, m0 + m, first, count);
+    }
   });
 }
 

@@ -1,12 +1,14 @@
 // The layout of a 2:4 weight on a CPU, and the vector pieces that the kernels share.
 //
-// A weight [out, in] is cut into tiles of 4 rows and 64 columns, one row of tiles after another, filled
-// up with zeros. A tile is 32 kept weights a row, in column order, and a word of 64 bits a row: two bits
+// A weight [out, in] is cut into tiles of 8 rows and 32 columns, one row of tiles after another, filled
+// up with zeros. A tile is 16 kept weights a row, in column order, and a word of 32 bits a row: two bits
 // for each kept weight, its place in its group of four. These are the stored bytes in another order, and
 // a thread reads two streams from their first byte to their last.
 //
-// The weight is not expanded. The positions of a row become indices into 64 columns of x, a permutation
-// of x brings the entries that meet the kept weights into their order, and the two are multiplied.
+// The weight is not expanded. The positions of two rows become indices into 32 columns of x, a
+// permutation of x brings the entries that meet their kept weights into their order, and the two are
+// multiplied. Two rows at once, because a permutation of one register is cheaper than one of two: with
+// the product behind it 1.3 cycles instead of 1.8 (Zen 4).
 #pragma once
 
 #include <immintrin.h>
@@ -17,8 +19,9 @@
 
 namespace compress {
 
-constexpr int kRows = 4;
-constexpr int kColumns = 64;
+constexpr int kRows = 4;  // whose sums are stored at once
+constexpr int kTileRows = 8;
+constexpr int kColumns = 32;
 
 struct Bf16 {
   uint16_t bits;
@@ -29,8 +32,8 @@ struct Half {
 
 template <class V>
 struct Tiles {
-  const V (*values)[kRows][kColumns / 2];
-  const uint64_t (*positions)[kRows];
+  const V (*values)[kTileRows][kColumns / 2];
+  const uint64_t (*positions)[kTileRows / 2];  // of two rows
   Tiles from(ptrdiff_t tile) const { return {values + tile, positions + tile}; }
 };
 
@@ -57,6 +60,18 @@ inline __m512 load16(const Bf16* p, __mmask16 mask = 0xFFFF) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
 
+// Eight from a, then eight from b.
+inline __m512 load8(const float* a, const float* b) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+}
+inline __m256i load8_bits(const void* a, const void* b) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a)), _mm_loadu_si128((const __m128i*)b), 1);
+}
+inline __m512 load8(const Half* a, const Half* b) { return _mm512_cvtph_ps(load8_bits(a, b)); }
+inline __m512 load8(const Bf16* a, const Bf16* b) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load8_bits(a, b)), 16));
+}
+
 inline __m128 load4(const float* p, __mmask8 mask) { return _mm_maskz_loadu_ps(mask, p); }
 inline __m128 load4(const Half* p, __mmask8 mask) { return _mm_cvtph_ps(_mm_maskz_loadu_epi16(mask, p)); }
 inline __m128 load4(const Bf16* p, __mmask8 mask) {
@@ -78,23 +93,24 @@ inline void store4(Bf16* p, __m128 sums, __mmask8 mask) {
 }
 
 // Lane i of the result is the sum of the lanes of sums[i], always added in the same order.
-inline __m128 across(const __m512 (&sums)[kRows]) {
-  __m256 half[kRows];
-  for (int i = 0; i < kRows; i++)
-    half[i] = _mm256_add_ps(_mm512_castps512_ps256(sums[i]), _mm512_extractf32x8_ps(sums[i], 1));
-  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+inline __m128 across(const __m256 (&sums)[kRows]) {
+  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
   return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
 }
 
+inline __m256 low(__m512 sums) { return _mm512_castps512_ps256(sums); }
+inline __m256 high(__m512 sums) { return _mm512_extractf32x8_ps(sums, 1); }
+
 // The sums of `count` rows of the weight, from `first` on, for row m of x: bias added, rounded, stored.
 template <class V>
-inline void finish(const __m512 (&sums)[kRows], const Output<V>& out, ptrdiff_t m, ptrdiff_t first, int count) {
+inline void finish(const __m256 (&sums)[kRows], const Output<V>& out, ptrdiff_t m, ptrdiff_t first, int count) {
   const __mmask8 mask = (__mmask8)((1u << count) - 1);
   __m128 total = across(sums);
   if (out.bias) total = _mm_add_ps(total, load4(out.bias + first, mask));
   store4(out.y.at(m, first), total, mask);
 }
 
+// Four sums of every row of x: of four rows of a plain matrix, or of the pairs of rows of a tile.
 template <int M>
 using Sums = __m512[M][kRows];
 

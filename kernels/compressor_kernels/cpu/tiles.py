@@ -1,7 +1,7 @@
 """The stored form of a 2:4 weight and its tiles, which the CPU kernels read (tiles.h).
 
-    values     [ceil(out / 4), ceil(in / 64), 4, 32]  the kept weights of 4 rows and 64 columns
-    positions  uint8 [ceil(out / 4), ceil(in / 64), 4, 8]  two bits for each of these: its place in
+    values     [ceil(out / 8), ceil(in / 32), 8, 16]  the kept weights of 8 rows and 32 columns
+    positions  uint8 [ceil(out / 8), ceil(in / 32), 8, 4]  two bits for each of these: its place in
                                                            its group of four, lowest bits first
 
 The bytes are those of the stored form in another order, filled up with zeros to whole tiles.
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _FILLER = 0x4444  # four groups that name columns 0 and 1
-ROWS = 4
+ROWS = 8
+KEPT = 16  # weights of a row in a tile
+WORDS = 2  # of 16 bits, the positions of these
 
 
 def to_tiles(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,12 +27,14 @@ def to_tiles(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
         metadata: int16 `[out, ceil(in / 16)]`.
     """
     rows, half = values.shape
-    down, across = -(-rows // ROWS), -(-half // 32)
+    down, across = -(-rows // ROWS), -(-half // KEPT)
     fill = ROWS * down - rows
-    values = pad(values, (0, 32 * across - half, 0, fill))
-    metadata = pad(metadata, (0, 4 * across - metadata.shape[1], 0, fill), value=_FILLER)
-    words = metadata.view(down, ROWS, across, 4).transpose(1, 2).contiguous()
-    return values.view(down, ROWS, across, 32).transpose(1, 2).contiguous(), words.view(torch.uint8)
+    values = pad(values, (0, KEPT * across - half, 0, fill))
+    metadata = pad(metadata, (0, WORDS * across - metadata.shape[1], 0, fill), value=_FILLER)
+    words = metadata.view(down, ROWS, across, WORDS).transpose(1, 2).contiguous()
+    return values.view(down, ROWS, across, KEPT).transpose(1, 2).contiguous(), words.view(
+        torch.uint8
+    )
 
 
 def from_tiles(
@@ -38,7 +42,7 @@ def from_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Values and metadata as stored; the inverse of `to_tiles`, byte for byte."""
     down, across = values.shape[:2]
-    plain = values.transpose(1, 2).reshape(ROWS * down, 32 * across)
-    words = positions.view(torch.int16).transpose(1, 2).reshape(ROWS * down, 4 * across)
+    plain = values.transpose(1, 2).reshape(ROWS * down, KEPT * across)
+    words = positions.view(torch.int16).transpose(1, 2).reshape(ROWS * down, WORDS * across)
     kept = plain[:out_features, : in_features // 2].contiguous()
     return kept, words[:out_features, : -(-in_features // 16)].contiguous()
