@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import emit, read
 
 PEER = "llmcompressor==0.14.0.1"
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--against", choices=["llmcompressor"])
     parser.add_argument("--peer", type=Path, help="folder of its environment")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as in the processes that are measured: the rows say so
     if arguments.against and not arguments.peer:
         parser.error("--against needs --peer, a folder for its environment")
     python = {"compress": sys.executable, "forward": sys.executable}
