@@ -85,7 +85,7 @@ def test_every_method_ends_in_a_folder_that_loads(family, method, folder_of, row
     folder, twin = folder_of(family)
     report = prune(recipe(folder, rows, method), tmp_path / "out")
     forms = {row.format for row in report.linears}
-    assert forms <= ({"lowrank", "dense"} if method == "lowrank" else {"sparse24", method})
+    assert forms <= ({"pivot", "dense"} if method == "lowrank" else {"sparse24", method})
     assert not verify(tmp_path / "out")["problems"]
     unpack(tmp_path / "out", tmp_path / "plain")
     assert Reader(tmp_path / "plain").config == Reader(twin).config

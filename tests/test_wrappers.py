@@ -19,7 +19,8 @@ from compressor.errors import CheckpointError
 from compressor.run.pipeline import prune
 from compressor.tools.unpack import unpack
 from compressor.tools.verify import verify
-from tests.family_trial import causal_types, logits, tried
+from tests.causal_types import causal_types
+from tests.family_trial import logits, tried
 from tests.wrappers import REFUSED, UNBUILT, build_wrapper, wrapper, wrapper_types
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
