@@ -42,8 +42,9 @@ def make_packed(source: Path, folder: Path, forms: list[str]) -> Path:
     entries: dict[str, Mapping[str, Any]] = {}
     turn = cycle(forms)
     for index in range(len(skeleton.blocks)):
-        of_experts = next(turn)
-        for linear in skeleton.linears(index):
+        linears = skeleton.linears(index)
+        of_experts = next(turn) if any(linear.experts for linear in linears) else ""
+        for linear in linears:
             kind = of_experts if linear.experts else next(turn)
             if kind == "dense":
                 continue

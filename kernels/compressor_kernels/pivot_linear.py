@@ -52,7 +52,8 @@ class PivotLinear(StoredLinear):
     def weight(self) -> Tensor:
         """The dense weight `[out, in]`, for code that looks at a linear's weight."""
         stacked = torch.cat([self.weight_v, self.weight_c @ self.weight_v])
-        return torch.empty_like(stacked).index_copy(0, self._rows(), stacked)
+        rows = self._rows().to(stacked.device)  # while accelerate keeps the factors, they are meta
+        return torch.empty_like(stacked).index_copy(0, rows, stacked)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
