@@ -46,7 +46,8 @@ def random_model(name: str, runtime: str, device: torch.device) -> Any:
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from compressor.runtime.placement import place, return_memory
+    from compressor.model import heap
+    from compressor.runtime.placement import place
 
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**MODELS[name]))
@@ -59,7 +60,7 @@ def random_model(name: str, runtime: str, device: torch.device) -> Any:
     if runtime == "packed":
         for path in names:
             model.set_submodule(path, _random24(model.get_submodule(path), device))
-        return_memory()
+        heap.give_back()
     _fill(model, device)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)

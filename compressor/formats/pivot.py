@@ -136,13 +136,9 @@ class Pivot(Form):
 
     @staticmethod
     def product(v: Tensor, c: Tensor, pivots: Tensor) -> Tensor:
-        import torch
+        from compressor_kernels.pivot import dense, row_order
 
-        from compressor_kernels.pivot import row_order
-
-        stacked = torch.cat([v, c @ v])
-        rows = row_order(pivots, len(stacked))
-        return torch.empty_like(stacked).index_copy(0, rows, stacked)
+        return dense(v, c, row_order(pivots, len(v) + len(c)))
 
     @classmethod
     def from_factors(cls, v: Tensor, c: Tensor, pivots: Tensor) -> Self:

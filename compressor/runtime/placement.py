@@ -9,17 +9,16 @@ there.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.errors import CheckpointError, UsageError
+from compressor.model import heap
 from compressor_kernels import kernel_config
 from compressor_kernels.cpu.build import kernels as cpu_kernels
 from compressor_kernels.fused_projections import fuse
@@ -76,11 +75,11 @@ def place(model: nn.Module, paths: Mapping[str, str], runtime: str) -> dict[str,
             except ValueError as error:
                 raise CheckpointError(f"{name} is damaged: {error}") from None
             if _size(model.get_submodule(paths[name])) > LARGE:
-                return_memory()
+                heap.give_back()
         # an expert's matrices are called one by one
         if alone := {name for name in names if name == paths[name]}:
             chosen |= _fuse_children(model, parent, {name: chosen[name] for name in alone})
-        return_memory()
+        heap.give_back()
     if runtime != "dense" and any(_on_cpu_kernels(model.get_submodule(paths[n])) for n in paths):
         take_over(model)
     return chosen
@@ -92,14 +91,6 @@ def _on_cpu_kernels(module: nn.Module) -> bool:
 
 def _size(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def return_memory() -> None:
-    """Give what was let go of back to the system: glibc keeps it between blocks that are in use, a
-    quarter of the packed weights. Elsewhere nothing is done.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fuse_children(model: nn.Module, parent: str, chosen: Mapping[str, str]) -> dict[str, str]:

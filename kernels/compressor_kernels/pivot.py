@@ -35,6 +35,12 @@ def row_order(pivots: Tensor, out_features: int) -> Tensor:
     return others.index_fill(0, pivots.long(), False).argsort(stable=True)
 
 
+def dense(v: Tensor, c: Tensor, rows: Tensor) -> Tensor:
+    """The weight `[out, in]` of V and C, its rows in the order that `row_order` gives."""
+    stacked = torch.cat([v, c @ v])  # meta, while accelerate keeps the factors elsewhere
+    return torch.empty_like(stacked).index_copy(0, rows.to(stacked.device), stacked)
+
+
 def pivot(
     x: Tensor,
     v: Tensor,

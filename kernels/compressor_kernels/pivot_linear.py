@@ -10,7 +10,7 @@ from torch import Tensor
 from compressor_kernels import backend, reference
 from compressor_kernels.cpu import ops as cpu_ops
 from compressor_kernels.layouts import InTiles, autocast_dtype, cast
-from compressor_kernels.pivot import check_pivots, pivot_op, row_order
+from compressor_kernels.pivot import check_pivots, dense, pivot_op, row_order
 from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
 from compressor_kernels.stored_linear import StoredLinear, features, unwritten
 
@@ -51,9 +51,7 @@ class PivotLinear(StoredLinear):
     @property
     def weight(self) -> Tensor:
         """The dense weight `[out, in]`, for code that looks at a linear's weight."""
-        stacked = torch.cat([self.weight_v, self.weight_c @ self.weight_v])
-        rows = self._rows().to(stacked.device)  # while accelerate keeps the factors, they are meta
-        return torch.empty_like(stacked).index_copy(0, rows, stacked)
+        return dense(self.weight_v, self.weight_c, self._rows())
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""

@@ -31,10 +31,9 @@ def to_tiles(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
     fill = ROWS * down - rows
     values = pad(values, (0, KEPT * across - half, 0, fill))
     metadata = pad(metadata, (0, WORDS * across - metadata.shape[1], 0, fill), value=_FILLER)
+    kept = values.view(down, ROWS, across, KEPT).transpose(1, 2).contiguous()
     words = metadata.view(down, ROWS, across, WORDS).transpose(1, 2).contiguous()
-    return values.view(down, ROWS, across, KEPT).transpose(1, 2).contiguous(), words.view(
-        torch.uint8
-    )
+    return kept, words.view(torch.uint8)
 
 
 def from_tiles(
