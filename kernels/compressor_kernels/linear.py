@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor_kernels import backend, reference
+from compressor_kernels import reference
 from compressor_kernels.cpu import ops as cpu_ops
 from compressor_kernels.fused_projections import FusedProjections
 from compressor_kernels.layouts import (
     Dense,
-    InTiles,
     Layout,
     Stored,
     autocast_dtype,
@@ -26,8 +25,9 @@ from compressor_kernels.layouts import (
 )
 from compressor_kernels.lowrank import lowrank_op
 from compressor_kernels.packing import fill_empty_groups
-from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
+from compressor_kernels.sparse24 import check_input, differentiable
 from compressor_kernels.stored_linear import StoredLinear, features, moves_tensors, unwritten
+from compressor_kernels.thin_linear import ThinLinear
 
 STORED = ("weight_values", "weight_metadata")  # a core in the state
 
@@ -311,7 +311,7 @@ class ArmorLinear(PackedLinear):
         return f"{features(self)}, 2:4 between {blocks}"
 
 
-class LowRankLinear(StoredLinear):
+class LowRankLinear(ThinLinear):
     """A linear stored as the product of two thin factors: y = U (V x) + bias.
 
     Its state is `weight_u` and `weight_v` (and `bias`), plain parameters that train like those of
@@ -330,14 +330,10 @@ class LowRankLinear(StoredLinear):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-
+        super().__init__(in_features, out_features, rank)
         self.weight_u = unwritten(dtype, device, out_features, rank)
         self.weight_v = unwritten(dtype, device, rank, in_features)
         self.bias = unwritten(dtype, device, out_features) if bias else None
-        self.register_buffer("semaphore", None, persistent=False)
-        self.cpu_kernels = False  # compute on a CPU
 
     @property
     def weight(self) -> Tensor:
@@ -355,32 +351,9 @@ class LowRankLinear(StoredLinear):
         check_input(x, self.in_features, v)
         if differentiable(x, u, v, bias):
             return reference.lowrank(x, u, v, bias)
-        if self.cpu_kernels and x.device.type == "cpu" and x.dtype in cpu_ops.DTYPES:
+        if self.on_cpu_kernels(x):
             return cpu_ops.lowrank(x, u.contiguous(), v.contiguous(), bias)
         return lowrank_op(x, u, v, bias, self.semaphore)
-
-    def kernels_run(self) -> bool:
-        """Whether the kernels for thin products run."""
-        return backend.runs(self.weight_u) or InTiles.runs_on(self.weight_u)
-
-    def prepare_(self) -> None:
-        """Let the kernels of its device compute, where there are any; on a GPU they split K with a
-        semaphore.
-        """
-        u = self.weight_u
-        self.cpu_kernels = not backend.runs(u) and InTiles.runs_on(u)
-        if backend.runs(u):
-            self.semaphore = new_semaphore(max(self.out_features, self.rank), u.device)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """As of a PackedLinear: another process has to load the kernels for itself."""
-        super().__setstate__(state)
-        self.cpu_kernels = self.cpu_kernels and InTiles.usable()
-
-    def freeze_(self) -> None:
-        """Nothing to do: the factors train. Nor for `unpack_`: two thin products are faster than
-        the dense one anywhere.
-        """
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor_kernels import backend, reference
+from compressor_kernels import reference
 from compressor_kernels.cpu import ops as cpu_ops
-from compressor_kernels.layouts import InTiles, autocast_dtype, cast
+from compressor_kernels.layouts import autocast_dtype, cast
 from compressor_kernels.pivot import check_pivots, dense, pivot_op, row_order
-from compressor_kernels.sparse24 import check_input, differentiable, new_semaphore
-from compressor_kernels.stored_linear import StoredLinear, features, unwritten
+from compressor_kernels.sparse24 import check_input, differentiable
+from compressor_kernels.stored_linear import features, unwritten
+from compressor_kernels.thin_linear import ThinLinear
 
 
-class PivotLinear(StoredLinear):
+class PivotLinear(ThinLinear):
     """t = V x, y[pivots] = t, y[rest] = C t, and the bias added.
 
     Its state is `weight_v` and `weight_c` (and `bias`), parameters that train like those of two
@@ -37,16 +38,13 @@ class PivotLinear(StoredLinear):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        super().__init__(in_features, out_features, rank)
         self.weight_v = unwritten(dtype, device, rank, in_features)
         self.weight_c = unwritten(dtype, device, out_features - rank, rank)
         self.bias = unwritten(dtype, device, out_features) if bias else None
         pivots = torch.arange(rank, dtype=torch.int32, device=device)
         self.register_buffer("weight_pivots", pivots)
         self.register_buffer("rows", None, persistent=False)
-        self.register_buffer("semaphore", None, persistent=False)
-        self.cpu_kernels = False  # compute on a CPU
 
     @property
     def weight(self) -> Tensor:
@@ -63,23 +61,16 @@ class PivotLinear(StoredLinear):
         rows = self._rows()
         if differentiable(x, v, c, bias):
             return reference.pivot(x, v, c, rows, bias)
-        if self.cpu_kernels and x.device.type == "cpu" and x.dtype in cpu_ops.DTYPES:
+        if self.on_cpu_kernels(x):
             return cpu_ops.pivot(x, v.contiguous(), c.contiguous(), rows, bias)
         return pivot_op(x, v, c, rows, bias, self.semaphore)
 
-    def kernels_run(self) -> bool:
-        """Whether the kernels for thin products run."""
-        return backend.runs(self.weight_v) or InTiles.runs_on(self.weight_v)
-
     def prepare_(self) -> None:
-        """Work out the order of the rows, and let the kernels of its device compute, where there
-        are any; on a GPU they split K with a semaphore. Raises ValueError where pivots are damaged.
+        """As of every thin linear; and work out the order of the rows. Raises ValueError where
+        pivots are damaged.
         """
         self.unpack_()
-        v = self.weight_v
-        self.cpu_kernels = not backend.runs(v) and InTiles.runs_on(v)
-        if backend.runs(v):
-            self.semaphore = new_semaphore(self.out_features, v.device)
+        super().prepare_()
 
     def unpack_(self) -> None:
         """Work out the order of the rows alone: two thin products are faster than the dense one
@@ -87,14 +78,6 @@ class PivotLinear(StoredLinear):
         """
         check_pivots(self.weight_pivots, self.out_features)
         self.rows = row_order(self.weight_pivots, self.out_features)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """As of a PackedLinear: another process has to load the kernels for itself."""
-        super().__setstate__(state)
-        self.cpu_kernels = self.cpu_kernels and InTiles.usable()
-
-    def freeze_(self) -> None:
-        """Nothing to do: what is stored trains."""
 
     def extra_repr(self) -> str:
         """Features, bias and rank, as `print(model)` shows them."""
