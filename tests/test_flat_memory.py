@@ -6,8 +6,10 @@ import ctypes
 import gc
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cache
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compressor.calibration import capture
 from compressor.checkpoint.work_state import work_path
 from compressor.config.recipe import Recipe
 from compressor.engine.factor_store import Factored
@@ -49,7 +52,7 @@ CASES = {
     "tuned": {"method": "wanda", "tune": 1},
 }
 CORE = ["wanda", "svd_llm", "fisher", "owl", "ecoflap"]  # in every run; the others are slow
-SEQ_LEN, SAMPLES = 128, 8
+SEQ_LEN, SAMPLES, BATCH_TOKENS = 128, 8, 256
 RECORDS = 300_000  # what a run of a few blocks keeps beside tensors
 glibc = pytest.mark.skipif(sys.platform != "linux", reason="counts what glibc has given out")
 
@@ -127,7 +130,16 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def four_batches(monkeypatch):
-    monkeypatch.setattr("compressor.calibration.capture._BATCH_TOKENS", 256)
+    monkeypatch.setattr(capture, "_BATCH_TOKENS", BATCH_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A process of its own: what `mallinfo2` walks through grows with all that ran before in one,
+    and each look at it would take longer than what is looked at.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
 
 
 def recipe(folder, text, case):
@@ -136,26 +148,38 @@ def recipe(folder, text, case):
     )
 
 
+def needs_of(plan):
+    """Tokens of the calibration with what is held out beside it, and what is counted for them."""
+    tokens = (SAMPLES + plan.further(SAMPLES)) * SEQ_LEN
+    return tokens, room.passes(plan, tokens, BATCH_TOKENS)
+
+
+def peaks(first, models, text, case, output):
+    """Peak bytes of a run over each of `models`, after one over `first`: what is loaded once."""
+    capture._BATCH_TOKENS = BATCH_TOKENS
+    pipeline.prune(recipe(first, text, case), output / "first")
+    found = []
+    for model in models:
+        with Peak() as peak:
+            pipeline.prune(recipe(model, text, case), output / model.name, max_memory="9GB")
+        found.append(peak.bytes)
+    return found
+
+
 @glibc
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in CORE)) for case in CASES]
 )
-def test_memory_is_flat_in_depth_and_counted(case, deep, text, tmp_path):
+def test_memory_is_flat_in_depth_and_counted(case, deep, text, tmp_path, fresh):
     depths = (2, 8) if case in CORE else (4, 24)
-    pipeline.prune(recipe(deep(1), text, case), tmp_path / "first")  # what is loaded once
-    peaks = {}
-    for depth in depths:
-        asked = recipe(deep(depth), text, case)  # the model is made before what is measured
-        with Peak() as peak:
-            pipeline.prune(asked, tmp_path / f"{depth}", max_memory="9GB")
-        peaks[depth] = peak.bytes
-    few, many = peaks.values()
+    models = [deep(depth) for depth in depths]
+    few, many = fresh.submit(peaks, deep(1), models, text, case, tmp_path).result()
     records = 20_000 * (depths[1] - depths[0])  # modules and rows of the report, a block
     assert many <= 1.05 * few + records
-    plan = plan_run(recipe(deep(depths[0]), text, case), None)
-    needs = room.passes(plan, SAMPLES * SEQ_LEN, 256)
+    plan = plan_run(recipe(models[0], text, case), None)
+    tokens, needs = needs_of(plan)
     counted = max(each.work + each.states for each in needs)
-    hidden = hidden_bytes(plan, SAMPLES * SEQ_LEN)
+    hidden = hidden_bytes(plan, tokens)
     print(f"{case}: {few / 1e6:.2f} MB, x{many / few:.3f}, counted {counted / few:.2f}")
     assert few <= counted + hidden + RECORDS
 
@@ -187,8 +211,8 @@ def test_what_does_not_fit_is_refused_before_work_and_costs_no_state(
 def test_a_disk_that_is_too_small_is_refused_before_work(monkeypatch, deep, text, tmp_path):
     one, output = recipe(deep(4), text, "fisher"), tmp_path / "out"
     plan = plan_run(one, output)
-    needs = room.passes(plan, SAMPLES * SEQ_LEN, 256)
-    needed = plan.reader.nbytes + room.disk_bytes(plan, needs, SAMPLES * SEQ_LEN)
+    tokens, needs = needs_of(plan)
+    needed = plan.reader.nbytes + room.disk_bytes(plan, needs, tokens)
     assert needed > plan.reader.nbytes + 4 * SAMPLES * SEQ_LEN * 128 * 4  # the inputs of each block
     for free, fits in ((needed - 1, False), (needed, True)):
         usage = SimpleNamespace(free=free)
@@ -220,7 +244,7 @@ def test_no_more_is_on_disk_than_was_counted(monkeypatch, deep, text, tmp_path, 
     monkeypatch.setattr(Factored, "drop", look(Factored.drop))
     pipeline.prune(one, output)
     plan = plan_run(one, None)
-    needs = room.passes(plan, SAMPLES * SEQ_LEN, 256)
-    counted = plan.reader.nbytes + room.disk_bytes(plan, needs, SAMPLES * SEQ_LEN)
+    tokens, needs = needs_of(plan)
+    counted = plan.reader.nbytes + room.disk_bytes(plan, needs, tokens)
     print(f"{case}: {most[0]} on disk, counted {counted / most[0]:.2f}")
     assert 0 < most[0] <= counted
