@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.shrunken_configs import shrunken
+from tests.shrunken_configs import random_model, shrunken
 
 _LARGEST = 60_000_000  # parameters of what is still called tiny
 
@@ -18,13 +18,6 @@ def causal_types() -> list[str]:
 
 def causal(kind: str) -> Any:
     """A tiny causal language model in float32."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    config = shrunken(kind)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _LARGEST:
-        raise ValueError(f"its smallest config has {size:,} parameters")
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return random_model(AutoModelForCausalLM, shrunken(kind), _LARGEST)

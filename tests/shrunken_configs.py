@@ -67,8 +67,7 @@ _SHARED_KEYS = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }
-_QWEN4 = {
-    "num_hidden_layers": 4,
+QWEN4 = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 32,
@@ -152,8 +151,8 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
-    "qwen4_exp": {"text_config": _QWEN4},
-    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": {"num_hidden_layers": 4, **QWEN4}},
+    "qwen4_exp_text": {"num_hidden_layers": 4, **QWEN4},
     "reformer": {
         **_DECODER,
         "axial_pos_shape": [4, 4],
@@ -242,3 +241,17 @@ def _with(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
         else:
             made[name] = value
     return made
+
+
+def random_model(auto: Any, config: Any, largest: int) -> Any:
+    """A model of `config` in float32, made by the class `auto`. Raises ValueError for one of more
+    than `largest` parameters.
+    """
+    import torch
+
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+    if size > largest:
+        raise ValueError(f"its smallest config has {size:,} parameters")
+    torch.manual_seed(0)
+    return auto.from_config(config, dtype=torch.float32)

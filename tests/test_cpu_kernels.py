@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import sys
-import threading
 import time
 
 import pytest
@@ -21,6 +19,7 @@ from compressor_kernels.one_row import OneRowLinear, give_back, take_over
 from compressor_kernels.packing import pack24
 from compressor_kernels.pivot import row_order
 from compressor_kernels.pivot_linear import PivotLinear
+from tests.at_once import at_once
 from tests.cpu_problems import BARS, DTYPES, blocks, here, off, packed, product, random, weight24
 
 SHAPES = [(1, 4), (3, 100), (7, 64), (4, 576), (50, 576), (33, 260)]  # out, in
@@ -45,7 +44,7 @@ def test_sparse24_for_every_number_of_rows(shape, dtype):
             assert y.dtype == dtype
             expected = product(x, values, metadata, added)
             assert off(y, expected) <= BARS[dtype], rows
-            y = ops.sparse24_by_panels(x, *tiles, added, out, columns)
+            y = torch.ops.compressor_kernels.cpu_sparse24_by_panels(x, *tiles, added, out, columns)
             assert off(y, expected) <= BARS[dtype], rows
 
 
@@ -292,16 +291,7 @@ def test_two_threads_on_one_module():
                 not torch.equal(module(x), y) for x, y in zip(inputs, expected, strict=True)
             )
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once([work] * 2)
     assert found
     assert not any(found)
 

@@ -2,8 +2,6 @@
 at once.
 """
 
-import sys
-import threading
 import time
 
 import pytest
@@ -13,6 +11,7 @@ from transformers import AutoTokenizer
 import compressor.runtime
 from compressor.evaluation.windows import perplexity
 from compressor_kernels.one_row import OneRowLinear
+from tests.at_once import at_once
 from tests.conftest import ROOT
 from tests.cpu_problems import here
 
@@ -57,16 +56,7 @@ def test_two_threads_on_one_model(made, rows):
 
     with torch.no_grad():
         expected = [model(ids).logits for ids in inputs]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once([work] * 2)
     assert found
     assert not any(found)
 

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from compressor_kernels.linear import ArmorLinear, LowRankLinear, Sparse24Linear
 from compressor_kernels.packing import check24, pack24
 from compressor_kernels.pivot import row_order
 from compressor_kernels.pivot_linear import PivotLinear
+from tests.at_once import at_once
 from tests.test_packing import sparse
 
 LAYOUTS = [Stored, InFragments, InTiles, Dense]
@@ -409,7 +411,7 @@ def test_fused_projections_are_right_from_many_threads(shared):
     with torch.no_grad():
         expected = [[module(x) for module in group] for x in xs]
         assert fuse(list(group))
-    wrong, interval = [], sys.getswitchinterval()
+    wrong = []
     ready = threading.Barrier(8)
 
     def work(number):
@@ -423,15 +425,7 @@ def test_fused_projections_are_right_from_many_threads(shared):
                     if not torch.equal(group[one](x), expected[place][one]):
                         wrong.append((number, turn, one))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(partial(work, number) for number in range(8))
     assert not wrong
 
 

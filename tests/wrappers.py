@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.family_trial import randomise
-from tests.shrunken_configs import DROP, shrunken
+from tests.shrunken_configs import DROP, QWEN4, random_model, shrunken
 
 
 def _mrope(*sections: int) -> dict[str, Any]:
@@ -39,19 +39,6 @@ _INDEXED = {
     "qk_nope_head_dim": 8,
     "index_head_dim": 16,
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-}
-_QWEN4 = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 32,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 4,
-    "ngram_vocab_size_base": 64,
-    "make_ngram_vocab_size_divisible_by": 8,
-    "heads_per_ngram": 2,
-    "hc_lowrank": 8,
-    "hc_count": 2,
-    "output_gate_type": "sigmoid",
 }
 
 _LARGEST = 20_000_000  # parameters of what is still called tiny
@@ -154,7 +141,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": _QWEN_LAYERS},
     "qwen3_5_moe": {"text_config": _QWEN_LAYERS},
     "qwen3_vl_moe": {"text_config": {"moe_intermediate_size": 48}},
-    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp": {"text_config": QWEN4},
     "step3p7": {"text_config": {"sliding_window": 8}},
 }
 """What no general tiny value fits, by model type."""
@@ -216,16 +203,10 @@ def wrapper_types() -> list[str]:
 
 def wrapper(kind: str) -> Any:
     """A tiny multimodal model in float32. Raises whatever its class does where sizes do not fit."""
-    import torch
     from transformers import AutoModelForMultimodalLM
 
     config = shrunken(kind, **SETTINGS.get(kind, {}))
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForMultimodalLM.from_config(config).parameters())
-    if size > _LARGEST:
-        raise ValueError(f"its smallest config has {size:,} parameters")
-    torch.manual_seed(0)
-    return AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+    return random_model(AutoModelForMultimodalLM, config, _LARGEST)
 
 
 def build_wrapper(kind: str, folder: Path) -> Path:

@@ -35,21 +35,6 @@ def sparse24(
     return op(x, values, positions, bias, out_features, in_features)
 
 
-def sparse24_by_panels(
-    x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    """What `sparse24` does with many rows of x in bfloat16 where the CPU multiplies matrices (AMX):
-    a panel of the weight is expanded, torch multiplies, then the next.
-    """
-    op = torch.ops.compressor_kernels.cpu_sparse24_by_panels.default
-    return op(x, values, positions, bias, out_features, in_features)
-
-
 def armor(
     x: Tensor, values: Tensor, positions: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
 ) -> Tensor:
