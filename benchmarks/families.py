@@ -4,6 +4,7 @@ checkpoints.
 python -m benchmarks.families                # every type that transformers knows; writes the tables
 python -m benchmarks.families llama mixtral  # prints the rows of these
 python -m benchmarks.families --go-on FILE   # as the first, with what FILE has already; adds to it
+python -m benchmarks.families --wrappers     # the same for the multimodal types
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-from tests.causal_types import causal_types
+from tests.causal_types import causal, causal_types
 from tests.family_trial import Trial, tried
+from tests.wrappers import wrapper, wrapper_types
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 LIMIT = 600  # seconds for one type
 
 
-def isolated(kind: str) -> Trial:
+def isolated(kind: str, make: Callable[[str], Any]) -> Trial:
     """The trial of a type in a process of its own: what one does to transformers, or takes of the
-    memory, is gone with it.
+    memory, is gone with it. `make` gives a tiny random model of a type.
     """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         signal.alarm(LIMIT)
         with tempfile.TemporaryDirectory() as place, os.fdopen(writing, "w") as pipe:
-            json.dump(asdict(tried(kind, Path(place))), pipe)
+            json.dump(asdict(tried(kind, Path(place), make)), pipe)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
@@ -115,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("types", nargs="*")
     parser.add_argument("--go-on", type=Path, metavar="FILE")
+    parser.add_argument("--wrappers", action="store_true")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -122,9 +126,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         tried("llama", Path(place))  # whatever is imported late is imported once
-    trials = every(asked.types or causal_types(), asked.go_on, isolated)
+    section, kinds, make = (
+        ("multimodal types", wrapper_types, wrapper)
+        if asked.wrappers
+        else ("causal types", causal_types, causal)
+    )
+    trials = every(asked.types or kinds(), asked.go_on, lambda kind: isolated(kind, make))
     if not asked.types:
-        write("causal types", table(trials))
+        write(section, table(trials))
     if any(trial.result.startswith("wrong") for trial in trials):
         sys.exit(1)
 

@@ -247,9 +247,3 @@ def build(family: str, folder: Path, dtype: Any = None) -> Path:
                 buffer.copy_(torch.randint(4, buffer.shape))
     model.save_pretrained(folder, max_shard_size="60KB")
     return folder
-
-
-REFUSED = {
-    "llama4_text": {"wanda": "weights stacked in this way", "armor": "weights stacked in this way"},
-}
-"""What is refused, by method, and a part of the message."""

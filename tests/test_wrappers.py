@@ -80,12 +80,22 @@ def test_every_type_works_or_is_refused_in_one_line(kind, tmp_path):
         assert REFUSED[kind] in trial.line
         return
     exact = logits(AutoModelForMultimodalLM.from_pretrained(tmp_path / "dense"))
-    autos = [AutoModelForMultimodalLM]
-    autos += [AutoModelForCausalLM] if kind in causal_types() else []
-    for auto in autos:
+    autos = [AutoModelForMultimodalLM, AutoModelForCausalLM]
+    for auto in autos if _loads_as_text(kind, tmp_path / "dense") else autos[:1]:
         model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not info["missing_keys"]
         assert (logits(model) - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def _loads_as_text(kind, folder):
+    """Whether transformers has a causal class for the type that finds its weights; Emu3's does not
+    know the names that the multimodal one saves.
+    """
+    if kind not in causal_types():
+        return False
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] or kind == "emu3"
+    return not info["missing_keys"]
 
 
 def test_a_model_that_wants_an_image_is_refused_in_one_line(rows, tmp_path):

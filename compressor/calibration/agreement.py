@@ -19,7 +19,7 @@ from compressor.calibration.arguments import Arguments, leaves, tree_of
 from compressor.calibration.capture import States, forwards
 from compressor.calibration.hidden_states import Batch
 from compressor.errors import CheckpointError
-from compressor.model.kinds import kind
+from compressor.model.kinds import first_of_each_kind
 from compressor.model.skeleton import Skeleton
 
 _BATCHES = 2  # what depends on the tokens shows in the second
@@ -92,12 +92,12 @@ class _Both:
 
 def _depth(skeleton: Skeleton, arguments: list[Arguments]) -> int:
     """How many blocks there are up to the first of the last kind."""
-    config, first = skeleton.config.get_text_config(decoder=True), {}
-    for index, (block, own) in enumerate(zip(skeleton.blocks, arguments, strict=True)):
-        given = tuple(map(_described, leaves(tree_of(own.positional, own.keywords))))
-        first.setdefault((kind(block, config, index), given), index)
+    given = [
+        tuple(map(_described, leaves(tree_of(own.positional, own.keywords)))) for own in arguments
+    ]
+    first = first_of_each_kind(skeleton.blocks, skeleton.config, given)
     most = min(_MOST, len(skeleton.blocks))
-    return min(most, max(_LEAST, 1 + max(index for index in first.values() if index < most)))
+    return min(most, max(_LEAST, 1 + max(index for index in first if index < most)))
 
 
 def _described(leaf: Any) -> Any:

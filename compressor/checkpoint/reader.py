@@ -226,6 +226,10 @@ def _foreign(folder: Path) -> str:
             "consolidated.safetensors has the names of Mistral's own format; give the transformers "
             "form of the checkpoint, which has model.safetensors or an index"
         )
+    if "modules.json" in names:
+        inside = [path.parent.name for path in sorted(folder.glob(f"*/{SINGLE}"))]
+        where = f": give {folder / inside[0]}, if that is a causal language model" if inside else ""
+        return f"modules.json describes a sentence-transformers model{where}"
     if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+.safetensors", name)]:
         return f"{shards[0]} is a shard without its index: the download is incomplete"
     return ""

@@ -6,8 +6,12 @@ A block's experts are one module with `gate_up_proj` `[experts, 2 * width, dim]`
 module for each matrix, so that whatever hooks a linear's module (statistics, gradients) sees an
 expert's matrix like any other.
 
+Llama 4's experts are no such implementation: they are handed the tokens of each expert one after
+another, zeros for those that go elsewhere. `adopt` gives them what the others have.
+
 On disk most families have one tensor for each expert's gate, up and down; a few stack all experts
-in one (gpt_oss, which also transposes it and interleaves gate and up, granitemoe, Qwen3-VL-MoE).
+in one (gpt_oss, which also transposes it and interleaves gate and up, granitemoe, Qwen3-VL-MoE,
+Llama 4).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,14 +97,41 @@ class Matrix:
     turned: bool = False
 
 
+def adopt(model: nn.Module) -> None:
+    """Describe the experts of Llama 4 as transformers describes those whose forward is one of its
+    implementations, and have them compute with their `experts` once they got them (see `attach`).
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Llama4TextExperts":
+            module.__dict__ |= {
+                "has_gate": True,
+                "has_bias": False,
+                "is_transposed": True,
+                "_apply_gate": partial(_gated, module),
+                "forward": partial(_sorted_forward, module),
+            }
+
+
+def _gated(module: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * module.act_fn(gate)
+
+
+def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
+    own = module.__dict__
+    if "experts" not in own:
+        return type(module).forward(module, hidden)
+    return run_sorted_experts(
+        module, own["experts"], hidden, everything=own.get("everything", False)
+    )
+
+
 def expert_modules(root: nn.Module) -> list[tuple[str, Any]]:
-    """Modules below `root` whose forward is one of transformers' expert implementations, by
-    name.
+    """Modules below `root` whose forward is one of transformers' expert implementations, or that
+    were adopted, by name.
     """
     found = [
-        (name, module)
-        for name, module in root.named_modules()
-        if hasattr(type(module), "_apply_gate")
+        (name, module) for name, module in root.named_modules() if hasattr(module, "_apply_gate")
     ]
     return [
         (name, module)
@@ -243,6 +275,32 @@ def run_experts(
             )
         parts[token, slot] = weighted
     return torch.zeros_like(hidden) if parts is None else parts.sum(dim=1).to(hidden.dtype)
+
+
+def run_sorted_experts(
+    module: Any, experts: Sequence[Expert], hidden: Tensor, *, everything: bool = False
+) -> Tensor:
+    """As `run_experts`, for experts that are handed their tokens one expert after another.
+
+    Args:
+        module: the experts' module; its gate is used.
+        experts: its matrices, without biases.
+        hidden: `[experts * tokens, dim]`, each token times its weight, zeros for an expert that the
+            router did not send it to; those are not computed, for they give zeros.
+        everything: compute them all the same.
+
+    Returns:
+        Of the shape and dtype of `hidden`.
+    """
+    parts = []
+    for expert, x in zip(experts, hidden.view(len(experts), -1, hidden.shape[-1]), strict=True):
+        sent = x.new_ones(len(x), dtype=torch.bool) if everything else x.any(dim=-1)
+        y = torch.zeros_like(x)
+        if sent.any():
+            entered = torch.cat([enter(x[sent]) for enter in expert.enter], dim=-1)
+            y[sent] = expert.leave(module._apply_gate(entered))
+        parts.append(y)
+    return torch.cat(parts)
 
 
 def use_linears(model: Any) -> None:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
+
+
+def first_of_each_kind(
+    blocks: Iterable[nn.Module], config: Any, given: Sequence[Hashable] = ()
+) -> list[int]:
+    """Indices of the blocks that no block before them is like.
+
+    Args:
+        blocks: all of a model.
+        config: of the model.
+        given: for each block what else those of one kind have in common.
+    """
+    text, first = config.get_text_config(decoder=True), {}
+    for index, block in enumerate(blocks):
+        also = given[index] if given else None
+        first.setdefault((kind(block, text, index), also), index)
+    return list(first.values())
 
 
 def kind(block: nn.Module, config: Any, index: int) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def on_meta(
     from transformers import AutoModelForCausalLM
 
     _refuse_encoder_decoder(config)
-    kind = _wrapper(config, architectures) or named_class(config, architectures)
+    kind = wrapper_class(config, architectures) or named_class(config, architectures)
     try:
         with init_empty_weights(include_buffers=False):
             if kind:
@@ -91,6 +91,11 @@ def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
             _refuse_shared(path, blocks, config.model_type)
             return path, blocks
     depth = getattr(text, "num_hidden_layers", None) or 0
+    if not depth:
+        raise CheckpointError(
+            f"the config of a {config.model_type} model does not say how many decoder blocks it "
+            f"has; only causal language models of decoder blocks alone are compressed"
+        )
     stacks = {
         name: len(module)
         for name, module in model.named_modules()
@@ -119,7 +124,7 @@ def _wrappers(kind: str) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str))
 
 
-def _wrapper(config: Any, architectures: Sequence[str]) -> Any:
+def wrapper_class(config: Any, architectures: Sequence[str]) -> Any:
     """The multimodal class that config.json names, if transformers has it for this config."""
     import transformers
 

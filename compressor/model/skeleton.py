@@ -17,7 +17,14 @@ from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, NumericalError
 from compressor.model import heap, hf_conversion
 from compressor.model.architecture import check_sizes, load_config
-from compressor.model.experts import attach, entering, expert_modules, matrices, use_linears
+from compressor.model.experts import (
+    adopt,
+    attach,
+    entering,
+    expert_modules,
+    matrices,
+    use_linears,
+)
 from compressor.model.language_model import decoder_blocks, is_wrapper, on_meta, text_path
 from compressor.model.linear import (
     CONVOLUTION,
@@ -68,6 +75,7 @@ class Skeleton:
         check_sizes(reader, self.config)
         architectures = reader.config.get("architectures")
         self.model = on_meta(self.config, self.dtype, trust_remote_code, architectures or ())
+        adopt(self.model)
         self.path, self.blocks = decoder_blocks(self.model, self.config)
         self.is_wrapper = is_wrapper(self.model)
         self._text = text_path(self.model) if self.is_wrapper else ""

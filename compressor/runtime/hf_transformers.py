@@ -11,6 +11,7 @@ after loading and the model runs dense (placement.py). Its state stays the packe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -31,12 +32,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.checkpoint.dequantised import DequantisedReader, open_model
 from compressor.checkpoint.packed_config import (
+    AT,
     GUARD,
     QUANT_METHOD,
     TENSOR,
     TRANSPOSED,
     VERSION,
     packed_modules,
+    place_of,
 )
 from compressor.checkpoint.reader import Reader
 from compressor.errors import CheckpointError, CompressError, UsageError
@@ -44,7 +47,7 @@ from compressor.formats import form_class
 from compressor.model import hf_conversion
 from compressor.model.architecture import check_sizes
 from compressor.model.hf_conversion import whole_names
-from compressor.model.language_model import named_class
+from compressor.model.language_model import named_class, on_meta, wrapper_class
 from compressor.model.whole import load_dequantised
 from compressor.runtime import guard, placement
 from compressor.runtime.completeness import check_files, check_loaded
@@ -206,8 +209,9 @@ def swap_linears(
         return packed
 
     paths, stacked = {}, []
-    shared = [name for name, entry in entries.items() if TENSOR in entry]
-    names = [f"{name}.weight" for name in entries if name not in set(shared)]
+    places = {name: place_of(entry) for name, entry in entries.items()}
+    shared = {name: place for name, place in places.items() if TENSOR in place}
+    names = [f"{name}.weight" for name in entries if name not in shared]
     for parameter, tensors in hf_conversion.sources(model, names, quantizer).items():
         path, found = (
             parameter.removesuffix(".weight"),
@@ -221,12 +225,16 @@ def swap_linears(
         packed.__dict__["original"] = modules[path]  # no submodule: `dequantize` fills it again
         setattr(model.get_submodule(parent), leaf, packed)
         paths[found[0]] = path
-    probe = ".weight_values"  # goes where every stored tensor of a linear goes
-    places = hf_conversion.sources(model, [name + probe for name in shared], quantizer)
-    by_path = {
-        path.removesuffix(probe): tensors[0][0].removesuffix(probe)
-        for path, tensors in places.items()
-    }
+    dense = {place[TENSOR] for place in shared.values()}
+    by_path = {}
+    for parameter, tensors in hf_conversion.sources(model, dense, quantizer).items():
+        inside, _, stack = parameter.rpartition(".")
+        own = {tensor for tensor, _ in tensors}
+        by_path |= {
+            f"{inside}.{place[AT]}.{stack}": name
+            for name, place in shared.items()
+            if place[TENSOR] in own
+        }
     return paths | swap_experts(model, stacked, by_path, make) if stacked or shared else paths
 
 
@@ -267,7 +275,7 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
             if isinstance(reader, DequantisedReader):
                 loaded = load_dequantised(reader, **options, output_loading_info=True)
             else:
-                loaded = _auto_class(path, options).from_pretrained(
+                loaded = _auto_class(path, options, reader).from_pretrained(
                     path, **options, output_loading_info=True
                 )
     except CompressError:
@@ -292,9 +300,9 @@ def load(path: str | Path, *, runtime: str = "auto", **options: Any) -> Any:
     return (model.eval(), info) if told else model.eval()
 
 
-def _auto_class(path: str | Path, options: Mapping[str, Any]) -> Any:
+def _auto_class(path: str | Path, options: Mapping[str, Any], reader: Reader | None) -> Any:
     """What loads a checkpoint as a language model: the multimodal class where its family has no
-    other.
+    other, or none that knows the names of its weights.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -302,13 +310,28 @@ def _auto_class(path: str | Path, options: Mapping[str, Any]) -> Any:
     asked = {name: options[name] for name in named if name in options}
     config = options.get("config") or AutoConfig.from_pretrained(path, **asked)
     kind = getattr(config, "model_type", None)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    if causal and not (reader and _unknown_names(reader, config)):
         return AutoModelForCausalLM
     for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
         known = getattr(transformers, auto, None)
         if known is not None and type(config) in known._model_mapping:
             return known
     return named_class(config, config.architectures or ()) or AutoModelForCausalLM
+
+
+def _unknown_names(reader: Reader, config: Any) -> bool:
+    """Whether the causal class of a multimodal family does not find its embeddings in the
+    checkpoint, which was saved by the multimodal one (Emu3).
+    """
+    wrapper = wrapper_class(config, config.architectures or ())
+    mapping = AutoModelForCausalLM._model_mapping
+    if wrapper is None or (type(config) in mapping and mapping[type(config)] is wrapper):
+        return False
+    model = on_meta(copy.deepcopy(config), torch.float32, False)
+    embeddings = model.get_input_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
+    return not names & hf_conversion.sources(model, reader.tensors).keys()
 
 
 def _checked(folder: Path, options: Mapping[str, Any]) -> Reader | None:

@@ -14,12 +14,14 @@ from compressor.model import hf_conversion
 from compressor.model.experts import (
     Expert,
     Matrix,
+    adopt,
     biases,
     entering,
     expert_modules,
     matrices,
     only_stacks,
     run_experts,
+    run_sorted_experts,
 )
 
 Make = Callable[[str, nn.Module, bool | None], nn.Module]
@@ -73,16 +75,18 @@ class PackedExperts(nn.Module):
         """The packed linears that make up one expert's part of the stacked parameter `stack`."""
         return [self.get_submodule(f"{expert}.{leaf}") for leaf in self.leaves[stack]]
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *routed: Tensor) -> Tensor:
         """`[tokens, dim]`, the experts of each token `[tokens, k]` and their weights -> `[tokens,
-        dim]`.
+        dim]`; from adopted experts `[experts * tokens, dim]` -> the same.
         """
         stack, number = entering(self.original), self.original.num_experts
         experts = [
             Expert(self._linears(stack, one), self._linears("down_proj", one)[0])
             for one in range(number)
         ]
-        return run_experts(self.original, experts, hidden, index, weights)
+        if not routed:
+            return run_sorted_experts(self.original, experts, hidden)
+        return run_experts(self.original, experts, hidden, *routed)
 
     def _linears(self, stack: str, expert: int) -> Sequence[Callable[[Tensor], Tensor]]:
         """As `matrices`, each with its bias."""
@@ -121,6 +125,7 @@ def swap_experts(
         hf_conversion.order(model),
         {},
     )
+    adopt(model)
     for inside, module in expert_modules(model):
         stacks = (entering(module), "down_proj")
         found = {stack: _shared_pieces(inside, module, stack, shared) for stack in stacks}
