@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -109,6 +110,16 @@ def test_decoding_on_a_cpu(cli, out):
         assert row["prefill_s"] > 0
         assert row["peak_gb"] > 0.05
     assert "64 x 64" in cli("bench", *arguments, "--quiet").stdout
+
+
+def test_the_peak_memory_is_that_of_the_process_alone():
+    large = bytearray(b"1") * (1 << 30)
+    program = "from compressor.bench import cpu_decode; print(cpu_decode.peak_memory())"
+    told = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    assert cpu_decode.peak_memory() >= len(large)
+    assert 1 << 20 < int(told) < len(large)
 
 
 def test_a_model_that_does_not_load_is_said(monkeypatch, tmp_path):

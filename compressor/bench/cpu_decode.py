@@ -5,7 +5,7 @@ machine and the peak memory of each is its own. Times are the fastest of several
 
     python -m compressor.bench.cpu_decode MODEL RUNTIME TOKENS THREADS
 
-is such a process: it reads how many tokens to decode, a line each time, and answers with a number.
+is such a process: it reads what to do, a line each time, and answers with a number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from compressor.errors import CompressError
 
 PROMPT = 128  # tokens of the prefill
 TURN = 4  # tokens that are decoded in a turn
+PREFILLS = 3  # of each, by turns
 MODELS = {"dense": "dense", "compressed": "packed"}
 """Name in the results -> runtime."""
 
@@ -45,12 +47,11 @@ def measure_model(source: str, tokens: int) -> list[dict[str, Any]]:
             label: stack.enter_context(_process(source, runtime, TURN * turns))
             for label, runtime in MODELS.items()
         }
-        prefill = {label: side.answer() for label, side in sides.items()}
-        best = dict.fromkeys(sides, float("inf"))
-        for _ in range(turns):
-            for label, side in sides.items():
-                best[label] = min(best[label], side.ask(TURN))
-        peak = {label: side.ask(0) for label, side in sides.items()}
+        for side in sides.values():
+            side.answer()  # it has its model
+        prefill = _fastest(sides, "prefill", PREFILLS)
+        best = _fastest(sides, "decode", turns)
+        peak = {label: side.ask("peak") for label, side in sides.items()}
     return [
         {
             "model": label,
@@ -62,6 +63,15 @@ def measure_model(source: str, tokens: int) -> list[dict[str, Any]]:
         }
         for label in sides
     ]
+
+
+def _fastest(sides: Mapping[str, _Side], what: str, turns: int) -> dict[str, float]:
+    """The least seconds of each side, which do `what` by turns."""
+    best = dict.fromkeys(sides, float("inf"))
+    for _ in range(turns):
+        for label, side in sides.items():
+            best[label] = min(best[label], side.ask(what))
+    return best
 
 
 @contextmanager
@@ -90,11 +100,13 @@ class _Side(NamedTuple):
     process: subprocess.Popen[str]
     errors: IO[str]
 
-    def ask(self, tokens: int) -> float:
-        """The fastest of `tokens` tokens; or, of none, the peak memory."""
+    def ask(self, what: str) -> float:
+        """The seconds of a `prefill`, those of the fastest token of a turn to `decode`, or the
+        `peak` memory in bytes.
+        """
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # what it had to say is read below
-            self.process.stdin.write(f"{tokens}\n")
+            self.process.stdin.write(f"{what}\n")
             self.process.stdin.flush()
         return self.answer()
 
@@ -119,9 +131,11 @@ class Decoder:
         self.model, self.prompt = model, prompt
         self.cache = StaticCache(config=model.config, max_cache_len=prompt + room)
         self.ids = torch.arange(prompt)[None] % model.config.vocab_size
-        self.prefill = min(self._prefill() for _ in range(3))
+        self.prefill()
 
-    def _prefill(self) -> float:
+    @torch.no_grad()
+    def prefill(self) -> float:
+        """The prompt, from the beginning; the seconds it took."""
         self.cache.reset()
         started = time.perf_counter()
         logits = self.model(
@@ -144,17 +158,21 @@ class Decoder:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most."""
+    """Bytes that this process has held at most. On Linux `ru_maxrss` is not that: a process begins
+    with what the one that started it had held.
+    """
     import resource
 
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held * (1 if sys.platform == "darwin" else 1024)
 
 
 def serve(source: str, runtime: str, tokens: int) -> None:
-    """Answer on standard output: the seconds of a prefill; for every number that is read, those of
-    the fastest of so many tokens; for a 0 the peak memory in bytes.
-    """
+    """Answer on standard output: 0 once the model is there, then whatever `_Side.ask` asks for."""
     from compressor.bench.model_shapes import MODELS as SHAPES
     from compressor.bench.model_shapes import random_model
 
@@ -165,11 +183,14 @@ def serve(source: str, runtime: str, tokens: int) -> None:
 
         model = load(source, runtime=runtime)
     decoder = Decoder(model, tokens)
-    print(decoder.prefill, flush=True)
+    answers = {
+        "prefill": decoder.prefill,
+        "decode": lambda: min(decoder.step() for _ in range(TURN)),
+        "peak": peak_memory,
+    }
+    print(0, flush=True)
     for line in sys.stdin:
-        count = int(line)
-        value = min(decoder.step() for _ in range(count)) if count else peak_memory()
-        print(value, flush=True)
+        print(answers[line.strip()](), flush=True)
 
 
 if __name__ == "__main__":
