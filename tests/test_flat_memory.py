@@ -17,15 +17,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compressor.allocation.rank import largest_rank
 from compressor.calibration import capture
 from compressor.checkpoint.work_state import work_path
 from compressor.config.recipe import Recipe
 from compressor.engine.factor_store import Factored
-from compressor.engine.memory import hidden_bytes
+from compressor.engine.memory import factoring_bytes, hidden_bytes
+from compressor.engine.task import Rank, Task
 from compressor.errors import OutputError, UsageError
+from compressor.methods import method_module
 from compressor.model.skeleton import Skeleton
 from compressor.run import pipeline, room
 from compressor.run.check import plan_run
+from compressor.stats import InputStats
 from tests.test_resume import stop_after
 
 SHARES = {"method": "wanda", "pattern": "50%"}
@@ -182,6 +186,40 @@ def test_memory_is_flat_in_depth_and_counted(case, deep, text, tmp_path, fresh):
     hidden = hidden_bytes(plan, tokens)
     print(f"{case}: {few / 1e6:.2f} MB, x{many / few:.3f}, counted {counted / few:.2f}")
     assert few <= counted + hidden + RECORDS
+
+
+def factored(name, shape, rank):
+    """The most that is held at once, beyond the weight and its statistics, while it is factored.
+    The second time: torch keeps what its products are made in.
+    """
+    torch.manual_seed(0)
+    rows, columns = shape
+    weight, inputs, outputs = (torch.randn(*of) for of in (shape, (columns,) * 2, (rows,) * 2))
+    stats = InputStats(columns, gram=True)
+    stats.update(inputs)
+    outputs, method = outputs.T @ outputs, method_module(name)
+    for _ in range(2):
+        with Peak() as peak:
+            if method.NEEDS_GRADIENTS:
+                found = method.decompose(weight, rank, stats.gram, outputs)[0].form(torch.bfloat16)
+            else:
+                found = method.compress(weight, stats, rank)
+            del found
+    return peak.bytes
+
+
+@glibc
+@pytest.mark.parametrize("shape", [(256, 256), (128, 512), (1024, 64)])
+@pytest.mark.parametrize("name", ["asvd", "svd_llm", "fisher"])
+def test_what_factoring_holds_is_counted(name, shape, fresh):
+    method, largest = method_module(name), largest_rank(shape)
+    for rank in (largest // 8, largest // 2, largest):
+        counted = factoring_bytes(Task(SimpleNamespace(shape=shape), method, {}, Rank(rank)))
+        held = fresh.submit(factored, name, shape, rank).result()
+        print(f"{name} {shape} rank {rank}: {held / 1e6:.2f} MB, counted {counted / held:.2f}")
+        assert held <= counted
+        # nothing sees what LAPACK takes inside one operation: of low ranks that is most
+        assert counted <= (1.4 if rank >= largest // 2 else 2) * held
 
 
 FISHER = "the inputs and gradients of a block and the libraries take about"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.engine.task import Rank, Task
 from compressor.errors import UsageError
 from compressor.free_memory import free_memory
 from compressor.methods import factors
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.engine.plan import Plan
-from compressor.engine.task import Task
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -72,14 +72,24 @@ def _work_bytes(plan: Plan, task: Task) -> int:
 
 
 def factoring_bytes(task: Task) -> int:
-    """Bytes that a method works with that makes factors: in float64 the weight, whitened, and both
-    factors; the shorter side's Gram matrix, its eigenvectors and what LAPACK finds them with; and
-    the roots of the metrics of the inputs and, with gradients, of the outputs.
+    """Bytes that a method works with that makes factors: in float64 the roots of the metrics of the
+    inputs and, with gradients, of the outputs, and what the largest of the steps holds beside them.
     """
     rows, columns = task.linear.shape
+    size, short = rows * columns, min(rows, columns)
+    rank = task.target if isinstance(task.target, Rank) else short
     gram, gradients = task.method.NEEDS_GRAM, task.needs_gradients
-    metrics = columns**2 * (gram or gradients) + rows**2 * gradients
-    return 8 * (4 * rows * columns + 5 * min(rows, columns) ** 2 + 3 * metrics)
+    metrics = columns**2 * (2 if gradients else gram) + rows**2 * gradients  # A is held scaled too
+    wide = max(columns * (gram or gradients), rows * gradients)
+    steps = (
+        wide**2 * 3 // 2,  # a root is made of a copy, which is checked for what is not finite
+        size * 5 // 2,  # the whitened weight, which is checked likewise
+        size + 4 * short**2,  # the eigenvectors of its Gram matrix, found by LAPACK
+        2 * size + short**2 + rank * (rows + columns + 2 * short),  # the factors made of them
+        # both twice, the rows that are no pivots, and V as it is stored
+        size + short**2 + 2 * rank * (2 * rows + columns) + rank * columns // 2,
+    )
+    return 8 * (metrics + max(steps))
 
 
 def choose_home(
