@@ -141,6 +141,7 @@ def plan(
     *,
     recipe: str | Path | None = None,
     device: str = "auto",
+    max_memory: str = "",
     progress: Progress | None = None,
     **settings: Unpack[PlanSettings],
 ) -> PlanFile:
@@ -152,6 +153,7 @@ def plan(
             nothing is written.
         recipe: TOML file, or the name of a bundled recipe.
         device: "auto", "cpu", "cuda", "cuda:1", …
+        max_memory: of the host, such as "8GB". Default: half of what is free.
         progress: called after each step, see `compressor.progress.Progress`.
         settings:
 
@@ -163,7 +165,7 @@ def plan(
     """
     from compressor.config.read import ask
 
-    check_kinds(str, device=device)
+    check_kinds(str, device=device, max_memory=max_memory)
     asked = ask("plan", as_text("model", model), recipe, settings)
     file = None if output is None else as_path("output", output)
     from compressor.run.plan_file import PlanFile, check_new_file
@@ -173,7 +175,8 @@ def plan(
     from compressor.progress import silent
     from compressor.run.pipeline import make_plan
 
-    chosen = PlanFile.of(make_plan(asked, device=device, progress=progress or silent))
+    choice = make_plan(asked, device=device, max_memory=max_memory, progress=progress or silent)
+    chosen = PlanFile.of(choice)
     if file:
         chosen.save(file)
     return chosen

@@ -102,26 +102,6 @@ def test_dry_run_writes_nothing(cli, tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [["prune"], ["lowrank", "--keep", "60%"]])
-def test_a_dry_run_says_that_the_model_would_not_fit_to_write_text(
-    cli, tiny, rows, tmp_path, monkeypatch, command
-):
-    import psutil
-
-    command = [command[0], tiny("llama"), "--dry-run", *command[1:]]
-    assert "would not start" not in cli(*command).stderr
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("memory", (), {"available": 1000})())
-    for more in ([], ["--json"]):
-        done = cli(*command, *more)
-        said = " ".join(done.stderr.split())
-        assert "note: here the run would not start: 'self' needs the whole model in memory" in said
-        assert "give a text with --dataset" in said
-        assert "q_proj" in done.stdout or "would be factored" in done.stdout, "the plan is shown"
-    for more in (["--method", "magnitude"], ["--dataset", rows]):
-        if command[0] == "prune":
-            assert "would not start" not in cli(*command, *more).stderr
-
-
 def test_unstructured_says_that_the_size_stays(cli, tiny, rows, tmp_path):
     done = cli(
         "prune",

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.cli.options import as_flags
 from compressor.cli.show import begin, err, out, pruning_progress, size, speaks, table, tell
 from compressor.cli.streams import only_told
 
@@ -40,30 +39,14 @@ def compress(
     if output is not None and not dry_run:
         run_and_show(recipe, output, device, max_memory, quiet=quiet, as_json=as_json)
         return
-    from compressor.run.check import plan_run
+    from compressor.run.pipeline import check_run
 
-    plan = plan_run(recipe, output)
-    tell([*plan.notes, *_no_room(plan, recipe, device)])
+    plan = check_run(recipe, output, device=device, max_memory=max_memory)
+    tell(plan.notes)
     if as_json:
         print(json.dumps(plan_facts(plan, recipe), indent=1))
     else:
         _show_plan(plan, recipe)
-
-
-def _no_room(plan: Plan, recipe: Recipe, device: str) -> list[str]:
-    """That the run would not start on this machine, which a plan can be looked at on all the same:
-    a line, or none.
-    """
-    from compressor.calibration.tokens import require_memory
-    from compressor.errors import DataError
-    from compressor.run.pipeline import choose_device
-
-    if recipe.dataset == "self" and plan.needs_inputs:
-        try:
-            require_memory(plan.reader.folder, str(choose_device(device)))
-        except DataError as error:
-            return [f"here the run would not start: {as_flags(str(error))}"]
-    return []
 
 
 def run_and_show(

@@ -37,6 +37,7 @@ def plan(
     recipe: options.RecipeName = None,
     assign: options.Assign = None,
     device: options.Device = "auto",
+    max_memory: options.MaxMemory = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was measured as JSON.")
     ] = False,
@@ -71,7 +72,7 @@ def plan(
     if plot:
         picture.check_picture(plot)
     with pruning_progress(quiet) as progress:
-        choice = make_plan(merged, device=device, progress=progress)
+        choice = make_plan(merged, device=device, max_memory=max_memory, progress=progress)
     tell(choice.plan.notes)
     PlanFile.of(choice).save(output)
     if plot:

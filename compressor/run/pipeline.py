@@ -257,8 +257,28 @@ def choose_targets(
     return Choice(plan)
 
 
-def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = silent) -> Choice:
+def check_run(
+    recipe: Recipe, output: Path | None, *, device: str = "auto", max_memory: str = ""
+) -> Plan:
+    """What `prune` would do with `recipe`, all checked that it checks before work. Nothing is
+    written; without an `output` the disk is not looked at.
+    """
+    if max_memory:
+        parse_size(max_memory)
+    where = choose_device(device)
+    plan = plan_run(recipe, output)
+    room.check(plan, recipe.num_samples, output, where, max_memory)
+    if recipe.dataset == "self" and plan.needs_inputs:
+        tokens.require_memory(plan.reader.folder, str(where))
+    return plan
+
+
+def make_plan(
+    recipe: Recipe, *, device: str = "auto", max_memory: str = "", progress: Progress = silent
+) -> Choice:
     """What `prune` would do with `recipe`: the target of every linear. Nothing is written."""
+    if max_memory:
+        parse_size(max_memory)
     where = choose_device(device)
     plan = plan_run(recipe, None)
     asked, ready = plan.choice, Prepared()
@@ -266,9 +286,13 @@ def make_plan(recipe: Recipe, *, device: str = "auto", progress: Progress = sile
         return choose_targets(plan, None, where, ready, progress)  # nothing to measure
     with TemporaryDirectory() as name:
         folder = Path(name)
-        states = calibrate(plan, recipe, where, progress, folder) if plan.measures else None
+        room.check_choice(plan, recipe.num_samples, folder, where, max_memory)
+        states = None
+        if plan.measures:
+            states = calibrate(plan, recipe, where, progress, folder, max_memory)
         factors = factored_by_gradients(plan, states, where, folder, progress)
-        return choose_targets(plan, states, where, Prepared(factors), progress)
+        grams = gram_room(plan, where, max_memory) if plan.needs_gram else None
+        return choose_targets(plan, states, where, Prepared(factors, grams), progress)
 
 
 def calibrate(
@@ -277,6 +301,7 @@ def calibrate(
     device: torch.device,
     progress: Progress = silent,
     folder: Path | None = None,
+    max_memory: str = "",
 ) -> States:
     """The calibration on entering block 0, without what is held out: where there is room for it,
     `folder` on disk at last; on `device` without a folder.
@@ -286,7 +311,7 @@ def calibrate(
     place = None
     if folder:
         beside = room.states_bytes(plan, ids.numel(), batch_size(*ids.shape) * plan.seq_len)
-        home = choose_home(plan, ids.numel(), device, "", folder, beside)
+        home = choose_home(plan, ids.numel(), device, max_memory, folder, beside)
         place = partial(Batches, device, home)
     states = _entering(plan, ids, device, place, folder=folder)
     progress("calibration", 1, 1)

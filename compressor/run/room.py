@@ -27,6 +27,7 @@ from compressor.checkpoint.work_state import work_path
 from compressor.engine import memory
 from compressor.engine.memory import (
     block_bytes,
+    choose_home,
     factoring_bytes,
     gram_bytes,
     hidden_bytes,
@@ -146,13 +147,13 @@ def passes(plan: Plan, tokens: int, batch: int) -> list[Pass]:
     return [*found, Pass("one block", block)]
 
 
-def check(plan: Plan, samples: int, output: Path, device: torch.device, limit: str) -> None:
+def check(plan: Plan, samples: int, output: Path | None, device: torch.device, limit: str) -> None:
     """Raise where memory or disk are too little for a run, before it begins.
 
     Args:
         plan: what will be done.
         samples: of the calibration, without those that are held out beside them.
-        output: the folder to be made.
+        output: the folder to be made; without one the disk is not looked at.
         device: where blocks are computed; a GPU's memory is not counted.
         limit: `--max-memory`; empty for what is free.
 
@@ -165,7 +166,26 @@ def check(plan: Plan, samples: int, output: Path, device: torch.device, limit: s
     if device.type != "cuda":
         _check_memory(needs, limit)
     local = 1 if plan.splits_batches else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    _check_disk(output, plan.reader.nbytes + disk_bytes(plan, needs, tokens * local))
+    if output:
+        _check_disk(output, plan.reader.nbytes + disk_bytes(plan, needs, tokens * local))
+
+
+def check_choice(plan: Plan, samples: int, folder: Path, device: torch.device, limit: str) -> None:
+    """As `check`, where targets are chosen and nothing is made of them: what that keeps on disk
+    lies in `folder`, which exists.
+    """
+    check(plan, samples, None, device, limit)
+    tokens = samples * plan.seq_len
+    needs = passes(plan, tokens, batch_size(samples, plan.seq_len) * plan.seq_len)
+    beside = max(each.states for each in needs)
+    resting = choose_home(plan, tokens, device, limit, folder, beside) == folder
+    needed = kept_bytes(plan, needs, tokens, resting=resting)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"what choosing keeps on disk may need {size(needed)}; {folder.parent} has "
+            f"{size(free)} free: TMPDIR names another folder"
+        )
 
 
 def _check_memory(needs: Iterable[Pass], limit: str) -> None:
@@ -190,16 +210,21 @@ def states_bytes(plan: Plan, tokens: int, batch: int) -> int:
 
 
 def disk_bytes(plan: Plan, needs: Iterable[Pass], tokens: int) -> int:
-    """Bytes on disk beside the output: two generations of hidden states, what the passes keep, the
-    factors of all blocks, and the shard that is put together.
-    """
-    kept = max(each.disk + each.states for each in needs)
-    hidden = 2 * hidden_bytes(plan, tokens) if plan.needs_inputs else 0
-    factors = sum(_factors(task) for task in plan.every if task.needs_gradients)
+    """Bytes on disk beside the output: what is kept, and the shard that is put together."""
     shards: dict[str, int] = {}
     for entry in plan.reader.tensors.values():
         shards[entry.shard] = shards.get(entry.shard, 0) + entry.nbytes
-    return hidden + kept + factors * plan.skeleton.dtype.itemsize + max(shards.values(), default=0)
+    return kept_bytes(plan, needs, tokens) + max(shards.values(), default=0)
+
+
+def kept_bytes(plan: Plan, needs: Iterable[Pass], tokens: int, *, resting: bool = True) -> int:
+    """Bytes on disk of two generations of hidden states, if they rest there, of what the passes
+    keep, and of the factors of all blocks.
+    """
+    kept = max(each.disk + each.states * resting for each in needs)
+    hidden = 2 * hidden_bytes(plan, tokens) if plan.needs_inputs and resting else 0
+    factors = sum(_factors(task) for task in plan.every if task.needs_gradients)
+    return hidden + kept + factors * plan.skeleton.dtype.itemsize
 
 
 def _check_disk(output: Path, needed: int) -> None:
