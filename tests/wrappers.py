@@ -169,7 +169,6 @@ REFUSED: dict[str, str] = {
     "pp_formulanet": _TWO_SIDES,
     "qwen3_omni_moe": _IMAGE,
     "shieldgemma2": "tensors of a shieldgemma2 model",  # a classifier, with names of its own
-    "step3p7": _STACKED,
     "t5gemma2": _TWO_SIDES,
     "udop": _TWO_SIDES,
     "vision-encoder-decoder": _TWO_SIDES,
