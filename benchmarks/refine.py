@@ -7,12 +7,13 @@ docs/refine.md.
     # seconds and memory for one linear of 4096 x 11008
     python benchmarks/refine.py --speed 4096 11008
 
-Protocol: 128 calibration rows of full context, everything in float32, only the linears inside the
-decoder blocks, their statistics from the compressed blocks before them. A case is
-METHOD[+REFINEMENT]…; `matched:` in front of it aims at the outputs of the dense model (target.py),
-`+tune` at its end trains the block (compressor/engine/block_tuning.py). Each case writes one JSON
-line to standard output, the table comes last. The folders of models and token rows are given by
---models and --data, or COMPRESS_SHARED names their parent.
+Protocol: 128 calibration rows of full context (--samples), everything in float32, only the linears
+inside the decoder blocks, their statistics from the compressed blocks before them. A case is
+METHOD[+REFINEMENT]…; `+tune` at its end trains the block (compressor/engine/block_tuning.py).
+`matched:` in front of it is a run of `compressor.prune` with `match='0.5'`, `auto:` one with
+`match='auto'`, for which a tenth as many rows have to be left: --samples 116. Each case writes one
+JSON line to standard output, the table comes last. The folders of models and token rows are given
+by --models and --data, or COMPRESS_SHARED names their parent.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from common import SHARED, TESTS, emit
-from target import matched
 from torch import Tensor, nn
 
+import compressor
 from compressor.calibration import capture, tokens
 from compressor.checkpoint.reader import Reader
 from compressor.engine.block_tuning import Arguments, tune
@@ -58,6 +58,7 @@ CASES += [
 ]
 
 CASES += ["wanda+dsnot-published", "wanda+dsnot-attention"]
+STRENGTHS = {"matched": "0.5", "auto": "auto"}
 TUNE: dict[str, float] = {}
 
 
@@ -68,22 +69,24 @@ class Canary:
     name: str
     model: nn.Module
     path: str  # of the decoder blocks
+    rows: Path  # of the calibration
     states: capture.States
     test: list[Tensor]
 
 
-def load(name: str, models: Path, rows: Path) -> Canary:
+def load(name: str, models: Path, rows: Path, samples: int) -> Canary:
     from transformers import AutoModelForCausalLM
 
     folder = models / name
     skeleton = Skeleton(Reader(folder), dtype=torch.float32)
     vocabulary, length = skeleton.config.vocab_size, tokens.context_length(skeleton.config)
     assert length
+    calibration = rows / f"{name}-calib.jsonl"
     ids = tokens.calibration_rows(
-        str(rows / f"{name}-calib.jsonl"),
+        str(calibration),
         folder,
         vocabulary,
-        num_samples=128,
+        num_samples=samples,
         seq_len=length,
         seed=0,
     )
@@ -91,9 +94,8 @@ def load(name: str, models: Path, rows: Path) -> Canary:
         str(rows / f"{name}-{TESTS[name]}.jsonl"), folder, vocabulary, seq_len=length
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Canary(
-        name, model, skeleton.path, capture.capture(skeleton, ids, torch.device("cpu")), test
-    )
+    states = capture.capture(skeleton, ids, torch.device("cpu"))
+    return Canary(name, model, skeleton.path, calibration, states, test)
 
 
 # --- one case
@@ -101,27 +103,12 @@ def load(name: str, models: Path, rows: Path) -> Canary:
 
 def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
     """Compress a copy of the model and score it."""
-    model, started, shares = copy.deepcopy(canary.model), time.process_time(), []
-    if case != "dense":
-        to_dense, tuned = case.startswith("matched:"), case.endswith("+tune")
-        steps = case.removeprefix("matched:").removesuffix("+tune").split("+")
-        hidden = exact = list(canary.states.hidden)
-        for index, block in enumerate(model.get_submodule(canary.path)):
-            arguments, dense = canary.states.arguments[index], copy.deepcopy(block)
-            if to_dense:
-                shares += prune_matched(block, dense, hidden, exact, arguments, steps, pattern)
-            else:
-                shares += prune_plain(block, hidden, arguments, steps, pattern)
-            if to_dense or tuned:
-                exact = [capture.run(dense, batch, arguments) for batch in exact]
-            if tuned:
-                forms = {
-                    f"{name}.weight": Dense(linear.weight.detach())
-                    for name, linear in linears_of(block).items()
-                }
-                for name, form in tune(block, forms, hidden, exact, arguments, **TUNE)[0].items():
-                    block.get_parameter(name).data = form.dense()
-            hidden = [capture.run(block, batch, arguments) for batch in hidden]
+    started, shares, model = time.process_time(), [], canary.model
+    aim, _, steps = case.rpartition(":")
+    if aim:
+        model, shares = pruned_by_product(canary, STRENGTHS[aim], steps, pattern)
+    elif case != "dense":
+        model, shares = pruned_here(canary, steps, pattern)
     seconds = time.process_time() - started
     score = perplexity(model, canary.test)
     mean = sum(shares) / len(shares) if shares else 0.0
@@ -133,6 +120,49 @@ def run(canary: Canary, case: str, pattern: Pattern) -> dict[str, object]:
         "output_error": mean,
         "seconds": round(seconds, 1),
     }
+
+
+def pruned_by_product(
+    canary: Canary, strength: str, steps: str, pattern: Pattern
+) -> tuple[nn.Module, list[float]]:
+    """What `compressor.prune` makes of the model in float32, and the output errors it reports."""
+    from transformers import AutoModelForCausalLM
+
+    method, _, refine = steps.removesuffix("+tune").partition("+")
+    asked = {"method": method, "pattern": str(pattern), "match": strength, "format": "dense"}
+    asked |= {"refine": refine} if refine else {}
+    asked |= {"tune": int(TUNE.get("epochs", 4))} if steps.endswith("+tune") else {}
+    length = canary.states.ids[0].shape[1]
+    samples = sum(len(ids) for ids in canary.states.ids)
+    with TemporaryDirectory() as folder:
+        canary.model.save_pretrained(f"{folder}/float32")
+        report = compressor.prune(
+            f"{folder}/float32", f"{folder}/out", dataset=canary.rows, num_samples=samples,
+            seq_len=length, device="cpu", **asked,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=torch.float32)
+    return model.eval(), [row.error for row in report.linears if row.error is not None]
+
+
+def pruned_here(canary: Canary, case: str, pattern: Pattern) -> tuple[nn.Module, list[float]]:
+    """A copy of the model, pruned block by block, and the output errors of its linears."""
+    model, shares = copy.deepcopy(canary.model), []
+    steps, tuned = case.removesuffix("+tune").split("+"), case.endswith("+tune")
+    hidden = exact = list(canary.states.hidden)
+    for index, block in enumerate(model.get_submodule(canary.path)):
+        arguments = canary.states.arguments[index]
+        if tuned:
+            exact = [capture.run(block, batch, arguments) for batch in exact]
+        shares += prune_plain(block, hidden, arguments, steps, pattern)
+        if tuned:
+            forms = {
+                f"{name}.weight": Dense(linear.weight.detach())
+                for name, linear in linears_of(block).items()
+            }
+            for name, form in tune(block, forms, hidden, exact, arguments, **TUNE)[0].items():
+                block.get_parameter(name).data = form.dense()
+        hidden = [capture.run(block, batch, arguments) for batch in hidden]
+    return model, shares
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -151,63 +181,6 @@ def prune_plain(
         prune(name, linear, linear.weight.data, stats[name], steps, pattern)
         for name, linear in linears.items()
     ]
-
-
-def prune_matched(
-    block: nn.Module,
-    dense: nn.Module,
-    hidden: list[Tensor],
-    exact: list[Tensor],
-    arguments: Arguments,
-    steps: list[str],
-    pattern: Pattern,
-) -> list[float]:
-    """The linears of a block, those that share an input together, each group on inputs that know of
-    the groups before it.
-    """
-    linears, shares = linears_of(block), []
-    with collecting(linears) as found:
-        capture.run(block, hidden[0], arguments)
-    groups: dict[int, list[str]] = {}
-    for name in found:  # in the order of the forward pass
-        groups.setdefault(id(found[name]), []).append(name)
-    for names in groups.values():
-        stats, cross = pair_statistics(block, dense, names[0], hidden, exact, arguments)
-        for name in names:
-            weight = matched(linears[name].weight.data, stats, cross)
-            shares.append(prune(name, linears[name], weight, stats, steps, pattern))
-    return shares
-
-
-def pair_statistics(
-    block: nn.Module,
-    dense: nn.Module,
-    name: str,
-    hidden: list[Tensor],
-    exact: list[Tensor],
-    arguments: Arguments,
-) -> tuple[InputStats, Tensor]:
-    """Statistics of the input X of a linear, and Xᵀ(X' - X) with the dense model's X'."""
-    stats = InputStats(linears_of(block)[name].in_features, gram=True, moments=True)
-    cross = torch.zeros_like(stats.squares, dtype=torch.float32).diag()
-    for here, there in zip(hidden, exact, strict=True):
-        with input_of(linears_of(block)[name]) as seen, input_of(linears_of(dense)[name]) as wanted:
-            capture.run(block, here, arguments)
-            capture.run(dense, there, arguments)
-        x = seen[0].flatten(0, -2)
-        stats.update(x)
-        cross.addmm_(x.T, wanted[0].flatten(0, -2) - x)
-    return stats, cross
-
-
-@contextmanager
-def input_of(linear: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def prune(
@@ -290,6 +263,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", default=CASES)
     parser.add_argument("--epochs", type=int, help="of +tune")
     parser.add_argument("--rate", type=float, help="of +tune")
+    parser.add_argument("--samples", type=int, default=128, help="rows of the calibration")
     parser.add_argument("--models", type=Path, default=SHARED / "models")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "canary")
     parser.add_argument("--speed", nargs=2, type=int, metavar=("ROWS", "COLUMNS"))
@@ -310,7 +284,7 @@ def main() -> None:
         return speed(*arguments.speed, arguments.device)
     results = []
     for name in arguments.model:
-        canary = load(name, arguments.models, arguments.data)
+        canary = load(name, arguments.models, arguments.data, arguments.samples)
         for text in arguments.pattern:
             pattern = Pattern.parse(text)
             for case in arguments.case:

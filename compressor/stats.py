@@ -35,8 +35,11 @@ class InputStats:
     Attributes:
         tokens: rows seen.
         squares: float64 `[in]`, sum over tokens of x².
+        cross: float32 `[in, in]`, Xᵀ(X' - X) with the inputs X' of the same linear in the dense
+            model; None unless asked for.
         held_out: `[<= 1024, in]`, the first tokens of other samples, which nothing is fitted to;
             None where there are none.
+        held_out_dense: what the linear reads of them in the dense model.
         note: what the report says of them, if anything.
         parts: what every update added to `squares` and to the moments, where they are asked for:
             with those of other processes they can be merged again in the order of the samples.
@@ -49,6 +52,7 @@ class InputStats:
         gram: bool = False,
         moments: bool = False,
         parts: bool = False,
+        cross: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.tokens = 0
@@ -56,10 +60,12 @@ class InputStats:
         self._gram = torch.zeros(in_features, in_features, device=device) if gram else None
         self._panels = list(panels(in_features))
         self._mirrored = True
+        self.cross = torch.zeros_like(self._gram) if cross and self._gram is not None else None
         self.parts: list[Part] | None = [] if parts else None
         self._moments = (self.squares.clone(), self.squares.clone()) if moments else None
         self._sample: list[Tensor] = []
         self.held_out: Tensor | None = None
+        self.held_out_dense: Tensor | None = None
         self.note = ""
 
     @torch.no_grad()
@@ -79,6 +85,15 @@ class InputStats:
             self._mirrored = False
             for rows in self._panels:
                 self._gram[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
+
+    @torch.no_grad()
+    def add_cross(self, x: Tensor, dense: Tensor) -> None:
+        """Add to `cross` rows of x and what they are in the dense model, both `[tokens, in]`, any
+        float dtype.
+        """
+        assert self.cross is not None, "statistics without `cross`"
+        x = x.float()
+        self.cross.addmm_(x.T, dense.float() - x)
 
     def add_sample(self, x: Tensor) -> None:
         """Keep the rows of x, `[rows, in]`, as far as there is room."""

@@ -33,12 +33,13 @@ PLAN = """version = 1
             ["28 linears, dense with zeros in place (60.0% zeros)", "not smaller than"],
         ),
         (
-            dict(method="svd"),
+            dict(method="svd", match="0.5"),
             PLAN,
             [
                 "24 linears: 4 of low rank (rank 36, 48.3% of their parameters); 20 packed 2:4 "
                 "(50.0% zeros)",
-                "as its plan.toml says with svd and sparsegpt",
+                "as its plan.toml says with svd and sparsegpt, its linears matched to the dense "
+                "model, by",
                 "| method | `svd`. Plain truncated SVD: the nearest weight of a rank, ‖W - U "
                 "V‖_F, blind",
                 "; `sparsegpt`. SparseGPT: prune column by column",

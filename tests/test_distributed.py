@@ -37,6 +37,7 @@ CASES = {
     "admm": {"method": "wanda", "refine": "admm"},
     "ratios": {"method": "wanda", "pattern": "50%", "ratios": "owl"},
     "fisher": {"method": "fisher", "pattern": "50%", "keep": "40%"},
+    "matched": {"method": "sparsegpt", "match": "0.5"},
     "experts": {"method": "sparsegpt", "family": "qwen3_moe", "expert_tokens": "routed"},
     "experts, wanda": {"method": "wanda", "family": "qwen3_moe", "expert_tokens": "routed"},
 }
@@ -194,7 +195,7 @@ def test_everything_is_owned_and_the_dearest_weigh_no_more_than_one_too_much(cos
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("case", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("case", ["wanda", "sparsegpt", "matched"])
 def test_one_dies_the_others_say_so_and_the_same_command_goes_on(
     monkeypatch, recipe, tmp_path, case, on_disk
 ):

@@ -15,7 +15,7 @@ import compressor
 from compressor.calibration import capture
 from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
-from compressor.engine.blocks import FEW_TOKENS
+from compressor.engine.observe import FEW_TOKENS
 from compressor.errors import CheckpointError, UsageError
 from compressor.formats.pivot import Pivot
 from compressor.model.experts import (

@@ -54,8 +54,16 @@ CASES = {
     "curve": {**SHARES, "ratios": "curve"},
     "left dense": {"method": "wanda", "dense_fraction": "10%"},
     "tuned": {"method": "wanda", "tune": 1},
+    "matched": {"method": "sparsegpt", "match": "0.5"},
 }
-CORE = ["wanda", "svd_llm", "fisher", "owl", "ecoflap"]  # in every run; the others are slow
+CORE = [
+    "wanda",
+    "svd_llm",
+    "fisher",
+    "owl",
+    "ecoflap",
+    "matched",
+]  # in every run; the others are slow
 SEQ_LEN, SAMPLES, BATCH_TOKENS = 128, 8, 256
 RECORDS = 300_000  # what a run of a few blocks keeps beside tensors
 glibc = pytest.mark.skipif(sys.platform != "linux", reason="counts what glibc has given out")
@@ -263,7 +271,7 @@ def test_a_disk_that_is_too_small_is_refused_before_work(monkeypatch, deep, text
             assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", ["fisher", "zeroth"])
+@pytest.mark.parametrize("case", ["fisher", "zeroth", "matched"])
 def test_no_more_is_on_disk_than_was_counted(monkeypatch, deep, text, tmp_path, case):
     one, output, most = recipe(deep(4), text, case), tmp_path / "out", [0]
     monkeypatch.setattr(

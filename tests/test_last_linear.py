@@ -6,7 +6,7 @@ from torch import nn
 
 from compressor.calibration.last_linear import sparing_last
 from compressor.config.recipe import Recipe
-from compressor.engine import blocks
+from compressor.engine import observe
 from compressor.errors import CheckpointError
 from compressor.model.linear import own_linear
 from compressor.run import pipeline
@@ -86,7 +86,7 @@ def test_a_run_that_spares_products_gives_the_same_bytes(monkeypatch, tiny, rows
         model=str(tiny(family)), dataset=str(rows), num_samples=8, seq_len=32, method="sparsegpt"
     )
     pipeline.prune(recipe, tmp_path / "spared")
-    monkeypatch.setattr(blocks, "_ERROR_BATCHES", 1000)
+    monkeypatch.setattr(observe, "ERROR_BATCHES", 1000)
     report = pipeline.prune(recipe, tmp_path / "whole")
     assert report.blocks
     for folder in ("spared", "whole"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from compressor import free_memory
 from compressor.calibration.hidden_states import Batches
 from compressor.config.recipe import Recipe
-from compressor.engine import blocks, memory
+from compressor.engine import memory, observe
 from compressor.engine.memory import gram_bytes, in_groups
 from compressor.errors import UsageError
 from compressor.run import pipeline
@@ -90,7 +90,7 @@ def test_too_little_memory_gives_the_same_bytes(monkeypatch, tiny, rows, tmp_pat
         return collecting(linears, gram=gram, **others)
 
     monkeypatch.setattr(pipeline, "Batches", Home)
-    monkeypatch.setattr(blocks, "collecting", counting)
+    monkeypatch.setattr(observe, "collecting", counting)
     pipeline.prune(recipe, tmp_path / "whole", max_memory="100GB")
     most = max(grams)
     assert {str(home) for home in homes} == {"cpu"}
@@ -111,7 +111,7 @@ def test_groups_are_as_large_as_what_max_memory_leaves(monkeypatch, tiny, rows, 
     )
     seen = []
     monkeypatch.setattr(
-        blocks, "in_groups", lambda *given: seen.append(in_groups(*given)) or seen[-1]
+        observe, "in_groups", lambda *given: seen.append(in_groups(*given)) or seen[-1]
     )
     monkeypatch.setattr(memory, "_left", lambda job, device, limit: gram_bytes(task(64)) * 2)
     pipeline.prune(recipe, tmp_path / "out", max_memory="100GB")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,12 +55,14 @@ class Trial:
             plan.skeleton.free_block(index)
 
     def divergence(self, plan: Plan, progress: Progress = silent) -> float:
-        """Mean KL(dense ‖ compressed) over the tokens, in nats.
+        """Mean KL(dense ‖ compressed) over the tokens, in nats; plans are compared without matched
+        targets.
 
         Raises:
             NumericalError: it is not finite.
         """
         states = self.states.first(len(self.states.hidden))
+        plan = replace(plan, strengths=())
         for row in compress_blocks(
             plan, states, self.device, lambda *_: None, silent, prepared=self.prepared
         ):

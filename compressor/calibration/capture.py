@@ -40,7 +40,7 @@ class States:
 
     Attributes:
         hidden: what enters the next block, batch by batch.
-        dense: the same in the dense model; empty unless blocks are tuned towards it.
+        dense: the same in the dense model; empty unless blocks or linears aim at it.
         arguments: per block, what it is called with beside that.
         ids: the tokens themselves, batches of `[batch, seq]`.
         returns: what a block returns.
@@ -112,9 +112,10 @@ class States:
             batches.forget(folder)
 
     def _batches(self) -> list[tuple[str, Batches]]:
-        held_out = self.held_out.hidden if self.held_out else []
-        every = (("hidden", self.hidden), ("dense", self.dense), ("held_out", held_out))
-        return [(name, batches) for name, batches in every if isinstance(batches, Batches)]
+        every = {"hidden": self.hidden, "dense": self.dense}
+        if self.held_out:
+            every |= {"held_out": self.held_out.hidden, "held_out_dense": self.held_out.dense}
+        return [(name, each) for name, each in every.items() if isinstance(each, Batches)]
 
 
 def _view(batches: list[Batch] | Batches, count: int) -> list[Batch] | Batches:

@@ -1,11 +1,12 @@
-"""A forward pass that is made only for what the linears of a block read needs no product of the
-last one: nothing that is observed comes after it.
+"""A forward pass that is made only for what linears of a block read needs no product of the last of
+them, nor of others that come later: nothing that is observed comes after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -34,8 +35,7 @@ class Spared:
             return
         if called.count(called[-1]) == 1 and "forward" not in vars(called[-1]):
             self.last = called[-1]
-            rows = self._linears[self.last].shape[0]
-            self.last.forward = lambda x: x.new_zeros((*x.shape[:-1], rows))
+            self.last.forward = partial(_zeros, self._linears[self.last].shape[0])
 
     def called(self, module: nn.Module, _args: tuple[Tensor, ...]) -> None:
         """A linear is about to compute."""
@@ -65,3 +65,21 @@ def sparing_last(linears: Sequence[Linear]) -> Iterator[Spared]:
             handle.remove()
         if spared.last is not None:
             del spared.last.forward
+
+
+@contextmanager
+def not_computed(linears: Sequence[Linear]) -> Iterator[None]:
+    """Inside the `with`, these linears give zeros instead of a product."""
+    idle = [linear for linear in linears if "forward" not in vars(linear.module)]
+    for linear in idle:
+        linear.module.forward = partial(_zeros, linear.shape[0])
+    try:
+        yield
+    finally:
+        for linear in idle:
+            del linear.module.forward
+
+
+def _zeros(rows: int, x: Tensor) -> Tensor:
+    """`[..., in]` -> `[..., rows]`."""
+    return x.new_zeros((*x.shape[:-1], rows))

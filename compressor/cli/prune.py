@@ -38,6 +38,8 @@ def prune(
 
     compress prune ./model -o out --pattern 60% --ratios curve --dataset text.jsonl
 
+    compress prune ./model -o out --method sparsegpt --match 0.5 --dataset text.jsonl
+
     compress prune ./model -o out --recipe armor-24 --dataset text.jsonl
 
     compress prune ./model -o out --recipe recipe.toml --set damp=0.05 --dry-run

@@ -76,6 +76,14 @@ class Recipe:
     tune: int = field(
         default=0, metadata=notes("Epochs of training what was kept, block by block.")
     )
+    match: str = field(
+        default="",
+        metadata=notes(
+            "Have linears aim at the dense model's outputs: a strength from 0 to 1, or auto (each "
+            "its own, by held-out rows).",
+            "0",
+        ),
+    )
     pattern: str = field(
         default="2:4",
         metadata=notes("n:m (n of every m weights are kept) or a sparsity such as 50%."),
@@ -209,6 +217,7 @@ class _Factors(TypedDict, total=False):
 
 
 class _Run(TypedDict, total=False):
+    match: str | None
     tune: int | None
     plan: str | Path | None
 

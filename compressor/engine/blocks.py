@@ -11,83 +11,43 @@ block, still dense, for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.calibration import capture
 from compressor.calibration.arguments import Arguments
 from compressor.calibration.capture import States
 from compressor.calibration.hidden_states import Batch, advance
-from compressor.calibration.last_linear import sparing_last
 from compressor.engine.block_tuning import tune
 from compressor.engine.distributed import ALONE, Group
-from compressor.engine.memory import gram_bytes, in_groups
+from compressor.engine.loaded_block import LoadedBlock, Watch
+from compressor.engine.match import compress_matched
+from compressor.engine.observe import in_room, observe
 from compressor.engine.one_linear import Compressed, Seen, compress_weight, finish
+from compressor.engine.pairs import UNMATCHED, Stage, observe_pairs, stages
 from compressor.engine.plan import Plan, Prepared
 from compressor.engine.task import Rank, Task
 from compressor.errors import NumericalError
 from compressor.formats import Form
 from compressor.model import heap
-from compressor.model.experts import ExpertLinear, seeing_all_tokens, stacked
-from compressor.model.linear import Linear
+from compressor.model.experts import ExpertLinear, stacked
 from compressor.progress import Progress
 from compressor.records.report import BlockRow
-from compressor.stats import SAMPLE_TOKENS, InputStats, all_finite, collecting
+from compressor.stats import InputStats, all_finite, collecting
 
-FEW_TOKENS = 64  # an expert with fewer of its own is calibrated on all tokens
-_ERROR_BATCHES = 2  # batches whose dense outputs are kept to measure the error of a block
 _GIVE_BACK = 1 << 23  # bytes of weights, after work on which freed memory goes back to the system
 
 
 Store = Callable[[Task, Form, Seen | None], None]
 """Told of each finished linear: its task, the form it has now, what the calibration showed of it.
 """
-Watch = Callable[[int, Batch, Tensor], None]
-"""Told of each compressed block: its index, the first batch as it entered, the hidden states that
-left.
-"""
 
 
 def unwatched(index: int, entering: Batch, leaving: Tensor) -> None:
     """Nothing."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block that is loaded, and what all steps on it need.
-
-    Attributes:
-        plan: what to do.
-        index: of the block; `tasks` are the plan's for it.
-        module: the block itself, on `device`.
-        states: calibration entering it; None where none is needed.
-        arguments: what it is called with beside hidden states.
-        sharing: the processes that hold other parts of the calibration.
-        prepared: what the run has ready for the blocks.
-        watch: told of the first batch.
-        exact: outputs of the dense block, of the first batches.
-    """
-
-    plan: Plan
-    index: int
-    tasks: tuple[Task, ...]
-    module: nn.Module
-    states: States | None
-    arguments: Arguments
-    device: torch.device
-    sharing: Group
-    prepared: Prepared
-    watch: Watch
-    exact: list[Tensor] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Such as `model.layers.3`."""
-        return f"{self.plan.skeleton.path}.{self.index}"
 
 
 def compress_blocks(
@@ -120,7 +80,7 @@ def compress_blocks(
         NumericalError: a weight, a compressed weight or the output of a block is not finite.
     """
     for index in range(first, len(plan.tasks)):
-        block = _Block(
+        block = LoadedBlock(
             plan,
             index,
             plan.tasks[index],
@@ -165,34 +125,61 @@ def dense_blocks(
         plan.skeleton.free_block(index)
 
 
-def _compress_block(block: _Block, store: Store, progress: Progress, group: Group) -> float | None:
+def _compress_block(
+    block: LoadedBlock, store: Store, progress: Progress, group: Group
+) -> float | None:
     """Compress one block; returns the relative squared error of its output, None without
     calibration.
+
+    With matched targets its linears are taken in stages, each on inputs that know of those before;
+    linears that cannot be matched come last. The dense model's hidden states leave the block before
+    these are compressed, while it can still be made dense.
     """
-    plan, tasks, states = block.plan, block.tasks, block.states
-    if states and plan.tune:  # the targets of the tuning: the dense model on its own hidden states
-        advance(states.dense, capture.through(block.module, block.arguments))
-    owners = group.owners([_cost(plan, task) for task in tasks])
-    own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
-    inputs: dict[str, InputStats] = {}
-    untuned: dict[str, Form] = {}
-    compressed = group.shared(owners, _compressed(block, own, inputs), block.device)
-    for number, (task, (form, seen)) in enumerate(zip(tasks, compressed, strict=True)):
+    plan, states, numbers = block.plan, block.states, count(1)
+
+    def told(task: Task, form: Form, seen: Seen | None) -> None:
         if plan.tune:
-            untuned[task.linear.name] = form
+            block.untuned[task.linear.name] = form
         else:
-            task.linear.set(form.dense())
             store(task, form, seen)
-        losses = getattr(form, "losses", None)
-        progress("linears", number + 1, len(tasks), linear=task.linear.name, losses=losses)
+        losses, number = getattr(form, "losses", None), next(numbers)
+        progress("linears", number, len(block.tasks), linear=task.linear.name, losses=losses)
+
+    found, others = stages(block) if plan.strengths else ([], list(block.tasks))
+    for stage in found:
+        _compress(block, stage.tasks, stage, told, group)
+    if states and plan.keeps_dense:
+        with block.originals.in_place():
+            for each in filter(None, (states, states.held_out)):
+                advance(each.dense, capture.through(block.module, each.arguments[block.index]))
+        block.originals.forget()
+    if others:
+        _compress(block, others, None, told, group)
     if states and plan.tune:
-        forms = _tune(block, untuned, states)
-        for task in tasks:
+        forms = _tune(block, states)
+        for task in block.tasks:
             name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
-            form, seen = finish(plan, task, weight, forms[name], inputs.get(name))
+            form, seen = finish(plan, task, weight, forms[name], block.inputs.get(name))
             task.linear.set(form.dense())  # compute with what is stored from now on
             store(task, form, seen)
     return _advance(block, states) if states else None
+
+
+def _compress(
+    block: LoadedBlock, tasks: list[Task], stage: Stage | None, told: Store, group: Group
+) -> None:
+    """Compress linears of a block, those of a `stage` or others; `told` of each. They compute with
+    the result from then on; those of no stage, where the block is tuned, after that.
+    """
+    owners = group.owners([_cost(block.plan, task) for task in tasks])
+    own = [task for task, owner in zip(tasks, owners, strict=True) if owner == group.rank]
+    compressed = group.shared(owners, _compressed(block, own, stage), block.device)
+    for task, (form, seen) in zip(tasks, compressed, strict=True):
+        if stage:
+            block.originals.replace(task.linear, form.dense())
+        elif not block.plan.tune:
+            task.linear.set(form.dense())
+        told(task, form, seen)
 
 
 def _cost(plan: Plan, task: Task) -> int:
@@ -201,42 +188,23 @@ def _cost(plan: Plan, task: Task) -> int:
     return rows * columns ** (2 if plan.needs_gram else 1)
 
 
-def _routing(block: _Block) -> AbstractContextManager[None]:
-    """Which tokens reach the experts of a block while they are observed."""
-    return seeing_all_tokens(block.module) if block.plan.all_tokens else nullcontext()
-
-
-def _groups(block: _Block, own: list[Task]) -> list[list[Task]]:
-    """The linears `own` of this process, in the groups that are observed together."""
-    room = block.prepared.gram_room
-    if block.states is None or not block.plan.needs_gram or room is None:
-        return [own]
-    if sum(map(gram_bytes, own)) <= room:
-        return [own]
-    modules = {task.linear.name: task.linear.module for task in own}
-    with _routing(block), collecting(modules) as stats:  # which of them read the same tensor
-        capture.run(block.module, block.states.hidden[0], block.arguments)
-    return in_groups(own, room, {name: id(inputs) for name, inputs in stats.items()})
-
-
-def _compressed(
-    block: _Block, own: list[Task], inputs: dict[str, InputStats]
-) -> Iterator[Compressed]:
+def _compressed(block: LoadedBlock, own: list[Task], stage: Stage | None) -> Iterator[Compressed]:
     """What becomes of each linear of this process; before the tuning, where there is one.
 
     One by one, or all at the end where they are observed in several groups: the block has to stay
-    dense meanwhile.
+    as it is meanwhile.
 
     Args:
         block: whose linears they are.
         own: the tasks of this process.
-        inputs: gets the statistics that the tuning needs, without their Gram matrices.
+        stage: that they are of, if they are matched.
     """
-    plan, groups = block.plan, _groups(block, own)
+    plan = block.plan
+    groups = [own] if stage else in_room(block, own)
     waiting: list[Compressed] = []
     worked_on = 0
     for tasks in groups:
-        stats = _observe(block, block.tasks if plan.splits_batches else tasks)
+        stats = _observed(block, tasks, stage)
         heap.give_back()
         for task in tasks:
             name, weight = task.linear.name, task.linear.read(plan.reader).to(block.device)
@@ -252,98 +220,37 @@ def _compressed(
             else:
                 waiting.append((form, seen))
         for used in stats.values():
-            used.gram = None
+            used.gram = used.cross = None
         if plan.tune:
-            inputs |= stats
+            block.inputs.update(stats)
     yield from waiting
 
 
-def _collecting(
-    block: _Block, linears: Sequence[Linear]
-) -> AbstractContextManager[dict[str, InputStats]]:
-    """Collects what the plan needs of the inputs of `linears`."""
-    plan = block.plan
-    return collecting(
-        {linear.name: linear.module for linear in linears},
-        gram=plan.needs_gram,
-        moments=plan.needs_moments,
-        parts=block.sharing.size > 1,
-    )
-
-
-def _observe(block: _Block, tasks: Sequence[Task]) -> dict[str, InputStats]:
-    """Statistics of the inputs of the tasks' linears, by name; the first call adds the outputs of
-    the first batches to `block.exact`.
-    """
-    states, plan = block.states, block.plan
-    if states is None:
-        return {}
-    linears = [task.linear for task in tasks]
-    with _routing(block), _collecting(block, linears) as stats, sparing_last(linears) as last:
-        for batch in states.hidden:
-            number = batch.number
-            wanted = number == len(block.exact) and number + states.offset < _ERROR_BATCHES
-            last.begin(spare=not wanted)
-            leaving = capture.run(block.module, batch, block.arguments)
-            if wanted:
-                block.exact.append(leaving.hidden)
-    stats = block.sharing.merged(stats, block.device)
-    if not plan.all_tokens:
-        stats |= _observe_idle(block, states, tasks, stats)
-    if states.held_out:
-        _observe_held_out(block, states.held_out, linears, stats)
+def _observed(
+    block: LoadedBlock, tasks: list[Task], stage: Stage | None
+) -> Mapping[str, InputStats]:
+    """What the tasks' linears read, by name."""
+    if stage:
+        return observe_pairs(block, stage) if tasks else {}
+    stats = observe(block, block.tasks if block.plan.splits_batches else tasks)
+    for inputs in set(stats.values()) if block.plan.strengths else ():
+        inputs.note = "; ".join(filter(None, [inputs.note, UNMATCHED]))
     return stats
 
 
-def _observe_held_out(
-    block: _Block,
-    states: States,
-    linears: Sequence[Linear],
-    stats: Mapping[str, InputStats],
-) -> None:
-    """Give `stats` the inputs of `linears` on samples that are held out. Every process sees all of
-    these: they are few.
-    """
-    if not any(linear.experts for linear in linears):
-        states = states.at_least(SAMPLE_TOKENS)  # no more of them are kept
-    modules = {linear.name: linear.module for linear in linears}
-    with _routing(block), collecting(modules) as seen, sparing_last(linears) as last:
-        for batch in states.hidden:
-            last.begin(spare=True)
-            capture.run(block.module, batch, states.arguments[block.index])
-    for name, inputs in stats.items():
-        if name in seen and inputs.held_out is None:
-            inputs.held_out = seen[name].sample
-
-
-def _observe_idle(
-    block: _Block, states: States, tasks: Sequence[Task], routed: Mapping[str, InputStats]
-) -> dict[str, InputStats]:
-    """Statistics of all tokens for the experts that hardly a token was routed to."""
-    enough = {name for name, inputs in routed.items() if inputs.tokens >= FEW_TOKENS}
-    idle = [task.linear for task in tasks if task.linear.experts and task.linear.name not in enough]
-    if not idle:
-        return {}
-    with seeing_all_tokens(block.module), _collecting(block, idle) as stats:
-        for batch in states.hidden:
-            capture.run(block.module, batch, block.arguments)
-    stats = block.sharing.merged(stats, block.device)
-    for inputs in stats.values():
-        inputs.note = f"fewer than {FEW_TOKENS} tokens were routed to it: calibrated on all"
-    return stats
-
-
-def _form(block: _Block, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
+def _form(block: LoadedBlock, task: Task, weight: Tensor, stats: InputStats | None) -> Form:
     """The form of `weight` `[out, in]`, refined if asked."""
     if block.plan.needs_inputs:
         (stats or InputStats(1)).check(task.linear.name)
     factors = block.prepared.factors
     if factors and task.needs_gradients and isinstance(task.target, Rank):
         return factors.of(task.linear.name, task.target, weight.device)
+    if stats is not None and stats.cross is not None:
+        return compress_matched(block.plan, task, weight, stats)
     return compress_weight(block.plan, task, weight, stats)
 
 
-def _tune(block: _Block, forms: Mapping[str, Form], states: States) -> dict[str, Form]:
+def _tune(block: LoadedBlock, states: States) -> dict[str, Form]:
     """The forms of a block's linears, trained together."""
     prefix = f"{block.name}."
 
@@ -361,7 +268,7 @@ def _tune(block: _Block, forms: Mapping[str, Form], states: States) -> dict[str,
 
     tuned, _, _ = tune(
         block.module,
-        forms,
+        block.untuned,
         states.hidden,
         states.dense,
         block.arguments,
@@ -372,7 +279,7 @@ def _tune(block: _Block, forms: Mapping[str, Form], states: States) -> dict[str,
     return tuned
 
 
-def _advance(block: _Block, states: States) -> float:
+def _advance(block: LoadedBlock, states: States) -> float:
     """Run the states through the compressed block, in place; returns the error against the `exact`
     outputs.
 

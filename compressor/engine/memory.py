@@ -38,11 +38,11 @@ def parse_size(text: str) -> int:
 
 
 def hidden_bytes(plan: Plan, tokens: int) -> int:
-    """Bytes of the hidden states of so many tokens; those of the dense model too where blocks are
-    tuned towards it.
+    """Bytes of the hidden states of so many tokens; those of the dense model too where blocks or
+    linears aim at it.
     """
     width = getattr(plan.skeleton.config.get_text_config(decoder=True), "hidden_size", 0)
-    return tokens * width * plan.skeleton.dtype.itemsize * (2 if plan.tune else 1)
+    return tokens * width * plan.skeleton.dtype.itemsize * (2 if plan.keeps_dense else 1)
 
 
 def gram_bytes(task: Task) -> int:
@@ -53,10 +53,11 @@ def gram_bytes(task: Task) -> int:
 
 def block_bytes(plan: Plan) -> int:
     """About what work on the largest block takes, Gram matrices aside: its weights, copies and
-    temporaries of them, and what a method makes of one Gram matrix.
+    temporaries of them, dense ones beside compressed ones where linears are matched, and what a
+    method makes of one Gram matrix.
     """
     size = largest_block(plan) * plan.skeleton.dtype.itemsize
-    return 3 * size + max(map(partial(_work_bytes, plan), plan.every))
+    return (4 if plan.strengths else 3) * size + max(map(partial(_work_bytes, plan), plan.every))
 
 
 def largest_block(plan: Plan) -> int:
@@ -66,9 +67,18 @@ def largest_block(plan: Plan) -> int:
 
 def _work_bytes(plan: Plan, task: Task) -> int:
     """About what a method makes of the weight and the statistics of one linear."""
+    matching = _matching_bytes(task) if plan.strengths else 0
     if factors(task.method):
-        return factoring_bytes(task)
-    return 4 * gram_bytes(task) if plan.needs_gram else 0
+        return matching + factoring_bytes(task)
+    return matching + (4 * gram_bytes(task) if plan.needs_gram else 0)
+
+
+def _matching_bytes(task: Task) -> int:
+    """Bytes that stay while a method works on a linear that aims at the dense model: in float32 the
+    cross products of its inputs, two samples of these, the shift of its weight, and two weights.
+    """
+    rows, columns = task.linear.shape
+    return 4 * (columns * (columns + 2 * SAMPLE_TOKENS) + 3 * rows * columns)
 
 
 def factoring_bytes(task: Task) -> int:

@@ -92,6 +92,8 @@ class Plan:
         tasks: per block, the linears to compress and how.
         refine, refine_options: what improves each pruned weight; refine may be None.
         tune: epochs of block tuning, 0 for none.
+        strengths: with which linears aim at the outputs of the dense model: none, one for all, or
+            several that each chooses from.
         packed: store in a packed form what has one; else every weight is stored as `[out, in]`.
         all_tokens: experts are calibrated on all tokens, not only on those the router sends to
             them.
@@ -114,6 +116,7 @@ class Plan:
     seq_len: int
     seed: int
     held_out: Fraction = Fraction(0)
+    strengths: tuple[float, ...] = ()
     left_dense: list[LeftDense] = field(default_factory=list)
     choice: ShareZeros | LeaveDense | ShareRanks | None = None
 
@@ -172,6 +175,16 @@ class Plan:
         """Whether the statistics need the Gram matrix."""
         refined = self.refine is not None and self.refine.NEEDS_GRAM
         return refined or any(method.NEEDS_GRAM for method in self._methods)
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether hidden states of the dense model go through the blocks beside the others."""
+        return self.tune > 0 or bool(self.strengths)
+
+    @property
+    def chooses_strength(self) -> bool:
+        """Whether each linear chooses its strength by samples that are held out."""
+        return len(self.strengths) > 1
 
     @property
     def needs_moments(self) -> bool:

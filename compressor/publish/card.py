@@ -167,13 +167,14 @@ def _introduction(facts: Facts) -> str:
     tuned = (
         f", its blocks tuned for {facts.recipe['tune']} epochs" if facts.recipe.get("tune") else ""
     )
+    matched = ", its linears matched to the dense model" if facts.recipe.get("match") else ""
     version = facts.report["versions"]["compress-llm"]
     goal = f"pruned to {facts.recipe['pattern']}"
     if facts.recipe.get("keep"):
         goal = f"its linears factored to {facts.recipe['keep']} of their parameters"
     elif facts.recipe.get("plan"):
         goal = "compressed as its plan.toml says"
-    how = f"{goal} with {' and '.join(_methods(facts))}{refined}{tuned}"
+    how = f"{goal} with {' and '.join(_methods(facts))}{refined}{matched}{tuned}"
     return f"{base}, {how}, by compress-llm {version}."
 
 

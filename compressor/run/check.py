@@ -24,6 +24,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.checkpoint.writer import check_output
 from compressor.config.options import check_options
 from compressor.config.recipe import Recipe
+from compressor.engine.match import strengths
 from compressor.engine.plan import LeaveDense, Plan, ShareRanks, ShareZeros
 from compressor.engine.task import Task
 from compressor.errors import CheckpointError, UsageError
@@ -79,7 +80,7 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
         refine=refine, refine_options=refine_options, tune=recipe.tune,
         packed=recipe.format == "packed", all_tokens=recipe.expert_tokens == "all",
         seq_len=seq_len, seed=recipe.seed, held_out=_held_out(recipe.held_out),
-        left_dense=left_dense, choice=choice,
+        strengths=strengths(recipe.match), left_dense=left_dense, choice=choice,
     )  # fmt: skip
     if plan.needs_inputs:
         _check_dataset(recipe, skeleton)
@@ -87,6 +88,8 @@ def plan_run(recipe: Recipe, output: Path | None) -> Plan:
         shapes = {task.linear.name: task.linear.shape for task in plan.every}
         uniform.of_shapes(shapes, choice.keep, choice.align)
     plan = _as_planned(plan, entries, recipe.plan) if entries else plan.check_experts()
+    if plan.strengths:
+        _check_match(plan, recipe)
     _check_finite(skeleton)
     return plan
 
@@ -172,6 +175,22 @@ def _check_dataset(recipe: Recipe, skeleton: Skeleton) -> None:
     tokens.check_dataset(recipe.dataset, recipe.text_column)
     if recipe.dataset == "self":
         tokens.first_token(skeleton.config, skeleton.reader.folder)
+
+
+def _check_match(plan: Plan, recipe: Recipe) -> None:
+    """Raise UsageError where linears cannot aim at the dense model's outputs."""
+    if plan.needs_gradients or not plan.needs_gram:
+        refine = f" with refinement {recipe.refine}" if recipe.refine else ""
+        raise UsageError(
+            f"`match` is for methods and refinements that compress by a Gram matrix: sparsegpt, "
+            f"armor, svd_llm, or `refine` lsq, swap or admm; {recipe.method}{refine} does not"
+        )
+    if plan.chooses_strength and not plan.further(recipe.num_samples):
+        raise UsageError(
+            f"`match` auto chooses by samples that are held out, and `held_out` "
+            f"{recipe.held_out} of {recipe.num_samples} leaves none: raise it, or give a strength "
+            f"such as `match='0.5'`"
+        )
 
 
 def _refined(recipe: Recipe, linears: list[Linear]) -> set[str]:

@@ -25,7 +25,7 @@ from compressor.allocation.sparsity.choose import leave_some_dense, share_zeros
 from compressor.calibration import capture, tokens
 from compressor.calibration.agreement import check_agreement
 from compressor.calibration.capture import States, batch_size
-from compressor.calibration.hidden_states import Batches
+from compressor.calibration.hidden_states import Batch, Batches
 from compressor.checkpoint.side_files import side_files
 from compressor.checkpoint.work_state import is_complete, work_path
 from compressor.config.recipe import Recipe
@@ -70,7 +70,8 @@ def prune(
             raise UsageError(
                 "`tune` trains on all samples at once, in one process: start it without torchrun"
             )
-        recipe = replace(recipe, seq_len=plan.seq_len, **plan.checked_options)
+        match = recipe.match if plan.strengths else ""
+        recipe = replace(recipe, seq_len=plan.seq_len, match=match, **plan.checked_options)
         settings = {
             "recipe": asdict(recipe),
             "device": device,
@@ -208,6 +209,14 @@ class _Run:
             states.held_out = capture.capture(
                 plan.skeleton, held_out, device, place("held_out"), folder=self.work
             )
+        if plan.chooses_strength:
+            if not states.held_out:
+                raise DataError(
+                    "`match` auto chooses by samples that are held out, and the text has none left "
+                    "for them: give more text or a lower `num_samples`, or a strength such as "
+                    "`match='0.5'`"
+                )
+            states.held_out.dense = _copied(states.held_out.hidden, place, "held_out_dense")
         self.progress("calibration", 1, 1)
         return states
 
@@ -326,8 +335,8 @@ def _entering(
     own: slice = slice(None),
     folder: Path | None = None,
 ) -> States:
-    """Hidden states on entering block 0; twice where blocks are tuned: those of the dense model go
-    through its blocks beside the others.
+    """Hidden states on entering block 0; twice where blocks or linears aim at the dense model: its
+    own go through its blocks beside the others.
 
     Args:
         plan: what will be done.
@@ -340,11 +349,19 @@ def _entering(
     hidden = place("hidden") if place else None
     states = capture.capture(plan.skeleton, ids, device, hidden, own, folder)
     check_agreement(plan.skeleton, states, device)
-    if plan.tune:
-        states.dense = place("dense") if place else []
-        for hidden in states.hidden:
-            states.dense.append(hidden)
+    if plan.keeps_dense:
+        states.dense = _copied(states.hidden, place, "dense")
     return states
+
+
+def _copied(
+    batches: list[Batch] | Batches, place: Callable[[str], Batches] | None, name: str
+) -> list[Batch] | Batches:
+    """The same batches once more, where those of this name rest."""
+    copied = place(name) if place else []
+    for batch in batches:
+        copied.append(batch)
+    return copied
 
 
 def choose_device(device: str) -> torch.device:

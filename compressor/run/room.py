@@ -77,7 +77,7 @@ class Counts:
     @property
     def width(self) -> int:
         """Numbers in the hidden state of a token."""
-        return hidden_bytes(self.plan, 1) // self.itemsize // (2 if self.plan.tune else 1)
+        return hidden_bytes(self.plan, 1) // self.itemsize // (2 if self.plan.keeps_dense else 1)
 
     @property
     def itemsize(self) -> int:
