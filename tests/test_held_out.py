@@ -11,6 +11,7 @@ from compressor.checkpoint.reader import Reader
 from compressor.config.recipe import Recipe
 from compressor.errors import UsageError
 from compressor.run import pipeline
+from compressor.run.check import plan_run
 from tests.test_distributed import in_processes
 from tests.test_resume import contents, stop_after
 
@@ -166,3 +167,10 @@ def test_the_table_and_the_page_show_them(cli, recipe, tmp_path):
     assert "held-out" in page
     for row in report["linears"]:
         assert f"{row['held_out_error']:.4f}" in shown
+
+
+def test_no_more_is_held_out_than_is_looked_at(recipe):
+    asked = {"seq_len": 64, "held_out": "50%"}
+    plan = plan_run(recipe("wanda", **asked), None)
+    assert [plan.further(samples) for samples in (4, 16, 31, 32, 34, 512)] == [2, 8, 16, 16, 16, 16]
+    assert plan_run(recipe("experts", **asked), None).further(512) == 256

@@ -128,7 +128,9 @@ class Recipe:
     )
     held_out: str = field(
         default="10%",
-        metadata=notes("So many further sequences; nothing is fitted to them, errors are shown."),
+        metadata=notes(
+            "Up to so many further sequences; nothing is fitted to them, errors are shown."
+        ),
     )
     seed: int = field(default=0, metadata=notes("Of the calibration samples."))
     dtype: str = field(

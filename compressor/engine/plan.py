@@ -22,6 +22,7 @@ from compressor.methods import factors
 from compressor.model.experts import only_stacks
 from compressor.model.skeleton import Skeleton
 from compressor.records.report import LeftDense
+from compressor.stats import SAMPLE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,13 @@ class Plan:
         return self.refine is not None and self.refine.NEEDS_MOMENTS
 
     def further(self, samples: int) -> int:
-        """How many samples are held out beside so many of the calibration."""
-        return round(samples * self.held_out)
+        """How many samples are held out beside so many of the calibration: no more than are looked
+        at, but where experts share their tokens.
+        """
+        asked = round(samples * self.held_out)
+        if any(task.linear.experts for task in self.every):
+            return asked
+        return min(asked, -(-SAMPLE_TOKENS // self.seq_len))
 
     @property
     def splits_batches(self) -> bool:
