@@ -1,19 +1,24 @@
 """The reader believes nothing: each kind of damage gives one line that names file and tensor."""
 
 import json
+import os
 import shutil
 import struct
 
 import pytest
+import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint.atomic import tensor_bytes
 from compressor.checkpoint.download import resolve
 from compressor.checkpoint.header import read_header
+from compressor.checkpoint.on_disk import DTYPES
 from compressor.checkpoint.reader import INDEX, Reader
 from compressor.checkpoint.writer import Writer, check_output
 from compressor.errors import CheckpointError, OutputError
+from tests.mutate import join
 
 
 @pytest.fixture
@@ -228,3 +233,57 @@ def test_header_reader_survives_any_flip(folder):
         except CheckpointError:
             continue
         assert sum(entry.nbytes for entry in entries.values()) == len(good) - 8 - length
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_read_by_its_place_is_what_the_library_reads(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    real = getattr(torch, DTYPES[dtype])
+    tensors = {}
+    for number, shape in enumerate([(), (5,), (0, 3), (4, 0), (6, 3), (3, 2, 4)]):
+        raw = torch.randint(0, 2, (*shape, real.itemsize), dtype=torch.uint8, generator=generator)
+        tensors[f"t{number}"] = raw.view(real).view(shape)
+    tensors["odd"] = torch.ones(3, dtype=torch.uint8)  # what follows it begins anywhere
+    header, data = {}, b""
+    for name in ("odd", *sorted(set(tensors) - {"odd"})):
+        part = bytes(tensor_bytes(tensors[name]))
+        offsets = [len(data), len(data) + len(part)]
+        named = "U8" if name == "odd" else dtype
+        header[name] = {
+            "dtype": named, "shape": list(tensors[name].shape), "data_offsets": offsets
+        }  # fmt: skip
+        data += part
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(join(header, data))
+    reader = Reader(tmp_path)
+    with reader.opened() as lazy:
+        for name, tensor in tensors.items():
+            for index in (..., 0, slice(1, 3), slice(2, None), slice(3, 1)):
+                if index is not ... and (not tensor.dim() or 0 in tensor.shape):
+                    continue
+                found, own = lazy(name)[index], reader.on_disk(name)[index]
+                assert own.dtype == found.dtype
+                assert own.shape == found.shape
+                assert bytes(tensor_bytes(own)) == bytes(tensor_bytes(found))
+            assert bytes(tensor_bytes(reader.read(name))) == bytes(tensor_bytes(tensor))
+
+
+def test_a_shard_is_opened_once_for_all_that_is_read_of_it(tiny, monkeypatch):
+    """The library reads the whole header at each opening: of a mixture that would be quadratic."""
+    reader, opened, real = Reader(tiny("qwen3_moe")), [], safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda path, **more: opened.append(path) or real(path, **more)
+    )
+    for name in reader.tensors:
+        reader.read(name)
+    assert len(opened) == len(reader.shards) < len(reader.tensors)
+
+
+def test_a_file_that_became_shorter_is_named(tiny, tmp_path):
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    reader = Reader(tmp_path / "model")
+    name, entry = max(reader.tensors.items(), key=lambda item: item[1].stop)
+    reader.read(name)
+    os.truncate(tmp_path / "model" / entry.shard, entry.stop - 1)
+    with pytest.raises(OutputError, match=f"{entry.shard} became shorter while it was read"):
+        reader.read(name)

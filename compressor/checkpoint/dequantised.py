@@ -60,7 +60,6 @@ class DequantisedReader(Reader):
     quantised, laid out in each shard as the safetensors library would.
 
     Attributes:
-        stored: headers of the tensors on disk.
         weights: what was quantised, by the name of the dense tensor.
 
     Raises:
@@ -71,7 +70,6 @@ class DequantisedReader(Reader):
         super().__init__(folder)
         described = described_quantisation(self.config)
         self.method = described["quant_method"]
-        self.stored = self.tensors
         try:
             self.weights: Mapping[str, Weight]
             if self.method == "mxfp4":
@@ -123,8 +121,7 @@ class DequantisedReader(Reader):
         """One tensor, or only `tensor[at]`, as a copy of its own in memory."""
         if name not in self.weights:
             return super().read(name, at)
-        with self.opened() as lazy:  # made just now: no second copy
-            return lazy(name)[...] if at is None else lazy(name)[at]
+        return _Slice(self.weights[name], self.on_disk)[... if at is None else at]
 
     def chunks(self, name: str) -> Iterator[bytes | memoryview]:
         """The bytes of a dense tensor, some at a time."""

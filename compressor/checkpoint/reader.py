@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.header import Entry, byte_range, read_header
+from compressor.checkpoint.on_disk import DTYPES, OnDisk
 from compressor.checkpoint.side_files import left_files, lfs_pointer, side_files
 from compressor.errors import CheckpointError
 
@@ -39,8 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Reader:
-    """A checkpoint folder: `config`, `shards` (file names, in order), `tensors` (name -> Entry) and
-    `metadata` per shard.
+    """A checkpoint folder: `config`, `shards` (file names, in order), `tensors` (name -> Entry),
+    `stored` (the same of what lies in the files) and `metadata` per shard.
 
     Raises:
         CheckpointError: at construction, for anything that does not hold together.
@@ -68,6 +69,8 @@ class Reader:
                     f"{folder}: tensor {min(twice)!r} is in more than one shard, {shard} among them"
                 )
             self.tensors.update(entries)
+        self.stored = self.tensors
+        self._accepted: set[str] = set()  # shards that the library has opened
         self._check_index()
 
     def _index(self) -> dict[str, Any] | None:
@@ -199,8 +202,21 @@ class Reader:
 
     def read(self, name: str, at: int | None = None) -> Any:
         """One tensor, or only `tensor[at]`, as a copy of its own in memory."""
+        if self.stored[name].dtype in DTYPES:
+            return self.on_disk(name)[... if at is None else at]
         with self.opened() as lazy:
             return (lazy(name)[...] if at is None else lazy(name)[at]).clone()
+
+    def on_disk(self, name: str) -> OnDisk:
+        """The tensor of this name in the files. Raises CheckpointError where the safetensors
+        library refuses its file, which is asked once.
+        """
+        entry = self.stored[name]
+        if entry.shard not in self._accepted:
+            with self.files() as lazy:
+                lazy(entry.shard, name)
+            self._accepted.add(entry.shard)
+        return OnDisk(self.folder / entry.shard, entry)
 
 
 def _only_adapter(folder: Path) -> str:
