@@ -1,6 +1,7 @@
 """What is only told fails no run; what is not written is named; a leading ~ is a home folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -79,7 +80,7 @@ def test_a_full_disk_names_the_file(cli, demo_model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     asked = [tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "-q", "-o", scores]
-    (tmp_path / "model").symlink_to(demo_model)
+    shutil.copytree(demo_model, tmp_path / "model")  # scores are kept beside it
     with monkeypatch.context() as broken:
         broken.setattr(atomic.os, "fsync", full)
         for command, path in (
