@@ -28,6 +28,7 @@ from compressor.engine.plan import Plan
 from compressor.engine.task import Task
 from compressor.errors import NumericalError, UsageError, about
 from compressor.formats import Form, notes
+from compressor.refine.quadratic import Quadratic
 from compressor.stats import InputStats
 
 AUTO = "auto"
@@ -65,8 +66,7 @@ def correction(weight: Tensor, stats: InputStats, damping: float = _DAMPING) -> 
     assert stats.cross is not None
     if not bool(stats.norm.any()):
         return torch.zeros_like(weight, dtype=torch.float32)
-    damped = stats.gram.clone()
-    damped.diagonal().add_(damping * damped.diagonal().mean())
+    damped = Quadratic(stats, damping).block(0, len(stats.gram))
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericalError(
