@@ -226,15 +226,12 @@ def swap_linears(
         setattr(model.get_submodule(parent), leaf, packed)
         paths[found[0]] = path
     dense = {place[TENSOR] for place in shared.values()}
+    stacks = hf_conversion.sources(model, dense, quantizer)
+    stack_of = {tensor: stack for stack, tensors in stacks.items() for tensor, _ in tensors}
     by_path = {}
-    for parameter, tensors in hf_conversion.sources(model, dense, quantizer).items():
-        inside, _, stack = parameter.rpartition(".")
-        own = {tensor for tensor, _ in tensors}
-        by_path |= {
-            f"{inside}.{place[AT]}.{stack}": name
-            for name, place in shared.items()
-            if place[TENSOR] in own
-        }
+    for name, place in shared.items():
+        inside, _, stack = stack_of[place[TENSOR]].rpartition(".")
+        by_path[f"{inside}.{place[AT]}.{stack}"] = name
     return paths | swap_experts(model, stacked, by_path, make) if stacked or shared else paths
 
 
@@ -331,7 +328,9 @@ def _unknown_names(reader: Reader, config: Any) -> bool:
     model = on_meta(copy.deepcopy(config), torch.float32, False)
     embeddings = model.get_input_embeddings()
     names = {f"{name}.weight" for name, module in model.named_modules() if module is embeddings}
-    return not names & hf_conversion.sources(model, reader.tensors).keys()
+    shape = tuple(embeddings.weight.shape)
+    alike = [name for name, entry in reader.tensors.items() if entry.shape == shape]
+    return not names & hf_conversion.sources(model, alike).keys()
 
 
 def _checked(folder: Path, options: Mapping[str, Any]) -> Reader | None:
