@@ -56,21 +56,28 @@ CASES = {
     "2:4-wanda-dsnot": "prune --method wanda --refine dsnot",
     "2:4-sparsegpt-lsq": "prune --method sparsegpt --refine lsq",
     "2:4-sparsegpt-swap": "prune --method sparsegpt --refine swap",
-    "2:4-sparsegpt-admm": "prune --method sparsegpt --refine admm",
-    "2:4-sparsegpt-tune": "prune --method sparsegpt --tune 4",
-    "2:4-sparsegpt-admm-tune": "prune --method sparsegpt --refine admm --tune 4",
-    "2:4-admm-dense-10%": "prune --method sparsegpt --refine admm --dense-fraction 10%",
-    "armor-6%": "prune --method armor --set overhead=0.0625 --set iterations=20 --set finish=3",
-    "armor-12%": "prune --method armor --set overhead=0.125 --set iterations=100 --set finish=10",
-    "armor-12%-tune": (
-        "prune --method armor --set overhead=0.125 --set iterations=100 --set finish=10 --tune 4"
+    "2:4-sparsegpt-match": "prune --method sparsegpt --match 0.5",
+    "2:4-admm": "prune --method sparsegpt --refine admm",
+    "2:4-admm-match": "prune --method sparsegpt --refine admm --match 0.5",
+    "2:4-admm-auto": "prune --method sparsegpt --refine admm --match auto",
+    "2:4-tune": "prune --method sparsegpt --tune 4",
+    "2:4-admm-match-tune": "prune --method sparsegpt --refine admm --match 0.5 --tune 4",
+    "2:4-admm-match-dense-10%": (
+        "prune --method sparsegpt --refine admm --match 0.5 --dense-fraction 10%"
     ),
+    "armor-6%": "prune --method armor --set overhead=0.0625 --set iterations=20 --set finish=3",
+    "armor-6%-match": "prune --method armor --set overhead=0.0625 --match 0.5",
+    "armor-12%": "prune --method armor",
+    "armor-12%-match": "prune --method armor --match 0.5",
+    "armor-12%-match-tune": "prune --method armor --match 0.5 --tune 4",
     "50%-wanda": "prune --pattern 50% --method wanda",
     "50%-sparsegpt": "prune --pattern 50% --method sparsegpt",
-    "50%-sparsegpt-admm": "prune --pattern 50% --method sparsegpt --refine admm",
+    "50%-admm-match": "prune --pattern 50% --method sparsegpt --refine admm --match 0.5",
     "lowrank-80%": "lowrank --method svd_llm --keep 80%",
+    "lowrank-80%-match": "lowrank --method svd_llm --keep 80% --match 0.5",
     "lowrank-80%-fisher": "lowrank --method fisher --keep 80%",
     "lowrank-60%": "lowrank --method svd_llm --keep 60%",
+    "lowrank-60%-match": "lowrank --method svd_llm --keep 60% --match 0.5",
     "lowrank-60%-fisher": "lowrank --method fisher --keep 60%",
 }
 """What is measured beside the dense model and the rounded ones, and by which command."""

@@ -17,13 +17,13 @@ from compressor.methods.armor_algebra import (
     best_pair,
     diagonal_blocks,
     eye_blocks,
-    gumbel,
     left,
     pair_inverses,
     pair_mask,
     proximal_solve,
     right,
 )
+from compressor.methods.armor_separable import quadratic
 from tests.armor_problems import absorbed, state
 
 # --- the algebra
@@ -55,23 +55,23 @@ def test_best_pair_is_the_best_of_six_least_squares(seed: int) -> None:
         s[p] = torch.linalg.solve(scale * gram[p][:, p], target[p])
         solutions.append(s)
         losses.append((scale * s @ gram @ s - 2 * target @ s).item())
-    values, index = best_pair(target, pair_inverses(gram), torch.tensor(scale).double(), None)
+    values, index = best_pair(target, pair_inverses(gram), torch.tensor(scale).double())
     best = min(range(6), key=losses.__getitem__)
     assert index.item() == best
     assert torch.allclose(values, solutions[best])
     assert pair_mask(index).nonzero().flatten().tolist() == list(PAIRS[best])
 
 
-def test_best_pair_noise_draws_from_the_boltzmann_distribution() -> None:
+def test_best_pair_with_heat_draws_from_the_boltzmann_distribution() -> None:
     g = torch.Generator().manual_seed(0)
     target = torch.tensor([1.0, 0.8, 0.5, 0.1])
     gains = torch.tensor([target[list(p)].square().sum() for p in PAIRS])
-    noise = 0.5 * gumbel((6, 20000), target, g)
     _, index = best_pair(
         target[:, None].expand(4, 20000),
         pair_inverses(torch.eye(4))[..., None],
         torch.ones(1),
-        noise,
+        torch.tensor(0.5),
+        torch.rand(20000, generator=g),
     )
     assert torch.allclose(index.bincount(minlength=6) / 20000, (gains / 0.5).softmax(0), atol=0.015)
 
@@ -82,7 +82,7 @@ def test_singular_groups_give_finite_values() -> None:
         torch.ones(4, 4),
         torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0])),
     ):
-        values, _ = best_pair(torch.ones(4), pair_inverses(gram), torch.tensor(1.0), None)
+        values, _ = best_pair(torch.ones(4), pair_inverses(gram), torch.tensor(1.0))
         assert torch.isfinite(values).all()
 
 
@@ -130,8 +130,8 @@ def test_no_step_raises_the_loss_without_annealing(seed: int, blocks: tuple[int,
         lambda f: armor_full.solve_b(weight_gram, gram, f, 3),
     ]
     separable = [
-        lambda f: armor_separable.sweep(target, f, None, generator),
-        lambda f: armor_separable.solve_values(target, f),
+        lambda f: armor_separable.sweep(quadratic(target, f), f, None, generator),
+        lambda f: armor_separable.solve_values(quadratic(target, f), f, 3),
         lambda f: armor_separable.solve_a(target, f),
         lambda f: armor_separable.solve_b(target, f),
     ]
@@ -147,7 +147,8 @@ def test_no_step_raises_the_loss_without_annealing(seed: int, blocks: tuple[int,
         assert (h.s[~h.mask] == 0).all()
 
 
-def test_full_sweep_is_gauss_seidel_over_groups() -> None:
+def test_full_sweep_is_gauss_seidel_over_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(armor_full, "_ROW_TURNS", 4)  # no two rows of a block share a turn
     weight, gram, f = state(16, 16, 4, 8, 5)
     result = armor_full.sweep(weight @ gram, gram, f, None, torch.Generator().manual_seed(9))
     order = torch.randperm(4, generator=torch.Generator().manual_seed(9)).tolist()
@@ -182,7 +183,7 @@ def test_separable_sweep_with_one_group_per_block_is_exact() -> None:
         a=eye_blocks(4, 4, weight)
     )  # rows do not interact: one sweep is the exact optimum
     target, g = absorbed(weight, gram, f)
-    result = armor_separable.sweep(target, g, None, torch.Generator().manual_seed(0))
+    result = armor_separable.sweep(quadratic(target, g), g, None, torch.Generator().manual_seed(0))
     for row, group in itertools.product(range(4), range(4)):
         columns, block = slice(4 * group, 4 * group + 4), g.b[group]
         losses = []

@@ -146,9 +146,14 @@ def pair_inverses(gram: Tensor) -> Tensor:
 
 
 def best_pair(
-    target: Tensor, inverses: Tensor, scale: Tensor, noise: Tensor | None
+    target: Tensor,
+    inverses: Tensor,
+    scale: Tensor,
+    heat: Tensor | None = None,
+    uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The best of the six pairs of each group, given all other groups.
+    """The best of the six pairs of each group, given all other groups; with `heat` a draw of one
+    from the Boltzmann distribution of what they gain.
 
     A group contributes scale · s G sᵀ - 2 t sᵀ to the loss; over the values of one pair the minimum
     is -t_p G_pp⁻¹ t_pᵀ / scale, reached at t_p G_pp⁻¹ / scale.
@@ -157,7 +162,8 @@ def best_pair(
         target: t, `[4, ...]`.
         inverses: `pair_inverses(G)`, broadcastable to `[3, 6, ...]`.
         scale: broadcastable to `[...]`, > 0.
-        noise: added to the six gains, `[6, ...]`, or None.
+        heat: 0-d temperature > 0, in units of the loss; None takes the best.
+        uniform: what is drawn, in [0, 1), `[...]`.
 
     Returns:
         values `[4, ...]`, two of them zero, and the index of the pair `[...]`.
@@ -166,9 +172,7 @@ def best_pair(
     t0, t1 = target.index_select(0, first), target.index_select(0, second)
     x0, x1 = inverses[0] * t0 + inverses[1] * t1, inverses[1] * t0 + inverses[2] * t1
     gain = (t0 * x0 + t1 * x1) / scale
-    if noise is not None:
-        gain = gain + noise
-    best = _argmax(gain)
+    best = _argmax(gain) if heat is None or uniform is None else _draw(gain, heat, uniform)
     there, flat = best.unsqueeze(0), best.flatten()
     values = torch.zeros_like(target)
     values.scatter_(0, first.index_select(0, flat).view(there.shape), x0.gather(0, there) / scale)
@@ -189,21 +193,24 @@ def _argmax(gain: Tensor) -> Tensor:
     return best
 
 
+def _draw(gain: Tensor, heat: Tensor, uniform: Tensor) -> Tensor:
+    """For each column an index with probability ∝ exp(gain / heat), int64 `[...]`: the first whose
+    cumulative weight is above `uniform` of the whole.
+    """
+    weights = ((gain - gain.amax(0)) / heat).exp_()
+    bound = uniform * weights.sum(0)
+    drawn, passed = torch.zeros_like(bound, dtype=torch.long), torch.zeros_like(bound)
+    for weight in weights[:-1]:
+        passed = passed + weight
+        drawn += passed <= bound
+    return drawn
+
+
 def pair_mask(index: Tensor) -> Tensor:
     """bool `[..., 4]` of pair indices `[...]`."""
     table = torch.zeros(6, 4, dtype=torch.bool, device=index.device)
     table.scatter_(1, _pairs(index.device), True)
     return table[index]
-
-
-def gumbel(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: added to gains it turns argmax into a draw from their Boltzmann
-    distribution.
-
-    The log of a log costs a quarter of Tensor.exponential_ on a CPU.
-    """
-    uniform = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
-    return uniform.clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_().log_().neg_()
 
 
 def temperature(step: int, steps: int, start: float) -> float:

@@ -23,7 +23,6 @@ from compressor.methods.armor_algebra import (
     Factors,
     best_pair,
     diagonal_blocks,
-    gumbel,
     left,
     pair_inverses,
     pair_mask,
@@ -35,9 +34,7 @@ from compressor.methods.armor_algebra import (
 )
 
 _PANEL = 128  # columns swept before their effect on all other columns is applied in one product
-_ROW_TURNS = (
-    8  # rows of a block of A that are visited one after the other; more rows than that share a turn
-)
+_ROW_TURNS = 2  # halves of the rows of a block of A that are visited one after the other
 
 
 def fit(
@@ -50,7 +47,7 @@ def fit(
     generator: torch.Generator,
     wrappers: bool = True,
     cg_steps: int = 8,
-    b_steps: int = 6,
+    b_steps: int = 3,
 ) -> Factors:
     """Improve `factors` and return the best state seen, never worse than the one given.
 
@@ -70,9 +67,9 @@ def fit(
     current = loss(weight, gram, factors)
     best, best_loss = factors, current
     for step in range(rounds):
-        heat = temperature(step, rounds, anneal)
-        noise = heat * current * (4 / weight.numel()) if heat > 0 else None
-        factors = sweep(weight_gram, gram, factors, noise, generator)
+        share = temperature(step, rounds, anneal)
+        heat = share * current * (4 / weight.numel()) if share > 0 else None
+        factors = sweep(weight_gram, gram, factors, heat, generator)
         factors = solve_values(weight_gram, gram, factors, cg_steps)
         if wrappers:
             factors = solve_a(weight_gram, gram, factors)
@@ -112,20 +109,20 @@ def sweep(
     weight_gram: Tensor,
     gram: Tensor,
     factors: Factors,
-    noise: Tensor | None,
+    heat: Tensor | None,
     generator: torch.Generator,
 ) -> Factors:
     """Re-solve every group of S once, in random order of columns.
 
-    Without noise a block row of A that got worse (possible only where rows share a turn) keeps its
+    Without heat a block row of A that got worse (possible only where rows share a turn) keeps its
     old state.
 
     Args:
         weight_gram: W H, `[out, in]`.
         gram: H, `[in, in]`.
         factors: the current state.
-        noise: 0-d scale of the Gumbel noise added to the gains; None for a greedy sweep.
-        generator: source of the order and of the noise.
+        heat: 0-d temperature of the draws; None for a greedy sweep.
+        generator: source of the order and of the draws.
     """
     a_gram, b_gram, start = _quadratic(weight_gram, gram, factors)
     blocks, size, _ = a_gram.shape
@@ -144,14 +141,14 @@ def sweep(
             inverses[:, :, panel],
             error[:, index].view(blocks, size, -1),
             s[:, index].view(blocks, size, -1),
-            noise,
+            heat,
             generator,
         )
         change = values.view(-1, len(index)) - s[:, index]
         error += left(a_gram, change) @ b_gram[index]
         s[:, index] = values.view(-1, len(index))
         mask[:, index] = pair_mask(choice).view(-1, len(index))
-    if noise is None:
+    if heat is None:
         worse = ((start + error) * (s - factors.s)).view(blocks, -1).sum(1) > 0
         worse = worse.repeat_interleave(size)[:, None]
         s, mask = torch.where(worse, factors.s, s), torch.where(worse, factors.mask, mask)
@@ -164,7 +161,7 @@ def _sweep_panel(
     inverses: Tensor,
     error: Tensor,
     s: Tensor,
-    noise: Tensor | None,
+    heat: Tensor | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """New values `[blocks, bA, columns]` and pair indices `[blocks, bA, groups]` of the columns of
@@ -176,25 +173,31 @@ def _sweep_panel(
         inverses: `pair_inverses` of its groups, `[3, 6, groups]`.
         error: half-gradient, `[blocks, bA, columns]`; a copy that is kept up to date here.
         s: current values, `[blocks, bA, columns]`; a copy that is overwritten.
-        noise: as in `sweep`.
-        generator: source of the noise.
+        heat: as in `sweep`.
+        generator: source of the draws.
     """
     blocks, size, columns = s.shape
     turns = min(size, _ROW_TURNS)
     scale = a_gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(s.dtype).tiny)
     choice = torch.empty(blocks, size, columns // 4, dtype=torch.long, device=s.device)
-    random = (
-        None if noise is None else noise * gumbel((columns // 4, 6, blocks, size), s, generator)
-    )
+    uniform = None
+    if heat is not None:
+        uniform = torch.rand(
+            (columns // 4, blocks, size), dtype=s.dtype, device=s.device, generator=generator
+        )
     for group in range(columns // 4):
         here = slice(4 * group, 4 * group + 4)
         square, local, old = b_gram[here, here], error[..., here].clone(), s[..., here].clone()
         for turn in range(turns):
             rows = slice(turn, None, turns)
             target = scale[:, rows, None] * (s[:, rows, here] @ square) - local[:, rows]
-            extra = None if random is None else random[group, :, :, rows]
+            drawn = None if uniform is None else uniform[group, :, rows]
             values, choice[:, rows, group] = best_pair(
-                target.movedim(-1, 0), inverses[:, :, group, None, None], scale[:, rows], extra
+                target.movedim(-1, 0),
+                inverses[:, :, group, None, None],
+                scale[:, rows],
+                heat,
+                drawn,
             )
             values = values.movedim(0, -1)
             local += a_gram[:, :, rows] @ ((values - s[:, rows, here]) @ square)

@@ -5,9 +5,15 @@ Absorbing the Hessian in B leaves a plain Frobenius fit that separates over the 
 A and B̃, so every step is a batch of small problems: A and B̃ in closed form, S on its mask by
 conjugate gradients with a step length per block, and a sweep over all groups of four in b / 4
 steps. The Hessian diagonal of the paper is the case H_j = diag(h_j).
+
+What is done to S, nearly all of the work, has a twin in C++ that keeps a block in the cache
+(compressor_kernels/cpu/search.cpp), used for float32 on a CPU where it can be compiled. Both draw
+the same numbers; they round differently.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +21,6 @@ from torch import Tensor
 from compressor.methods.armor_algebra import (
     Factors,
     best_pair,
-    gumbel,
     left,
     pair_inverses,
     pair_mask,
@@ -25,9 +30,9 @@ from compressor.methods.armor_algebra import (
     select,
     temperature,
 )
+from compressor_kernels.cpu import search
 
-_VALUE_STEPS = 4  # conjugate-gradient steps per solve; 2 leave the final loss 0.7-1.6 % higher
-_SOLVES = 2  # solves of S, A, B per sweep; 1 leaves the loss 6 % higher for 20 % less time
+_VALUE_STEPS = 1  # conjugate-gradient steps after a sweep: time is better spent on more sweeps
 
 
 def fit(
@@ -38,19 +43,19 @@ def fit(
     Args:
         target: W̃, `[out, in]`, float32 or float64.
         factors: where to start, b being B̃.
-        iterations: sweeps, each followed by two solves of S, A and B̃.
+        iterations: sweeps, each followed by a solve of S, A and B̃.
         anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every
             step monotone.
-        generator: source of the noise and of the visiting order, on the device of `target`.
+        generator: source of the draws and of the visiting order, on the device of `target`.
     """
     best, best_loss = factors, loss(target, factors)
     current = best_loss
     for step in range(iterations):
-        heat = temperature(step, iterations, anneal)
-        noise = heat * current * (4 / target.numel()) if heat > 0 else None
-        factors = sweep(target, factors, noise, generator)
-        for _ in range(_SOLVES):
-            factors = solve_b(target, solve_a(target, solve_values(target, factors)))
+        share = temperature(step, iterations, anneal)
+        heat = share * current * (4 / target.numel()) if share > 0 else None
+        form = quadratic(target, factors)
+        factors = solve_values(form, sweep(form, factors, heat, generator))
+        factors = solve_b(target, solve_a(target, factors))
         current = loss(target, factors)
         better, broken = current < best_loss, ~torch.isfinite(current)
         best, best_loss = select(better, factors, best), torch.where(better, current, best_loss)
@@ -63,137 +68,164 @@ def loss(target: Tensor, factors: Factors) -> Tensor:
     return (target - factors.dense()).square().sum()
 
 
-def _quadratic(target: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """AᵀA, B̃B̃ᵀ and the half-gradient E = AᵀA S B̃B̃ᵀ - Aᵀ W̃ B̃ᵀ `[out, in]`."""
+class Quadratic(NamedTuple):
+    """The loss as a function of S: <S, AᵀA S B̃B̃ᵀ> - 2 <S, C> + constant.
+
+    Attributes:
+        a_gram: AᵀA, `[out / bA, bA, bA]`.
+        b_gram: B̃B̃ᵀ, `[in / bB, bB, bB]`.
+        product: C = AᵀW̃B̃ᵀ, `[out, in]`.
+    """
+
+    a_gram: Tensor
+    b_gram: Tensor
+    product: Tensor
+
+    def apply(self, s: Tensor) -> Tensor:
+        """AᵀA S B̃B̃ᵀ, `[out, in]`."""
+        return left(self.a_gram, right(s, self.b_gram))
+
+
+def quadratic(target: Tensor, factors: Factors) -> Quadratic:
+    """That of A and B̃ in `factors`."""
     a_transposed, b_transposed = factors.a.transpose(1, 2), factors.b.transpose(1, 2)
-    error = left(a_transposed, right(factors.dense() - target, b_transposed))
-    return a_transposed @ factors.a, factors.b @ b_transposed, error
-
-
-def _to_rows(x: Tensor, factors: Factors) -> Tensor:
-    """`[out, in]` -> `[bA, in / bB, out / bA, bB]`: a copy, with a row of every block first."""
-    blocks, size, _ = factors.a.shape
-    rows = x.view(blocks, size, len(factors.b), -1).permute(1, 2, 0, 3)
-    return rows.clone(memory_format=torch.contiguous_format)
-
-
-def _from_rows(x: Tensor) -> Tensor:
-    """The inverse of `_to_rows`."""
-    return x.permute(2, 0, 1, 3).reshape(x.shape[2] * x.shape[0], -1)
+    product = left(a_transposed, right(target, b_transposed))
+    return Quadratic(a_transposed @ factors.a, factors.b @ b_transposed, product)
 
 
 def sweep(
-    target: Tensor, factors: Factors, noise: Tensor | None, generator: torch.Generator
+    form: Quadratic, factors: Factors, heat: Tensor | None, generator: torch.Generator
 ) -> Factors:
-    """Re-solve every group of S once: all rows at a time, each row at another column group, b / 4
-    steps in all.
+    """Re-solve every group of S once: all rows and blocks of columns at a time, in b / 4 steps.
 
-    The coupling of rows through AᵀA waits until the end of the sweep. Without noise a block that
-    got worse for that keeps its old state (0-13 % of the blocks), so the sweep never raises the
-    loss.
+    The coupling of rows through AᵀA waits until the end of the sweep. Without heat a block that got
+    worse for that keeps its old state (0-13 % of the blocks), so the sweep never raises the loss.
 
     Args:
-        target: W̃, `[out, in]`.
+        form: that of A and B̃ in `factors`.
         factors: the current state.
-        noise: 0-d scale of the Gumbel noise added to the gains; None for a greedy sweep.
-        generator: source of the order and of the noise.
+        heat: 0-d temperature of the draws; None for a greedy sweep.
+        generator: source of the order and of the draws.
     """
-    a_gram, b_gram, start = _quadratic(target, factors)
-    size, count = a_gram.shape[1], b_gram.shape[1] // 4
-    error, s = _to_rows(start, factors), _to_rows(factors.s, factors).unflatten(-1, (count, 4))
-    flat, groups_of_error = error.flatten(0, 1), error.unflatten(-1, (count, 4))
-    spread = b_gram.unflatten(1, (count, 4))  # [in / bB, groups, 4, bB]
-    squares = spread.unflatten(-1, (count, 4)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    inverses = pair_inverses(squares)
-    scale = (
-        a_gram.diagonal(dim1=1, dim2=2).T[:, None].clamp_min(torch.finfo(s.dtype).tiny)
-    )  # [bA, 1, out / bA]
-    rows = torch.arange(size, device=s.device)
-    order = torch.randperm(count, generator=generator, device=s.device)
-    turns = order[
-        (rows[:, None] + torch.arange(count, device=s.device)) % count
-    ]  # [bA, steps]: which group each row is at
-    before = s.gather(3, turns[:, None, None, :, None].expand_as(s)).movedim(
-        3, 0
-    )  # [steps, bA, in / bB, out / bA, 4]
-    after, choice = [], []
-    for step, old in enumerate(before):
-        groups = turns[:, step]
-        target = (
-            scale[..., None] * (old @ squares[:, groups].transpose(0, 1))
-            - groups_of_error[rows, :, :, groups]
-        )
-        noise_now = (
-            None if noise is None else noise * gumbel((6, *target.shape[:-1]), target, generator)
-        )
-        inverse = inverses[..., groups].transpose(-1, -2).unsqueeze(-1)  # [3, 6, bA, in / bB, 1]
-        new, best = best_pair(target.movedim(-1, 0).contiguous(), inverse, scale, noise_now)
-        after.append(new.movedim(0, -1))
-        choice.append(best)
-        flat.baddbmm_(
-            (scale[..., None] * (after[-1] - old)).flatten(0, 1),
-            spread[:, groups].transpose(0, 1).flatten(0, 1),
-        )
-    back = turns.argsort(1)[:, None, None, :, None].expand_as(s)
-    new_s = _from_rows(torch.stack(after, 3).gather(3, back).flatten(-2))
-    new_mask = _from_rows(pair_mask(torch.stack(choice, 3)).gather(3, back).flatten(-2))
-    if noise is None:
-        new_s, new_mask = _keep_better(a_gram, b_gram, start, factors, new_s, new_mask)
-    return factors._replace(s=new_s, mask=new_mask)
+    like, count = form.product, form.b_gram.shape[1] // 4
+    order = torch.randperm(count, generator=generator, device=like.device)
+    uniform = None
+    if heat is not None:
+        shape = count, len(form.b_gram), len(like)
+        uniform = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+    turn = search.sweep if search.runs(like) else _sweep
+    s, mask = turn(*form, factors.s, factors.mask, order, heat, uniform)
+    return factors._replace(s=s, mask=mask)
 
 
-def _keep_better(
-    a_gram: Tensor, b_gram: Tensor, start: Tensor, factors: Factors, s: Tensor, mask: Tensor
+def _sweep(
+    a_gram: Tensor,
+    b_gram: Tensor,
+    product: Tensor,
+    s: Tensor,
+    mask: Tensor,
+    order: Tensor,
+    heat: Tensor | None,
+    uniform: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The new state in blocks whose exact change of loss, <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS>, is not
-    positive; the old elsewhere.
+    """S and its mask after a sweep, by torch.
+
+    Args:
+        a_gram: as in `Quadratic`, and so the next two.
+        b_gram:
+        product:
+        s: `[out, in]`, zero outside the mask.
+        mask: bool `[out, in]`.
+        order: of the groups of a block, int64 `[bB / 4]`.
+        heat: as in `sweep`.
+        uniform: what is drawn at each step, in [0, 1), `[bB / 4, in / bB, out]`.
     """
-    change = s - factors.s
-    rise = ((2 * start + left(a_gram, right(change, b_gram))) * change).view(
-        len(a_gram), a_gram.shape[1], len(b_gram), -1
-    )
-    worse = (
-        (rise.sum((1, 3)) > 0)
-        .repeat_interleave(a_gram.shape[1], 0)
-        .repeat_interleave(b_gram.shape[1], 1)
-    )
-    return torch.where(worse, factors.s, s), torch.where(worse, factors.mask, mask)
+    form = Quadratic(a_gram, b_gram, product)
+    out, blocks, size = len(s), *b_gram.shape[:2]
+    error = form.apply(s) - product
+    groups = size // 4
+    whole = torch.contiguous_format  # copies: both are changed below
+    state = s.view(out, blocks, groups, 4).permute(2, 1, 0, 3).clone(memory_format=whole)
+    slope = error.view(out, blocks, size).transpose(0, 1).clone(memory_format=whole)
+    spread = b_gram.unflatten(1, (groups, 4))  # [in / bB, groups, 4, bB]
+    squares = spread.unflatten(-1, (groups, 4)).diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
+    scale = a_gram.diagonal(dim1=1, dim2=2).reshape(-1)
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    choice = torch.empty(state.shape[:-1], dtype=torch.long, device=state.device)
+    for step, group in enumerate(order.tolist()):
+        old, square = state[group], squares[group]
+        here = slope[..., 4 * group : 4 * group + 4]
+        target = scale[:, None] * (old @ square) - here
+        values, choice[group] = best_pair(
+            target.movedim(-1, 0).contiguous(),
+            pair_inverses(square)[..., None],
+            scale,
+            heat,
+            None if uniform is None else uniform[step],
+        )
+        change = values.movedim(0, -1) - old
+        slope.baddbmm_(scale[:, None] * change, spread[:, group])
+        state[group] = values.movedim(0, -1)
+    new_s = state.permute(2, 1, 0, 3).reshape(out, -1)
+    new_mask = pair_mask(choice).permute(2, 1, 0, 3).reshape(out, -1)
+    if heat is None:
+        worse = _raises(form, error, new_s - s)
+        new_s, new_mask = torch.where(worse, s, new_s), torch.where(worse, mask, new_mask)
+    return new_s, new_mask
 
 
-def solve_values(target: Tensor, factors: Factors) -> Factors:
-    """S on its mask: Jacobi-preconditioned conjugate gradients, one independent system per block
-    (i, j).
+def _raises(form: Quadratic, error: Tensor, change: Tensor) -> Tensor:
+    """In which blocks ΔS raises the loss, of which <2 E + AᵀA ΔS B̃B̃ᵀ, ΔS> is the exact change:
+    bool `[out, in]`.
     """
-    a_gram, b_gram, error = _quadratic(target, factors)
+    rows, columns = form.a_gram.shape[1], form.b_gram.shape[1]
+    rise = (2 * error + form.apply(change)) * change
+    worse = rise.view(len(form.a_gram), rows, len(form.b_gram), columns).sum((1, 3)) > 0
+    return worse.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def solve_values(form: Quadratic, factors: Factors, steps: int = _VALUE_STEPS) -> Factors:
+    """S on its mask by `steps` of Jacobi-preconditioned conjugate gradients, one independent system
+    per block (i, j).
+    """
+    solve = search.solve if search.runs(form.product) else _solve
+    return factors._replace(s=solve(*form, factors.s, factors.mask, steps))
+
+
+def _solve(
+    a_gram: Tensor, b_gram: Tensor, product: Tensor, s: Tensor, mask: Tensor, steps: int
+) -> Tensor:
+    """S by torch, `[out, in]`."""
+    form = Quadratic(a_gram, b_gram, product)
     shape = (
-        len(a_gram),
-        a_gram.shape[1],
-        len(b_gram),
-        b_gram.shape[1],
+        len(form.a_gram),
+        form.a_gram.shape[1],
+        len(form.b_gram),
+        form.b_gram.shape[1],
     )  # a free view: block sums and factors broadcast in it
-    diagonal = a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * b_gram.diagonal(
+    diagonal = form.a_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) * form.b_gram.diagonal(
         dim1=1, dim2=2
     ).reshape(1, -1)
-    keep = factors.mask.to(target.dtype)
-    inverse = (keep / diagonal.clamp_min(torch.finfo(target.dtype).tiny)).view(shape)
+    keep = mask.to(s.dtype)
+    inverse = (keep / diagonal.clamp_min(torch.finfo(s.dtype).tiny)).view(shape)
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum((1, 3), keepdim=True)
 
-    s = factors.s.view(shape)
-    residual = -error.view(shape)
+    residual = (form.product - form.apply(s)).view(shape)
+    solved = s.view(shape)
     direction = preconditioned = residual * inverse
     power = inner(residual, preconditioned)
-    for step in range(_VALUE_STEPS):
-        applied = left(a_gram, right(direction.view_as(target), b_gram)).view(shape)
+    for step in range(steps):
+        applied = form.apply(direction.view_as(s)).view(shape)
         length = ratio(power, inner(direction, applied))
-        s = torch.addcmul(s, length, direction)
-        if step + 1 < _VALUE_STEPS:
+        solved = torch.addcmul(solved, length, direction)
+        if step + 1 < steps:
             residual = torch.addcmul(residual, length, applied, value=-1)
             preconditioned = residual * inverse
             previous, power = power, inner(residual, preconditioned)
             direction = torch.addcmul(preconditioned, ratio(power, previous), direction)
-    return factors._replace(s=s.view_as(target))
+    return solved.view_as(s)
 
 
 def solve_a(target: Tensor, factors: Factors) -> Factors:

@@ -25,7 +25,7 @@ from threading import Lock
 
 from compressor_kernels.cache import cache_folder
 
-SOURCES = ("ops.cpp", "sparse24.h", "thin.h", "tiles.h")
+SOURCES = ("ops.cpp", "search.cpp", "sparse24.h", "thin.h", "tiles.h")
 NEEDED = (
     "avx512f",
     "avx512bw",
@@ -140,7 +140,7 @@ def _compiler() -> str:
 
 
 def _commands(compiler: str, cpu: tuple[str, ...]) -> list[list[str]]:
-    """Compile and link; in a folder that holds the sources."""
+    """Compile each and link; in a folder that holds the sources."""
     import torch
 
     home = Path(torch.__file__).parent
@@ -157,8 +157,9 @@ def _commands(compiler: str, cpu: tuple[str, ...]) -> list[list[str]]:
             f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
             *(part for path in includes for part in ("-isystem", str(path))),
         ],
+        [compiler, "-c", "search.cpp", "-o", "search.o", *OPTIONS, *machine],
         [
-            *(compiler, "-shared", "ops.o", "-o", LIBRARY),
+            *(compiler, "-shared", "ops.o", "search.o", "-o", LIBRARY),
             *("-L", str(home / "lib"), "-ltorch_cpu", "-lc10", openmp),
         ],
     ]
@@ -227,7 +228,7 @@ def _compile(commands: list[list[str]], folder: Path) -> None:
                 )
         library = (work / LIBRARY).read_bytes()
         (work / "sha256").write_text(hashlib.sha256(library).hexdigest())
-        for name in (*SOURCES, "ops.o"):
+        for name in (*SOURCES, "ops.o", "search.o"):
             (work / name).unlink(missing_ok=True)
         if folder.exists():  # damaged
             shutil.rmtree(folder)
