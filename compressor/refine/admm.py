@@ -32,7 +32,7 @@ from compressor.stats import InputStats
 NEEDS_GRAM = True
 NEEDS_MOMENTS = False
 
-_PENALTIES = (0.1, 3.0)  # ρ of the first and of the last stage, in units of the diagonal of H
+_PENALTIES = (0.1, 1.0)  # ρ of the first and of the last stage, in units of the diagonal of H
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def refine(
     pattern: Pattern,
     *,
     stages: int = 10,
-    steps: int = 10,
-    iterations: int = 60,
+    steps: int = 4,
+    iterations: int = 10,
     damping: float = 0.01,
 ) -> Tensor:
     """Choose mask and values anew, starting from those of `pruned`.
