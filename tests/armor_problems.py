@@ -16,7 +16,7 @@ from compressor.pattern import Pattern
 from compressor.stats import InputStats
 
 P24 = Pattern.parse("2:4")
-FAST = {"iterations": 15, "finish": 2}
+FAST = {"iterations": 6, "finish": 2}
 
 
 def layer(

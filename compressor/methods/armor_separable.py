@@ -32,7 +32,8 @@ from compressor.methods.armor_algebra import (
 )
 from compressor_kernels.cpu import search
 
-_VALUE_STEPS = 1  # conjugate-gradient steps after a sweep: time is better spent on more sweeps
+_VALUE_STEPS = 4  # conjugate-gradient steps per solve; fewer, or one solve a sweep, end in factors
+_SOLVES = 2  # that cancel: their loss in float32 is as low, but rounded to bfloat16 it is not
 
 
 def fit(
@@ -43,7 +44,7 @@ def fit(
     Args:
         target: W̃, `[out, in]`, float32 or float64.
         factors: where to start, b being B̃.
-        iterations: sweeps, each followed by a solve of S, A and B̃.
+        iterations: sweeps, each followed by two solves of S, A and B̃.
         anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every
             step monotone.
         generator: source of the draws and of the visiting order, on the device of `target`.
@@ -56,6 +57,9 @@ def fit(
         form = quadratic(target, factors)
         factors = solve_values(form, sweep(form, factors, heat, generator))
         factors = solve_b(target, solve_a(target, factors))
+        for _ in range(_SOLVES - 1):
+            factors = solve_values(quadratic(target, factors), factors)
+            factors = solve_b(target, solve_a(target, factors))
         current = loss(target, factors)
         better, broken = current < best_loss, ~torch.isfinite(current)
         best, best_loss = select(better, factors, best), torch.where(better, current, best_loss)
