@@ -33,7 +33,7 @@ def literal(weight, start, stats, pattern, stages, steps, damping):
     for w, z in zip(weight.double() / d, start.double() / d, strict=True):
         v, Z = torch.zeros_like(w), z.clone()
         for stage in range(stages):
-            rho = 0.1 * 30 ** (stage / (stages - 1))
+            rho = 0.1 * 10 ** (stage / (stages - 1))
             for _ in range(steps):
                 X = torch.linalg.solve(
                     H + rho * torch.eye(columns, dtype=torch.float64), H @ w - v + rho * Z

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2510.05528).
 The wrappers cost bA / in + bB / out of the dense weights and let every group of four choose in a
 rotated basis. The paper minimises Σ (W̄ - Ŵ̄)²_ij h_j on the normalised weight with 20,000 steps of
 Adam, re-solving one group per block a step. Here each factor is solved exactly in turn and every
-group is re-solved in every sweep, with noise that cools to nothing; where the Gram matrix is at
+group is re-solved in every sweep, drawn at a temperature that falls to nothing; where the Gram matrix is at
 hand the output error tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ) itself is minimised instead. The optimisers are in
 armor_separable.py and armor_full.py, their common algebra in armor_algebra.py; docs/armor.md has
 the numbers.
@@ -89,7 +89,7 @@ def compress(
             and monotone.
         finish: greedy rounds under the full Gram matrix afterwards.
         damp: added to the diagonal of the Gram matrix, as a fraction of itself.
-        seed: of the noise and of the order of the sweeps.
+        seed: of the draws and of the order of the sweeps.
 
     Returns:
         Armor; Sparse24 where wrappers do not pay or nothing better than NoWag-P was found. It

@@ -58,7 +58,7 @@ def fit(
         rounds: rounds of sweep, values, A, B.
         anneal: temperature of the first sweep, in units of the mean loss of a group; 0 makes every
             step monotone.
-        generator: source of the noise and of the visiting order, on the device of `weight`.
+        generator: source of the draws and of the visiting order, on the device of `weight`.
         wrappers: False leaves A and B as they are.
         cg_steps: conjugate-gradient steps for the values of S in a round.
         b_steps: conjugate-gradient steps for B in a round.
