@@ -50,7 +50,7 @@ def literal(weight, start, stats, pattern, stages, steps, damping):
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "50%", "70%"])
 def test_finds_the_masks_of_a_literal_transcription(pattern):
     weight, pruned, stats, parsed = case(0, 6, 48, 400, pattern)
-    found = refine(weight, pruned, stats, parsed, stages=4, steps=3, damping=0.01)
+    found = refine(weight, pruned, stats, parsed, stages=4, steps=3, iterations=60)
     expected = literal(weight, pruned, stats, parsed, 4, 3, 0.01)
     assert torch.equal(found != 0, expected != 0)
     assert not torch.equal(found != 0, pruned != 0)
