@@ -4,10 +4,10 @@ https://arxiv.org/abs/2510.05528).
 The wrappers cost bA / in + bB / out of the dense weights and let every group of four choose in a
 rotated basis. The paper minimises Σ (W̄ - Ŵ̄)²_ij h_j on the normalised weight with 20,000 steps of
 Adam, re-solving one group per block a step. Here each factor is solved exactly in turn and every
-group is re-solved in every sweep, drawn at a temperature that falls to nothing; where the Gram matrix is at
-hand the output error tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ) itself is minimised instead. The optimisers are in
-armor_separable.py and armor_full.py, their common algebra in armor_algebra.py; docs/armor.md has
-the numbers.
+group is re-solved in every sweep, drawn at a temperature that falls to nothing; where the Gram
+matrix is at hand the output error tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ) itself is minimised instead. The
+optimisers are in armor_separable.py and armor_full.py, their common algebra in armor_algebra.py;
+docs/armor.md has the numbers.
 """
 
 from __future__ import annotations
