@@ -225,7 +225,8 @@ void visit(Block& x, int64_t group, int64_t v, float heat, V uniform) {
   }
 }
 
-// Whether ΔS = direction raises the loss: <2 E + AᵀA ΔS BBᵀ, ΔS> > 0, E the half-gradient before.
+// Whether what a sweep made raises the loss: <2 E + AᵀA ΔS BBᵀ, ΔS> > 0, with S before it in `direction`
+// and its half-gradient E in `residual`.
 bool raises(Block& x) {
   for (int64_t k = 0; k < x.columns * x.vectors; ++k) x.direction[k] = x.s[k] - x.direction[k];
   float slope = 2 * x.inner(x.residual, x.direction);
@@ -236,6 +237,10 @@ bool raises(Block& x) {
 void sweep(Block& x, const int64_t* order, const float* uniform, int64_t uniform_stride, float heat) {
   x.apply(x.s, x.error);
   for (int64_t k = 0; k < x.columns * x.vectors; ++k) x.error[k] -= x.product[k];
+  if (!heat) {  // for `raises`
+    x.residual = x.error;
+    x.direction = x.s;
+  }
   for (int64_t step = 0; step < x.columns / 4; ++step)
     for (int64_t v = 0; v < x.vectors; ++v) {
       V drawn = {};
@@ -245,13 +250,13 @@ void sweep(Block& x, const int64_t* order, const float* uniform, int64_t uniform
     }
 }
 
-void solve(Block& x, int64_t steps, const float* b_diagonal) {
+void solve(Block& x, int64_t steps) {
   int64_t size = x.columns * x.vectors;
   x.apply(x.s, x.residual);
   for (int64_t c = 0; c < x.columns; ++c)
     for (int64_t v = 0; v < x.vectors; ++v) {
       int64_t k = c * x.vectors + v;
-      x.inverse[k] = x.keep[k] / larger(x.scale[v] * b_diagonal[c], FLT_MIN);
+      x.inverse[k] = x.keep[k] / larger(x.scale[v] * x.b_gram[c * x.columns + c], FLT_MIN);
       x.residual[k] = x.product[k] - x.residual[k];
       x.direction[k] = x.residual[k] * x.inverse[k];
     }
@@ -302,11 +307,6 @@ extern "C" void compress_armor_sweep(int64_t na, int64_t ba, int64_t nb, int64_t
   for_blocks(na, ba, nb, bb, a_gram, b_gram, [&](Block& x, int64_t i, int64_t j, int64_t place) {
     x.take(x.product, product + place, in);
     x.take(x.s, s + place, in);
-    if (!heat) {
-      x.direction = x.s;
-      x.apply(x.s, x.residual);
-      for (int64_t k = 0; k < x.columns * x.vectors; ++k) x.residual[k] -= x.product[k];
-    }
     sweep(x, order, uniform ? uniform + j * out + i * ba : nullptr, nb * out, heat);
     if (!heat && raises(x)) return;
     x.give(x.s, s + place, in);
@@ -319,13 +319,11 @@ extern "C" void compress_armor_solve(int64_t na, int64_t ba, int64_t nb, int64_t
                                      const float* b_gram, const float* product, float* s, const bool* mask,
                                      int64_t steps) {
   int64_t in = nb * bb;
-  std::vector<float> diagonal(in);
-  for (int64_t c = 0; c < in; ++c) diagonal[c] = b_gram[(c / bb * bb + c % bb) * bb + c % bb];
-  for_blocks(na, ba, nb, bb, a_gram, b_gram, [&](Block& x, int64_t, int64_t j, int64_t place) {
+  for_blocks(na, ba, nb, bb, a_gram, b_gram, [&](Block& x, int64_t, int64_t, int64_t place) {
     x.take(x.product, product + place, in);
     x.take(x.s, s + place, in);
     x.take(x.keep, mask + place, in);
-    solve(x, steps, diagonal.data() + j * bb);
+    solve(x, steps);
     x.give(x.s, s + place, in);
   });
 }
